@@ -1,0 +1,68 @@
+"The parts of tools/docs.py; `make docs` builds the whole site"
+import sys
+from pathlib import Path
+
+import pytest
+from nbdev.doclinks import nbglob
+
+root = Path(__file__).parents[1]
+sys.path.insert(0, str(root/'tools'))
+import docs
+
+def page(body, head=''): return f'<html><head>{head}</head><body>{body}</body></html>'
+
+def write(site, pages):
+    for name,txt in pages.items():
+        (site/name).parent.mkdir(parents=True, exist_ok=True)
+        (site/name).write_text(txt)
+
+good = {'index.html': page('<a href="sub/b.html#there">b</a><a href="https://example.com/x">out</a><a href="#top">t</a><p id="top"><img src="a.png">'),
+        'sub/b.html': page('<h2 id="there">x</h2><a href="../index.html">home</a>', '<link rel="stylesheet" href="../site.css">'),
+        'a.png': '', 'site.css': ''}
+
+def test_good_site(tmp_path):
+    write(tmp_path, good)
+    assert docs.check_links(tmp_path)==[]
+
+@pytest.mark.parametrize('name,txt,expected', [
+    ('sub/b.html', page('<a href="../gone.html">x</a><h2 id="there">'), ['sub/b.html: ../gone.html (no such file)']),
+    ('sub/b.html', page('<h2 id="elsewhere">'), ['index.html: sub/b.html#there (no such anchor)']),
+    ('index.html', page('<a href="#nowhere">x</a>'), ['index.html: #nowhere (no such anchor)']),
+    ('index.html', page('<img src="gone.png">'), ['index.html: gone.png (no such file)']),
+    ('index.html', page('', '<link rel="stylesheet" href="https://example.com/a.css">'), ['index.html: https://example.com/a.css (loaded from another host)']),
+])
+def test_broken_site(tmp_path, name, txt, expected):
+    write(tmp_path, {**good, name:txt})
+    assert docs.check_links(tmp_path)==expected
+
+def test_anchors_are_nbdev_doclinks():
+    html = docs.pandoc('### AddLoss\n\n### AddLoss.\\_\\_call\\_\\_\n\n### my_func\n', 'html5', '')
+    assert all(f'id="{o}"' in html for o in ('addloss', 'addloss.__call__', 'my_func'))
+
+def test_links_between_pages():
+    md = f'[a](01_losses.ipynb#kl) [b]({docs.cfg.doc_url}core.html#f) [c](https://example.com/x.html) [d](#here)'
+    html = docs.pandoc(md, 'html5', '../')
+    assert all(f'href="{o}"' in html for o in ('losses.html#kl', '../core.html#f', 'https://example.com/x.html', '#here'))
+    readme = docs.pandoc(md, 'gfm')
+    assert f'[a]({docs.cfg.doc_url}losses.html#kl)' in readme and f'[b]({docs.cfg.doc_url}core.html#f)' in readme
+
+def test_code_loses_directives_and_keeps_output():
+    from fastcore.nbio import mk_cell
+    cell = mk_cell('#| slow: true\nprint(1)')
+    cell.outputs = [dict(output_type='stream', name='stdout', text=['bar 10%\r', 'bar 99%\r', '1\n']),
+                    dict(output_type='execute_result', data={'text/plain':['x'], 'text/html':['<table></table>']})]
+    md = docs.code_md(cell, None)
+    assert '#|' not in md and 'print(1)' in md and 'bar' not in md
+    assert '<table></table>' in docs.pandoc(md, 'html5', '')
+
+def test_sidebar_holds_every_notebook():
+    listed = [nb for _,nb in docs.sidebar()]
+    there = [Path(p).relative_to(docs.cfg.nbs_path).as_posix() for p in nbglob(docs.cfg.nbs_path)]
+    assert len(listed)==len(set(listed))
+    assert set(listed)==set(there), f'only in sidebar.yml: {sorted(set(listed)-set(there))}; not in it: {sorted(set(there)-set(listed))}'
+
+def test_readme_is_current(tmp_path):
+    docs.readme(tmp_path)
+    made = {p.relative_to(tmp_path).as_posix():p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    kept = {p.relative_to(root).as_posix():p.read_bytes() for p in [root/'README.md', *(root/'README_files').rglob('*')]}
+    assert made==kept, 'README.md differs from nbs/index.ipynb: run `make readme`'

@@ -1,0 +1,242 @@
+"""Build the documentation site from the notebooks: `python tools/docs.py`; `--readme` writes README.md only.
+
+nbdev processes the notebooks, as for its own sites. Quarto renders them where it is installed, pandoc where it is not:
+same pages, same anchors, same `_docs/`. A broken internal link or anchor ends with exit code 1 and a list."""
+import argparse, base64, html, json, os, re, shutil, subprocess, sys
+from html.parser import HTMLParser
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import pypandoc, yaml
+from fastcore.nbio import read_nb
+from nbdev.config import get_config, nbpath2html
+from nbdev.processors import FilterDefaults
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+
+tools = Path(__file__).resolve().parent
+root = tools.parent
+cfg = get_config(root)
+assets = ('.png', '.svg', '.jpg', '.jpeg', '.gif', '.webp', '.css')
+markdown = 'markdown-yaml_metadata_block-implicit_figures'
+
+# notebooks -> markdown
+
+def fence(txt, lang='', cls=''):
+    "`txt` as a fenced code block, whatever backticks it holds"
+    ticks = '`' * max(3, 1 + max(map(len, re.findall('`+', txt)), default=0))
+    attrs = ' '.join(f'.{o}' for o in (lang, cls) if o)
+    return f'{ticks} {{{attrs}}}\n{txt.rstrip()}\n{ticks}' if attrs else f'{ticks}\n{txt.rstrip()}\n{ticks}'
+
+def raw(txt): return fence(txt).replace('```\n', '```{=html}\n', 1)
+def joined(o): return ''.join(o or '')
+
+def terminal(txt):
+    "What a terminal would show of `txt` in the end: progress bars overwrite themselves"
+    return '\n'.join(l.split('\r')[-1].rstrip() for l in txt.replace('\r\n', '\n').split('\n'))
+
+def output_md(o, save):
+    "The richest form of one cell output that a page can hold; `save(bytes, suffix)` stores an image and returns its link"
+    if o.get('name')=='stderr': return ''
+    if o['output_type']=='stream': return fence(shown) if (shown := terminal(joined(o['text']))).strip() else ''
+    d = {k:joined(v) for k,v in (o.get('data') or {}).items() if isinstance(v, (str,list))}
+    for kind in ('png', 'jpeg'):
+        if f'image/{kind}' in d: return f"![]({save(base64.b64decode(d[f'image/{kind}']), kind)})"
+    if 'image/svg+xml' in d: return f"![]({save(d['image/svg+xml'].encode(), 'svg')})"
+    if 'text/markdown' in d: return d['text/markdown']
+    if d.get('text/html', '').strip(): return raw(d['text/html'])
+    if 'text/latex' in d: return d['text/latex']
+    return fence(d['text/plain']) if d.get('text/plain', '').strip() else ''
+
+def code_md(cell, save):
+    "A code cell: its source without `#|` lines, then its saved outputs"
+    src = cell.source
+    opts = dict(re.findall(r'^#\|\s*([\w-]+):\s*"?(.*?)"?\s*$', src, re.M))
+    if opts.get('include')=='false': return ''
+    src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip('\n')
+    code = fence(src, 'python') if src and opts.get('echo')!='false' else ''
+    if code and 'code-fold' in opts:
+        opened = ' open' if opts['code-fold']=='show' else ''
+        code = f"<details{opened}><summary>{opts.get('code-summary', 'Code')}</summary>\n\n{code}\n\n</details>"
+    outs = [] if opts.get('output')=='false' else [output_md(o, save) for o in cell.get('outputs', [])]
+    outs = '\n\n'.join(o for o in outs if o)
+    if outs and opts.get('output')!='asis': outs = f'::::: cell-output\n{outs}\n:::::'
+    return '\n\n'.join(o for o in (code, outs) if o)
+
+def nb_md(nb, save):
+    "(front matter, markdown body) of a processed notebook"
+    meta, parts = {}, []
+    for c in nb.cells:
+        src = joined(c.get('source'))
+        if   c.cell_type=='raw' and src.startswith('---'): meta.update(yaml.safe_load(src.strip().strip('-')) or {})
+        elif c.cell_type=='markdown': parts.append(src)
+        elif c.cell_type=='code': parts.append(code_md(c, save))
+    return meta, '\n\n'.join(p for p in parts if p)
+
+def saver(folder, link):
+    "Store images as `folder/1.png`, `2.png`, … and link to them as `link/1.png`, …"
+    n = iter(range(1, 10**6))
+    def save(data, suffix):
+        nm = f'{next(n)}.{suffix}'
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder/nm).write_bytes(data)
+        return f'{link}/{nm}'
+    return save
+
+# links
+
+def relink(node, kind, f):
+    "Replace the target of every link or image (`kind`) in a pandoc syntax tree by `f(target)`"
+    if isinstance(node, list): return [relink(o, kind, f) for o in node]
+    if not isinstance(node, dict): return node
+    if node.get('t')==kind: node['c'][2][0] = f(node['c'][2][0])
+    return {k:relink(v, kind, f) for k,v in node.items()}
+
+def page_link(target, up):
+    "Links to notebooks and to the hosted site, as links between the built pages"
+    if target.startswith(cfg.doc_url): target = up + (target[len(cfg.doc_url):] or 'index.html')
+    u = urlsplit(target)
+    return target if u.scheme or not u.path.endswith('.ipynb') else u._replace(path=nbpath2html(u.path).as_posix()).geturl()
+
+def hosted_link(target):
+    "Links to notebooks, as links to the hosted site (for README)"
+    u = urlsplit(target)
+    return target if u.scheme or not u.path.endswith(('.ipynb', '.html')) else cfg.doc_url + page_link(target, '')
+
+def repo_image(target):
+    "Images beside the index notebook, as seen from README"
+    return target if urlsplit(target).scheme or target.startswith('README_files/') else f'{cfg.nbs_path.name}/{target}'
+
+def pandoc(md, to, up=None, args=()):
+    "`md` as `to`; links lead to the pages of a site whose root is at `up`, or to the hosted site if `up` is None"
+    doc = json.loads(pypandoc.convert_text(md, 'json', markdown))
+    if up is None: doc = relink(relink(doc, 'Link', hosted_link), 'Image', repo_image)
+    else: doc = relink(doc, 'Link', lambda o: page_link(o, up))
+    return pypandoc.convert_text(json.dumps(doc), to, 'json', extra_args=list(args)).rstrip() + '\n'
+
+def inline_html(md): return re.sub(r'^<p>|</p>$', '', pypandoc.convert_text(md, 'html5', markdown, extra_args=['--mathml']).strip())
+
+def symbol_anchors(body, page):
+    "Doclinks may name a method without a heading of its own: let its anchor stand at its class"
+    ids = set(re.findall(r'\bid="([^"]+)"', body))
+    idx = {}
+    exec((cfg.lib_path/'_modidx.py').read_text(encoding='utf-8'), idx)
+    for loc,_ in (o for mod in idx['d']['syms'].values() for o in mod.values()):
+        pg,anchor = loc.split('#')
+        if pg!=page or anchor in ids: continue
+        ids.add(anchor)
+        span = f'<span id="{html.escape(anchor)}"></span>'
+        head = re.search(rf'<h\d[^>]* id="{re.escape(anchor.split(".")[0])}"[^>]*>', body)
+        if not head: head = re.search('<main>', body)
+        body = body[:head.end()]+span+body[head.end():]
+    return body
+
+# pages
+
+def sidebar_entries(contents):
+    "Flatten `sidebar.yml` contents into `(section or None, notebook)` in reading order"
+    for o in contents:
+        if isinstance(o, str): yield None, o
+        else: yield from ((o['section'], p) for p in o['contents'])
+
+def sidebar():
+    contents = yaml.safe_load((cfg.nbs_path/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    return list(sidebar_entries(contents))
+
+def sidebar_html(entries, titles, here, up):
+    res, last = [], None
+    for section,nb in entries:
+        if nb not in titles: continue
+        if section!=last: res.append(f'<h2>{html.escape(section)}</h2>')
+        last = section
+        cur = ' aria-current="page"' if nb==here else ''
+        res.append(f'<a href="{up}{nbpath2html(nb).as_posix()}"{cur}>{html.escape(titles[nb])}</a>')
+    return '\n'.join(res)
+
+def build(out):
+    "Render all processed notebooks to `out`"
+    refresh_quarto_yml()
+    cache = proc_nbs(str(cfg.nbs_path), force=True)
+    shutil.rmtree(out, ignore_errors=True)
+    nbs = sorted(p.relative_to(cache).as_posix() for p in cache.rglob('*.ipynb'))
+    pages = {nb:nb_md(read_nb(cache/nb), saver(out/nbpath2html(nb).with_suffix('').as_posix(), nbpath2html(nb).stem)) for nb in nbs}
+    titles = {nb:meta.get('title', Path(nb).stem) for nb,(meta,_) in pages.items()}
+    entries = sidebar()
+    order = [nb for _,nb in entries if nb in titles]
+    for nb,(meta,md) in pages.items():
+        page = nbpath2html(nb)
+        up = '../' * (len(page.parts)-1)
+        values = dict(root=up, site=cfg.title, title=titles[nb], description=inline_html(meta.get('description', '')), home=str(nb=='index.ipynb' or ''),
+                      nav=sidebar_html(entries, titles, nb, up), source=f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{nb}')
+        i = order.index(nb) if nb in order else None
+        for k,j in (('prev', -1), ('next', 1)):
+            if i is not None and 0<=i+j<len(order):
+                values |= {f'{k}url': up+nbpath2html(order[i+j]).as_posix(), f'{k}title': titles[order[i+j]]}
+        args = ['--standalone', f'--template={tools/"page.html"}', '--mathml', '--toc', '--toc-depth=3', '--wrap=preserve', '--email-obfuscation=none',
+                '-M', 'pagetitle='+titles[nb]]
+        args += [o for k,v in values.items() if v for o in ('-V', f'{k}={v}')]
+        dest = out/page
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        dest.write_text(symbol_anchors(pandoc(md, 'html5', up, args), page.as_posix()), encoding='utf-8')
+    for f in cache.rglob('*'):
+        if f.suffix in assets: shutil.copy(f, (out/f.relative_to(cache)).parent.resolve())
+    shutil.copy(tools/'site.css', out)
+
+def readme(out=root):
+    "README.md (and its images in `README_files/`) in `out`, from the index notebook"
+    nb = read_nb(cfg.nbs_path/cfg.readme_nb)
+    FilterDefaults()(nb)
+    shutil.rmtree(out/'README_files', ignore_errors=True)
+    meta,md = nb_md(nb, saver(out/'README_files', 'README_files'))
+    md = re.sub(r'<style.*?</style>\s*', '', md, flags=re.S)
+    md = f"# {meta['title']}\n\n> {meta['description']}\n\n{md}" if 'description' in meta else f"# {meta.get('title', cfg.title)}\n\n{md}"
+    (out/'README.md').write_text(pandoc(md, 'gfm', args=['--wrap=preserve']), encoding='utf-8')
+
+# link check
+
+class Page(HTMLParser):
+    "The ids of a page, its links, and what a browser would load for it"
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loads = set(), [], []
+        self.feed(Path(path).read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids.update(o for o in (attrs.get('id'), attrs.get('name') if tag=='a' else None) if o)
+        if tag=='a' and attrs.get('href'): self.links.append(attrs['href'])
+        if attrs.get('src'): self.loads.append(attrs['src'])
+        if tag=='link' and attrs.get('href') and attrs.get('rel') not in ('canonical', 'alternate'): self.loads.append(attrs['href'])
+
+def check_links(site):
+    "One line per internal link, anchor or file of the built `site` that leads nowhere, and per request to another host"
+    site = Path(site).resolve()
+    pages = {p:Page(p) for p in sorted(site.rglob('*.html'))}
+    bad = []
+    for path,page in pages.items():
+        for target in page.links+page.loads:
+            u = urlsplit(target)
+            where = f'{path.relative_to(site).as_posix()}: {target}'
+            if u.scheme or u.netloc:
+                if target in page.loads and u.scheme!='data': bad.append(f'{where} (loaded from another host)')
+                continue
+            dest = (path.parent/unquote(u.path)).resolve() if u.path else path
+            if dest.is_dir(): dest = dest/'index.html'
+            if   not dest.exists(): bad.append(f'{where} (no such file)')
+            elif u.fragment and dest in pages and unquote(u.fragment) not in pages[dest].ids: bad.append(f'{where} (no such anchor)')
+    return bad
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--readme', action='store_true', help='only write README.md')
+    args = p.parse_args()
+    os.chdir(root)
+    readme()
+    if args.readme: return
+    if shutil.which('quarto'): subprocess.run([sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()'], check=True)
+    else: build(cfg.doc_path)
+    bad = check_links(cfg.doc_path)
+    if bad: sys.exit('\n'.join(['Broken links:', *bad]))
+    print(f'{len(list(cfg.doc_path.rglob("*.html")))} pages in {cfg.doc_path.relative_to(root)}/, links checked')
+
+if __name__=='__main__': main()
