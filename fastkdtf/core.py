@@ -8,10 +8,10 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 __all__ = ['check_number', 'check_choice', 'check_scale', 'soft_scale', 'check_variant', 'TwoValued', 'virtual_logits', 'soften',
            'label_loss', 'soft_loss', 'classification_batch', 'check_teacher_logits', 'reduce_samples', 'Step']
 
-# %% ../nbs/00_core.ipynb #cb207878
+# %% ../nbs/00_core.ipynb #9529cd43
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Real
 from typing import NamedTuple
 
@@ -127,33 +127,50 @@ def _chunks(shape, itemsize):
         if len(shape) == 2: yield (slice(i, i+rows),)
         else: yield from ((slice(i, i+rows), slice(j, j+cols)) for j in range(0, m, cols))
 
-# %% ../nbs/00_core.ipynb #ae64dac6
-def _chunk_loss(z, y, share, heads, constant, grad, scratch):
-    """`constant + Σ w·H(t, p_τ)` per sample over one or two `heads` of `(w, τ, on, off)`, a softened one last
+# %% ../nbs/00_core.ipynb #b37be195
+class _Plan(NamedTuple):
+    "What `Σ w·H(t, p_τ) + constant` needs besides logits and labels"
+    heads:tuple # one or two `(w, τ)`, a softened one last
+    at_label:float # Σ w·(on-off)/τ
+    elsewhere:float # Σ w·off/τ
+    constant:float
 
-    Its gradient, times `share`, goes into `grad` unless that is `None`. `scratch` is room for a tensor of `z`'s shape"""
+@lru_cache
+def _plan(target, tau, hard, soft, entropy, n_classes):
+    on,off = target
+    if tau == 1: parts = ((hard+soft, 1., hard+soft*on, soft*off),)
+    else:        parts = tuple(o for o in ((hard, 1., hard, 0.), (soft, tau, soft*on, soft*off)) if o[0])
+    xlogx = lambda t: t*math.log(t) if t else 0.
+    constant = soft*(xlogx(on) + (n_classes-1)*xlogx(off)) if entropy else 0.
+    if tau != 1: constant += soft*math.log(n_classes)   # see _chunk_loss
+    return _Plan(tuple((w, t) for w,t,_,_ in parts), sum((on-off)/t for _,t,on,off in parts), sum(off/t for _,t,_,off in parts), constant)
+
+# %% ../nbs/00_core.ipynb #9a8f0be3
+def _chunk_loss(z, y, share, plan, grad, scratch):
+    """The loss of each sample; its gradient, times `share`, goes into `grad` unless that is `None`
+
+    `scratch` is room for a tensor of `z`'s shape."""
     z = torch.sub(z, z.amax(1, keepdim=True), out=scratch)
-    first,at_label,elsewhere = heads[0][0]/heads[0][1],0.,0.
-    for w,tau,on,off in heads: at_label,elsewhere = at_label + w*(on-off)/tau, elsewhere + w*off/tau
     dense = y.is_floating_point()
-    if dense: hit,mass = (y*z).sum(1, keepdim=True),y.sum(1, keepdim=True)
-    else:     hit,y    = z.gather(1, y.unsqueeze(1)),y.unsqueeze(1)
-    whole = share*mass if dense else share   # labels that are probabilities count by their sum
-    loss = z.sum(1, keepdim=True).mul_(-elsewhere).add_(constant) if elsewhere else torch.full_like(hit, constant)
-    for i,(w,tau,_,_) in enumerate(heads):
-        p = torch.softmax(z if tau == 1 else z.div_(tau), 1, out=z if i else grad)
+    if not dense: y = y.unsqueeze(1)
+    hit  = (y*z).sum(1, keepdim=True) if dense else z.gather(1, y)
+    loss = torch.rsub(z.sum(1, keepdim=True), plan.constant, alpha=plan.elsewhere) if plan.elsewhere else torch.full_like(hit, plan.constant)
+    first = plan.heads[0][0]/plan.heads[0][1]
+    for i,(w,tau) in enumerate(plan.heads):
+        p = torch.softmax(z if tau == 1 else z.mul_(1/tau), 1, out=z if i else grad)
         if p.shape[1] > 2**16: p.div_(p.sum(1, keepdim=True))   # softmax adds a long row up one by one, sum does not
         top = p.amax(1, keepdim=True)   # 1/Σexp(z/τ), as z's largest entry is 0
         if i and grad is not None: grad.add_(p, alpha=w/tau/first)
-        loss.sub_((top if tau == 1 else top.mul_(p.shape[1])).log_(), alpha=w)   # the other log K is in constant: they would cancel
+        loss.sub_((top if tau == 1 else top.mul_(p.shape[1])).log_(), alpha=w)   # the other log K is in the constant: they would cancel
     if grad is not None:
-        grad.mul_(whole*first)
-        if elsewhere: grad.sub_(whole, alpha=elsewhere)
-        if dense: grad.addcmul_(y, share, value=-at_label)
-        else:     grad.scatter_add_(1, y, share*-at_label)
-    return (loss.mul_(mass) if dense else loss).sub_(hit, alpha=at_label).squeeze(1)
+        if plan.elsewhere: grad.sub_(plan.elsewhere/first)
+        if dense: grad.mul_(y.sum(1, keepdim=True)).sub_(y, alpha=plan.at_label/first)   # labels that are probabilities count by their sum
+        else:     grad.scatter_add_(1, y, torch.full_like(hit, -plan.at_label/first))
+        grad.mul_(share*first)
+    if dense: loss.mul_(y.sum(1, keepdim=True))
+    return loss.sub_(hit, alpha=plan.at_label).squeeze(1)
 
-# %% ../nbs/00_core.ipynb #d1fde2ee
+# %% ../nbs/00_core.ipynb #1ce1777a
 class _LabelLoss(torch.autograd.Function):
     "The loss; its gradient is made in `forward` and handed over, scaled, by the first `backward`"
     @staticmethod
@@ -163,20 +180,20 @@ class _LabelLoss(torch.autograd.Function):
         return _LabelLoss.fill(z, y, ctx.grad, *args)
 
     @staticmethod
-    def fill(z, y, grad, heads, constant, reduction, ignore_index):
+    def fill(z, y, grad, plan, reduction, ignore_index):
         if y.is_floating_point(): keep = torch.ones(z.shape[:1] + z.shape[2:], dtype=torch.bool, device=z.device)
         else:
             keep = y != ignore_index
             y = y.where(keep, 0)
         factor = keep.sum(dtype=z.dtype).reciprocal_() if reduction == 'mean' else z.new_ones(())
         share = torch.where(keep, factor, 0.)
-        if z.nbytes <= 2**20: loss = _chunk_loss(z, y, share.unsqueeze(1), heads, constant, grad, torch.empty_like(z))
+        if z.nbytes <= 2**20: loss = _chunk_loss(z, y, share.unsqueeze(1), plan, grad, torch.empty_like(z))
         else:
             loss,scratch = torch.empty_like(share),None
             for i in _chunks(z.shape, z.element_size()):
                 k = i[:1] + (slice(None),) + i[1:]
                 if scratch is None: scratch = z.new_empty(z[k].shape)   # the first piece is the largest
-                loss[i] = _chunk_loss(z[k], y[k if y.is_floating_point() else i], share[i].unsqueeze(1), heads, constant,
+                loss[i] = _chunk_loss(z[k], y[k if y.is_floating_point() else i], share[i].unsqueeze(1), plan,
                                       None if grad is None else grad[k], scratch[tuple(slice(n) for n in z[k].shape)])
         loss = loss.where(keep, 0.)
         return loss if reduction == 'none' else loss.sum()*factor
@@ -189,10 +206,10 @@ class _LabelLoss(torch.autograd.Function):
             z,y = ctx.saved_tensors
             grad = torch.empty_like(z)
             _LabelLoss.fill(z, y, grad, *ctx.args)
-        if g.ndim or not g.is_cpu or g != 1: grad.mul_(g.unsqueeze(1) if g.ndim else g)   # on CPU a look is cheaper than a pass over the gradient
-        return grad, None, None, None, None, None
+        if g.ndim or not g.is_cpu or g.item() != 1: grad.mul_(g.unsqueeze(1) if g.ndim else g)   # on CPU a look is cheaper than a pass over the gradient
+        return grad, None, None, None, None
 
-# %% ../nbs/00_core.ipynb #cc8e7a29
+# %% ../nbs/00_core.ipynb #faeff031
 def label_loss(
     z:Tensor, # logits `[N,K]` or `[N,K,d1,…]`
     y:Tensor, # labels: integers `[N,…]`, or probabilities of `z`'s shape
@@ -206,16 +223,12 @@ def label_loss(
 )->Tensor: # in float32 at least
     "`hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone (spec §1)"
     check_choice('reduction', reduction, ('none', 'mean', 'sum'))
-    on,off = target
-    if tau == 1 and hard+soft: heads = ((hard+soft, 1., (hard+soft*on)/(hard+soft), soft*off/(hard+soft)),)
-    else:                      heads = tuple(o for o in ((hard, 1., 1., 0.), (soft, tau, on, off)) if o[0])
     z = _at_least_float32(z)
-    y = y.detach().as_subclass(Tensor).to(z.dtype if y.is_floating_point() else torch.long)
-    xlogx = lambda t: t*math.log(t) if t else 0.
-    constant = soft*(xlogx(on) + (z.shape[1]-1)*xlogx(off)) if entropy else 0.
-    if tau != 1: constant += soft*math.log(z.shape[1])
-    if z.ndim < 4: return _LabelLoss.apply(z, y, heads, constant, reduction, ignore_index)
-    loss = _LabelLoss.apply(z.flatten(2), y.flatten(2 if y.is_floating_point() else 1), heads, constant, reduction, ignore_index)
+    if type(y) is not Tensor: y = y.as_subclass(Tensor)
+    y = y.detach().to(z.dtype) if y.is_floating_point() else y.long()
+    plan = _plan(target, tau, hard, soft, entropy, z.shape[1])
+    if z.ndim < 4: return _LabelLoss.apply(z, y, plan, reduction, ignore_index)
+    loss = _LabelLoss.apply(z.flatten(2), y.flatten(2 if y.is_floating_point() else 1), plan, reduction, ignore_index)
     return loss.view(z.shape[:1] + z.shape[2:]) if reduction == 'none' else loss
 
 # %% ../nbs/00_core.ipynb #3cec64d8
