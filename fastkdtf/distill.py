@@ -19,12 +19,12 @@ from .targets import TeacherCorrection
 from .teachers import LabelTeacher, UniformTeacher, VirtualTeacher
 from .terms import LossTerm
 
-# %% ../nbs/06_distill.ipynb #5192218a
+# %% ../nbs/06_distill.ipynb #db288edd
 def _pair(x, first): return x if isinstance(x, tuple) else (first(x), x)
 
 def _check_schedule(name, value, interval):
     if not callable(value): return check_number(name, value, interval)
-    for pct in (0., .5, 1.): check_number(f'{name} at {pct:.0%} of the training', float(value(pct)), interval)
+    for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
 # %% ../nbs/06_distill.ipynb #88255d21

@@ -45,7 +45,7 @@ class RunningMean:
 class TermMetric(ValueMetric):
     "A column that belongs to a `LossTerm`"
 
-# %% ../nbs/05a_terms.ipynb #d159d0b5
+# %% ../nbs/05a_terms.ipynb #599e8e24
 class LossTerm(Callback):
     "A method that adds a term to the training loss; a subclass defines `term(labels)`"
     _stateattrs = ('base_mean', 'soft_mean')
@@ -94,13 +94,13 @@ class LossTerm(Callback):
             twice = next(n for n in names if names.count(n) > 1)
             raise ValueError(f'two methods are called {twice!r}: give one of them a name=, or average several teachers with EnsembleTeacher')
         check_classification(self.base_loss_func)
-        if not self.fitting: return
+        if not self.fitting: return self._drop_columns()   # an interrupted fit may have left some
         self.check_fit()
+        self.base_mean,self.soft_mean = RunningMean(),RunningMean()
         if self is not terms[0]: return
         share = max(sum(1-o.hard_share(pct/100) for o in terms) for pct in range(101))
         if share > 1+1e-9: raise ValueError(f"the methods {', '.join(names)} take {share:.3g} of the hard loss between them; lower their alpha to a sum of at most 1")
         self._drop_columns()
-        self.base_mean = RunningMean()
         columns = [TermMetric(self._base_value, 'base_loss')]
         columns += [TermMetric(o._soft_value, 'soft_loss' if len(terms) == 1 else f'{o.name}_loss') for o in terms]
         self.learn.metrics = self.learn.metrics + columns
