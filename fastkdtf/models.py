@@ -20,11 +20,10 @@ def _shortcut(ni, nf, stride):
     if stride==1 and ni==nf: return nn.Identity()
     return nn.Sequential(_conv(ni, nf, 1, stride), nn.BatchNorm2d(nf))
 
-# %% ../nbs/03_models.ipynb #fa38f904
+# %% ../nbs/03_models.ipynb #7f8f8aea
 class ResBlock(nn.Module):
-    "`relu(branch(x) + shortcut(x))`; a subclass says what its branch is. The shortcut is a 1×1 projection where the shape changes."
+    "`relu(branch(x) + shortcut(x))`; a subclass defines `branch` and `shortcut`, a 1×1 projection where the shape changes."
     expansion = 1
-    def branch(self, x): raise NotImplementedError
     def forward(self, x): return F.relu(self.branch(x) + self.shortcut(x))
 
 # %% ../nbs/03_models.ipynb #f2afbfd6
