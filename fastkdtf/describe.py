@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
-# %% ../nbs/00a_describe.ipynb #fd8b6146
+# %% ../nbs/00a_describe.ipynb #4e75467d
 @dataclass
 class Description:
     "The weights in force, in units of one sample's loss; shows as a small table"
@@ -99,7 +99,9 @@ class Description:
         return out + [('note', o) for o in notes]
 
     @property
-    def title(self)->str: return f"{self.name}({', '.join(f'{k}={v!r}' for k,v in self.settings.items())}), {self.n_classes} classes"
+    def title(self)->str:
+        shown = lambda v: type(v).__name__ if ' at 0x' in repr(v) else repr(v)
+        return f"{self.name}({', '.join(f'{k}={shown(v)}' for k,v in self.settings.items())}), {self.n_classes} classes"
 
     def __repr__(self): return '\n'.join([self.title] + [f'  {k:<20}{v}' for k,v in self.rows()])
 
