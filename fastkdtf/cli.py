@@ -7,10 +7,11 @@ Docs: https://fastkdtf.github.io/fastkdtf/cli.html.md"""
 # %% auto #0
 __all__ = ['UsageError', 'main']
 
-# %% ../nbs/30_cli.ipynb #e4025139
+# %% ../nbs/30_cli.ipynb #7502f5c5
 import argparse
 import ast
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -131,11 +132,12 @@ def _parser():
     b.set_defaults(run=_bench)
     return p
 
-# %% ../nbs/30_cli.ipynb #4892e816
+# %% ../nbs/30_cli.ipynb #fe646e30
 def main(
     argv:list|None=None, # arguments; None: the process's own
 )->int: # exit code
     "Run the command: 0 when done, 2 for a mistake in the arguments or files, 130 when interrupted"
+    warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated')   # fastai's import, not the user's business
     try:
         a = _parser().parse_args(argv)
         a.run(a)
