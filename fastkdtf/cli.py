@@ -132,14 +132,16 @@ def _parser():
     b.set_defaults(run=_bench)
     return p
 
-# %% ../nbs/30_cli.ipynb #fe646e30
+# %% ../nbs/30_cli.ipynb #b78c46f2
 def main(
     argv:list|None=None, # arguments; None: the process's own
 )->int: # exit code
     "Run the command: 0 when done, 2 for a mistake in the arguments or files, 130 when interrupted"
     warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated')   # fastai's import, not the user's business
     try:
-        a = _parser().parse_args(argv)
+        a,rest = _parser().parse_known_args(argv)
+        if rest and a.command == 'describe': a.settings += rest   # argparse takes no settings after an option
+        elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
         a.run(a)
     except (UsageError, ValueError, FileNotFoundError, PermissionError) as e:
         print(f"fastkdtf: {' '.join(str(e).split())}", file=sys.stderr)
