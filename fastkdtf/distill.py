@@ -27,7 +27,7 @@ def _check_schedule(name, value, interval):
     for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
-# %% ../nbs/06_distill.ipynb #88255d21
+# %% ../nbs/06_distill.ipynb #4c2a8021
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
     def __init__(self,
@@ -51,7 +51,8 @@ class Distill(LossTerm):
         self.rewrites = (rewrite,) if callable(rewrite) else tuple(rewrite)
         self.teacher,self.scale,self.divergence,self.sample_weight = teacher,check_scale(scale),loss,sample_weight
         self.variant,self.multiplier = check_variant(variant, multiplier)
-        self.settings = dict(teacher=teacher, alpha=alpha, tau=tau, scale=scale, loss=loss, rewrite=rewrite)
+        self.settings = dict(teacher=teacher, alpha=alpha, tau=tau, scale=scale, loss=loss, rewrite=rewrite, sample_weight=sample_weight,
+                             variant=variant, multiplier=multiplier)
 
     def weights(self,
         pct:float, # share of the training that is done
