@@ -7,9 +7,10 @@ Docs: https://fastkdtf.github.io/fastkdtf/cli.html.md"""
 # %% auto #0
 __all__ = ['UsageError', 'main']
 
-# %% ../nbs/30_cli.ipynb #7502f5c5
+# %% ../nbs/30_cli.ipynb #47ab54f8
 import argparse
 import ast
+import hashlib
 import sys
 import warnings
 from functools import partial
@@ -33,7 +34,7 @@ def _device(name):
     except (RuntimeError, AssertionError) as e: raise UsageError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]})") from e
     return name
 
-# %% ../nbs/30_cli.ipynb #6ef62162
+# %% ../nbs/30_cli.ipynb #3472117c
 def _chosen(methods, all_methods):
     "The methods named in a comma-separated list"
     if methods == 'all': return all_methods
@@ -41,6 +42,10 @@ def _chosen(methods, all_methods):
     unknown = [o for o in names if o not in (*all_methods, 'baseline')]
     if unknown or not names: raise UsageError(f"--methods {methods}: {unknown[0] if unknown else 'nothing'} is not one of {', '.join(all_methods)} or all")
     return {o: all_methods[o] for o in names if o != 'baseline'}
+
+def _digest(path):
+    "The first digits of a file's SHA-1: files of one name are not one data set"
+    with open(path, 'rb') as f: return hashlib.sha1(f.read()).hexdigest()[:8]
 
 def _compare(a):
     from fastkdtf.data import kd_dataloaders
@@ -53,9 +58,9 @@ def _compare(a):
     if keep_freed_memory() and device == 'cpu': print('freed memory is kept by the process (mallopt), so that steps cost what they compute')
     dls = kd_dataloaders(a.data, bs=a.bs, train_subset=a.train_subset, device=device)
     methods = _chosen(a.methods, teacher_free(dls.c))
-    data = a.data if a.data == 'digits' else Path(a.data).stem
+    data = dict(data='digits') if a.data == 'digits' else dict(data=Path(a.data).stem, sha1=_digest(a.data))
     comparison = compare({'baseline': None, **methods} if methods else {'baseline': None}, dls, partial(create_model, a.arch, dls.c), a.epochs, a.seeds,
-                         controls=not a.no_controls, out=out, lr=a.lr, settings=dict(data=data, arch=a.arch))
+                         controls=not a.no_controls, out=out, lr=a.lr, settings=dict(**data, arch=a.arch))
     print(f'\n{comparison}\n\n{out/"table.csv"}, {out/"accuracy.png"}, {out/"curves.png"}; every run is in {out/"results.jsonl"}')
 
 # %% ../nbs/30_cli.ipynb #de148072
@@ -132,7 +137,7 @@ def _parser():
     b.set_defaults(run=_bench)
     return p
 
-# %% ../nbs/30_cli.ipynb #b78c46f2
+# %% ../nbs/30_cli.ipynb #09ac6ead
 def main(
     argv:list|None=None, # arguments; None: the process's own
 )->int: # exit code
@@ -143,7 +148,7 @@ def main(
         if rest and a.command == 'describe': a.settings += rest   # argparse takes no settings after an option
         elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
         a.run(a)
-    except (UsageError, ValueError, FileNotFoundError, PermissionError) as e:
+    except (UsageError, ValueError, OSError) as e:
         print(f"fastkdtf: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

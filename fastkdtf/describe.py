@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
-# %% ../nbs/00a_describe.ipynb #4e75467d
+# %% ../nbs/00a_describe.ipynb #e9f75498
 @dataclass
 class Description:
     "The weights in force, in units of one sample's loss; shows as a small table"
@@ -80,6 +80,7 @@ class Description:
     def controls(self)->dict:
         "Matched controls, as `{name: (weight of H(q,p), weight of D_KL(u,p))}`; plain cross-entropy and the method itself are left out"
         w,eps = self.scale,self.epsilon
+        if not w: return {}
         weights = [(w, 0.)] + ([(w*(1-eps), w*eps)] if eps is not None and 1e-6 < eps < 1 else [])
         named = {self._named(*o): o for o in weights}
         return {k: o for k,o in named.items() if k not in ('CE', self.as_control)}

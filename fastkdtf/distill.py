@@ -27,7 +27,7 @@ def _check_schedule(name, value, interval):
     for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
-# %% ../nbs/06_distill.ipynb #4c2a8021
+# %% ../nbs/06_distill.ipynb #717ca371
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
     def __init__(self,
@@ -115,7 +115,7 @@ class Distill(LossTerm):
         if n_classes is None:
             n_classes = getattr(getattr(self.learn, 'dls', None), 'c', None)
             if n_classes is None: raise ValueError('n_classes is not known before the callback is attached to a learner: give it')
-        k = check_number('n_classes', n_classes, '[2,inf)')
+        k = check_whole('n_classes', n_classes, 2)
         target = None
         if isinstance(self.teacher, LabelTeacher):
             step = Step(torch.zeros(1, dtype=torch.long), torch.zeros(1, k), tau=self.temperatures(pct))

@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/learner.html.md"""
 # %% auto #0
 __all__ = ['make_callbacks', 'with_controls', 'KeepBest', 'EpochTimer', 'EpochBar', 'train_run', 'compare']
 
-# %% ../nbs/12_learner.ipynb #e97c8ce4
+# %% ../nbs/12_learner.ipynb #a76f33b2
 import hashlib
 import json
 import re
@@ -26,7 +26,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
-from fastai.torch_core import get_random_states, set_random_states, to_device
+from fastai.torch_core import default_device, get_random_states, set_random_states, to_device
 from fastcore.basics import noop, patch
 from fastprogress.fastprogress import progress_bar
 
@@ -129,33 +129,38 @@ def train_run(
         return dict(last=last, best=dict(epoch=best.epoch_, valid_accuracy=best.value, **scores()), history=history,
                     seconds_per_epoch=float(np.median(timer.seconds)), epoch_seconds=timer.seconds)
 
-# %% ../nbs/12_learner.ipynb #cfe9a708
-def _stable(o):
+# %% ../nbs/12_learner.ipynb #8b7bbbe6
+def _stable(o, depth=8):
     "`o` in words that are the same in every process"
-    if isinstance(o, dict): return {str(k): _stable(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [_stable(v) for v in o]
+    if isinstance(o, dict): return {str(k): _stable(v, depth) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return [_stable(v, depth) for v in o]
+    if isinstance(o, (set, frozenset)): return sorted(map(repr, o))
     if o is None or isinstance(o, (bool, int, float, str)): return o
-    if isinstance(o, partial): return [_stable(o.func), _stable(o.args), _stable(o.keywords)]
-    if callable(o) and hasattr(o, '__qualname__'): return o.__qualname__
-    if ' at 0x' not in repr(o): return repr(o)
-    return [type(o).__name__, _stable(vars(o)) if hasattr(o, '__dict__') else re.sub(r' at 0x\w+', '', repr(o))]
+    if isinstance(o, torch.Tensor): return hashlib.sha1(o.detach().cpu().double().numpy().tobytes()).hexdigest()
+    if isinstance(o, partial): return [_stable(p, depth-1) for p in (o.func, o.args, o.keywords)]
+    if hasattr(o, '__qualname__'): return o.__qualname__   # functions and classes go by their name
+    if depth and hasattr(o, '__dict__'): return [type(o).__qualname__, _stable(vars(o), depth-1)]
+    return re.sub(r' at 0x\w+', '', repr(o))
 
 def _identity(method):
     return [dict(callback=type(cb).__name__, **_stable(getattr(cb, 'settings', None) or {k: v for k,v in vars(cb).items() if k[0] != '_'})) for cb in make_callbacks(method)]
 
-# %% ../nbs/12_learner.ipynb #d807b077
-def _check_compare(methods, seeds, n_epoch, fit, baseline):
+# %% ../nbs/12_learner.ipynb #1b1289bc
+def _check_compare(methods, seeds, model_fn, n_epoch, fit, baseline):
     if not isinstance(methods, dict) or not methods: raise TypeError(f"methods must be a dict from names to methods, such as {{'LsrKD': LsrKD}}, got {methods!r}")
     for name,o in methods.items():
         if o is None and name != baseline: raise ValueError(f'methods: {name!r} is None, which only the baseline may be ({baseline!r})')
     if isinstance(seeds, bool) or not isinstance(seeds, (int, list, tuple, range)): raise TypeError(f'seeds must be how many, or a list of them, got {seeds!r}')
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds: raise ValueError('seeds must be at least 1')
-    if isinstance(n_epoch, bool) or not isinstance(n_epoch, int) or n_epoch < 1: raise ValueError(f'n_epoch must be a whole number, at least 1, got {n_epoch!r}')
+    if any(isinstance(s, bool) or not isinstance(s, int) for s in seeds): raise TypeError(f'seeds must be whole numbers, got {seeds!r}')
+    if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {seeds!r}')
+    check_whole('n_epoch', n_epoch)
+    if isinstance(model_fn, torch.nn.Module) or not callable(model_fn): raise TypeError(f'model_fn must be a function that makes a model, such as partial(create_model, "resnet20", 10), got {type(model_fn).__name__}')
     if not callable(getattr(Learner, fit, None)): raise ValueError(f"fit must name a training method of Learner, such as 'fit' or 'fit_one_cycle', got {fit!r}")
     return seeds
 
-# %% ../nbs/12_learner.ipynb #1b43444b
+# %% ../nbs/12_learner.ipynb #c535bd8d
 def compare(
     methods:dict, # name → None (the baseline), callback class, function that makes a callback, callback, or a list of these
     dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
@@ -172,7 +177,7 @@ def compare(
     opt_func=Adam, # the learner's optimizer
 )->Comparison:
     "Train a network with each method and its matched controls over several seeds, from the same weights on the same batches"
-    seeds = _check_compare(methods, seeds, n_epoch, fit, baseline)
+    seeds = _check_compare(methods, seeds, model_fn, n_epoch, fit, baseline)
     if lr is not None: check_number('lr', lr, '(0,inf)')
     entries = with_controls({baseline: None, **methods} if baseline not in methods else methods, dls.c, controls)
     evaluated_on = 'test' if len(dls.loaders) > 2 else 'validation'
@@ -245,7 +250,7 @@ class _Store:
         self.ledger.append(record)
         self._file(record).unlink(missing_ok=True)
 
-# %% ../nbs/12_learner.ipynb #0bfdb9cb
+# %% ../nbs/12_learner.ipynb #3ae980da
 @patch
 def describe_kd(self:Learner,
     n_batches:int=4, # training batches to measure on
@@ -257,13 +262,16 @@ def describe_kd(self:Learner,
     backward as ratios to those without the method."""
     terms = sorted((o for o in self.cbs if isinstance(o, LossTerm)), key=lambda o: o.name)
     if not terms: raise ValueError('this learner has no method to describe: learn.add_cb(LsrKD()) adds one')
-    if isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 1: raise ValueError(f'n_batches must be a whole number, at least 1, got {n_batches!r}')
+    check_whole('n_batches', n_batches)
     check_number('pct', pct, '[0,1]')
-    order,states,training = deepcopy(vars(self.dls.train).get('rng')),get_random_states(),self.model.training
+    states,training = get_random_states(),self.model.training
+    order,generator = (vars(self.dls.train).get(o) for o in ('rng', 'generator'))   # fastai's loader has the one, PyTorch's the other
+    order,drawn = deepcopy(order),generator and generator.get_state()
     buffers = {k: b.clone() for k,b in self.model.named_buffers()}
     kept = {k: vars(self).get(k) for k in ('xb', 'yb', 'pred', 'pct_train')}
     params = [p for p in self.model.parameters() if p.requires_grad]
-    self.model.to(self.dls.device).train()
+    device = getattr(self.dls, 'device', default_device())
+    self.model.to(device).train()
     self.pct_train = pct
 
     def losses(batch, term=None):
@@ -278,13 +286,13 @@ def describe_kd(self:Learner,
     def step(batch, term=None): return torch.autograd.grad(sum(o for o in losses(batch, term) if o is not None), params)
 
     try:
-        batches = [to_device(b, self.dls.device) for b in islice(self.dls.train, n_batches)]
+        batches = [to_device(b, device) for b in islice(self.dls.train, n_batches)]
         rows = []
         for term in terms:
             hard,soft = (torch.stack(g) for g in zip(*[[gradient(o) for o in losses(b, term)] for b in batches]))
             norms = hard.norm(dim=1),soft.norm(dim=1)
             times = interleaved_times({'plain': lambda: [step(b) for b in batches], 'method': lambda: [step(b, term) for b in batches]}, rounds=5)
-            memory = [peak_memory(lambda: step(batches[0], t), self.dls.device) for t in (None, term)]
+            memory = [peak_memory(lambda: step(batches[0], t), device) for t in (None, term)]
             rows.append({'method': term.name, 'soft/hard gradient': (norms[1]/norms[0]).mean().item(), 'cosine': torch.cosine_similarity(hard, soft).mean().item(),
                          'time': median_ratio(times, 'method', 'plain'), 'memory': memory[1]/memory[0]})
         return pd.DataFrame(rows).set_index('method').round(3)
@@ -293,4 +301,5 @@ def describe_kd(self:Learner,
         self.model.train(training)
         for k,v in kept.items(): setattr(self, k, v)
         if order is not None: self.dls.train.rng = order
+        if generator is not None: generator.set_state(drawn)
         set_random_states(**states)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .core import *
 from .describe import Description
 
-# %% ../nbs/01_losses.ipynb #164d7f6b
+# %% ../nbs/01_losses.ipynb #bc148f29
 class LabelOnlyLoss(nn.Module):
     """Base of losses whose soft target depends on the label alone
 
@@ -44,7 +44,7 @@ class LabelOnlyLoss(nn.Module):
         n_classes:int, # number of classes, which the weights may depend on
     )->Description:
         "What this loss really does"
-        hard,soft,tau,target = self.parts(check_number('n_classes', n_classes, '[2,inf)'))
+        hard,soft,tau,target = self.parts(check_whole('n_classes', n_classes, 2))
         return Description(type(self).__name__, self.settings, n_classes, hard, soft, tau, target)
 
     def activation(self, x): return F.softmax(x, dim=self.axis)

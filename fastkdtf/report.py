@@ -28,7 +28,7 @@ def paired_difference(
     half = stats.t.ppf((1+confidence)/2, len(d)-1)*d.std(ddof=1)/math.sqrt(len(d))
     return d.mean(), d.mean()-half, d.mean()+half
 
-# %% ../nbs/11_report.ipynb #2649bbca
+# %% ../nbs/11_report.ipynb #fd1a795a
 def seeds_needed(
     values, # one number a seed
     baseline, # the baseline's, in the same order
@@ -41,7 +41,7 @@ def seeds_needed(
     if len(d) < 2: return math.nan
     mean,sd = abs(d.mean()),d.std(ddof=1)
     if mean == 0: return math.inf
-    if sd == 0: return 2
+    if sd <= 1e-9*mean: return 2   # nothing but rounding
     def enough(n):
         t = stats.t.ppf(1-level/2, n-1)
         return stats.nct.sf(t, n-1, mean/sd*math.sqrt(n)) >= power
@@ -59,7 +59,7 @@ def _mean(values): return float(np.mean(values)) if len(values) else math.nan
 def _sd(values):   return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 def _number(x):    return math.nan if x is None else x
 
-# %% ../nbs/11_report.ipynb #a7d1cfea
+# %% ../nbs/11_report.ipynb #73835863
 class Comparison:
     "Runs of several methods over the same seeds; shows as a table, draws its plots, saves both"
     def __init__(self,
@@ -137,7 +137,7 @@ class Comparison:
         return ax
 
     def plot_curves(self, axs=None):
-        "Base loss of training, and validation accuracy, by epoch; mean over seeds"
+        "Validation loss and accuracy by epoch, mean over seeds"
         if axs is None: axs = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')[1]
         for name in self.names:
             runs = self.runs(name)

@@ -12,7 +12,7 @@ import torch
 
 from .core import *
 
-# %% ../nbs/02_targets.ipynb #c7459249
+# %% ../nbs/02_targets.ipynb #751c7fac
 class TeacherCorrection:
     "Give the labelled class the probability `gamma` and share the rest as the teacher does. Wang et al. 2020, eq. 11 and 16"
     def __init__(self,
@@ -26,6 +26,8 @@ class TeacherCorrection:
         axis = 1 + target.ndim - step.z.ndim
         y = step.y.unsqueeze(1).expand(*target.shape[:axis], 1, *target.shape[axis+1:])
         others = target.scatter(axis, y, 0.)
-        return (others * ((1-self.gamma)/others.sum(axis, keepdim=True))).scatter(axis, y, self.gamma)
+        total = others.sum(axis, keepdim=True)
+        equal = (1-self.gamma)/(target.shape[axis]-1)   # what a teacher that is certain leaves to the others says nothing
+        return torch.where(total > 0, others*((1-self.gamma)/total), equal).scatter(axis, y, self.gamma)
 
     def __repr__(self): return f'TeacherCorrection({self.gamma})'
