@@ -1,0 +1,282 @@
+"""Paired differences, seeds needed, calibration and the table of a comparison, against SciPy, brute force and NumPy loops"""
+import json, math, warnings
+
+import numpy as np, pandas as pd, pytest, torch
+import matplotlib
+matplotlib.use('agg')
+from hypothesis import given, settings, strategies as st
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from fastkdtf.interpret import evaluate, reliability
+from fastkdtf.report import Comparison, paired_difference, seeds_needed
+
+torch.set_num_threads(1)
+few = settings(max_examples=60, deadline=None)
+
+
+# ---------------------------------------------------------------- paired differences
+
+numbers = st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=2, max_size=12)
+
+@few
+@given(numbers, st.sampled_from([.5, .9, .95, .99]))
+def test_paired_difference_is_scipys(pairs, confidence):
+    a,b = np.array(pairs).T
+    mean,low,high = paired_difference(a, b, confidence)
+    assert mean == pytest.approx((a-b).mean(), abs=1e-12)
+    if (a-b).std() < 1e-6: return   # SciPy warns there
+    interval = stats.ttest_rel(a, b).confidence_interval(confidence)
+    assert (low, high) == pytest.approx((interval.low, interval.high), rel=1e-9, abs=1e-9)
+
+def test_paired_difference_of_few():
+    assert paired_difference([.9], [.8])[0] == pytest.approx(.1)
+    assert all(math.isnan(o) for o in paired_difference([.9], [.8])[1:])
+    assert paired_difference([.9, .8], [.8, .7]) == pytest.approx((.1, .1, .1))
+
+
+# ---------------------------------------------------------------- seeds needed
+
+def power_of(n, effect, level=.05):
+    "Of the two-sided paired t-test, both tails, by integrating over the distribution of the sample's sd"
+    t = stats.t.ppf(1-level/2, n-1)
+    q = (np.arange(20_000)+.5)/20_000
+    s = np.sqrt(stats.chi2.ppf(q, n-1)/(n-1))   # sd of the sample over the true one
+    return (stats.norm.sf(t*s - effect*math.sqrt(n)) + stats.norm.cdf(-t*s - effect*math.sqrt(n))).mean()
+
+def with_effect(effect, n=4):
+    "Differences whose mean is `effect` of their sd"
+    d = np.arange(n) - (n-1)/2
+    return effect + d/d.std(ddof=1)
+
+@pytest.mark.parametrize('effect,level,power', [(.3, .05, .8), (.5, .05, .8), (.8, .05, .8), (1., .05, .9), (1.5, .01, .8), (2., .05, .8), (4., .05, .8), (9., .05, .8), (-.7, .05, .8)])
+def test_seeds_needed_is_the_smallest_with_that_power(effect, level, power):
+    d = with_effect(effect)
+    n = seeds_needed(d, np.zeros(4), power=power, level=level)
+    assert power_of(n, abs(effect), level) >= power - 1e-3
+    assert n == 2 or power_of(n-1, abs(effect), level) < power + 1e-3
+
+def test_seeds_needed_by_simulation():
+    n = seeds_needed(with_effect(1.), np.zeros(4))
+    found = stats.ttest_1samp(np.random.default_rng(0).normal(1., 1., (20_000, n)), 0, axis=1).pvalue < .05
+    assert .79 < found.mean() < .87
+
+def test_seeds_needed_at_the_ends():
+    base = np.array([.91, .923, .934])
+    assert math.isnan(seeds_needed([.9], [.8]))
+    assert seeds_needed(base, base) == math.inf
+    assert seeds_needed(base+[1e-5, 0, -.99e-5], base) == math.inf      # more than `most`
+    assert seeds_needed([1., 2.], [0., 1.]) == 2
+    assert seeds_needed(base+[1e-5, 0, -.9e-5], base) > 6000 and seeds_needed(base+[1e-5, 0, -.9e-5], base, most=1000) == math.inf
+
+def test_seeds_needed_of_equal_differences():
+    "One more right out of 360, for every seed"
+    base = np.array([330, 335, 341])
+    assert seeds_needed((base+1)/360, base/360) == 2 and seeds_needed(np.array([.91, .923, .934])+.25, [.91, .923, .934]) == 2
+
+@few
+@given(numbers)
+def test_seeds_needed_does_not_depend_on_units_or_signs(pairs):
+    a,b = np.array(pairs).T
+    d = a-b
+    if d.std() < 1e-3 or abs(d.mean()) < 1e-3: return
+    n = seeds_needed(a, b)
+    assert n >= 2 and seeds_needed(b, a) == n and seeds_needed(8*a, 8*b) == n
+
+
+# ---------------------------------------------------------------- calibration
+
+def naive(logits, y, n_bins=15):
+    "Guo et al. 2017, eq. 3, sample by sample: bin m holds the confidences in ((m-1)/M, m/M]"
+    z = logits.double().numpy()
+    p = np.exp(z-z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    bins = [[] for _ in range(n_bins)]
+    for row,c in zip(p, y.tolist()):
+        conf = row.max()
+        m = next(m for m in range(n_bins) if conf <= (m+1)/n_bins+1e-12)
+        bins[m].append((conf, row.argmax() == c))
+    ece,table = 0.,[]
+    for rows in bins:
+        n = len(rows)
+        conf,acc = (sum(r[i] for r in rows)/n for i in range(2)) if n else (0., 0.)
+        ece += n/len(y)*abs(acc-conf)
+        table.append((n, conf, acc))
+    nll = -np.mean([math.log(row[c]) for row,c in zip(p, y.tolist())])
+    return ece,nll,np.mean([row.argmax() == c for row,c in zip(p, y.tolist())]),table
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 200), st.integers(2, 20), st.floats(.1, 6), st.integers(0, 10**6))
+def test_calibration_is_the_naive_loops(n, k, spread, seed):
+    gen = torch.Generator().manual_seed(seed)
+    logits,y = spread*torch.randn(n, k, generator=gen),torch.randint(0, k, (n,), generator=gen)
+    ece,nll,acc,table = naive(logits, y)
+    got = evaluate(logits, y)
+    assert got['nll'] == pytest.approx(nll, rel=1e-5, abs=1e-6) and got['accuracy'] == pytest.approx(acc)
+    # a confidence within float32 rounding of an edge may fall on either side of it
+    if [r[0] for r in got['reliability']] == [r[0] for r in table]:
+        assert got['ece'] == pytest.approx(ece, abs=1e-5)
+        assert np.array(got['reliability']) == pytest.approx(np.array(table), abs=1e-5)
+    else: assert got['ece'] == pytest.approx(ece, abs=2/n)
+    assert sum(r[0] for r in got['reliability']) == n
+
+def test_known_calibration():
+    sure = torch.tensor([[20., 0.], [20., 0.], [0., 20.], [20., 0.]])
+    assert evaluate(sure, torch.tensor([0, 0, 1, 1]))['ece'] == pytest.approx(.25, abs=1e-4)
+    assert evaluate(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))['ece'] == pytest.approx(0, abs=1e-6)
+    assert len(evaluate(sure, torch.zeros(4, dtype=torch.long))['reliability']) == 15
+
+@pytest.mark.parametrize('n_bins', [1, 5, 10])
+def test_bins(n_bins):
+    logits,y = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)),torch.arange(50)%4
+    assert reliability(logits, y, n_bins).numpy() == pytest.approx(np.array(naive(logits, y, n_bins)[3]), abs=1e-5)
+
+def test_half_precision_and_not_a_number():
+    logits,y = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)),torch.arange(64)%5
+    assert evaluate(logits.half(), y)['nll'] == pytest.approx(evaluate(logits, y)['nll'], rel=1e-2)
+    lost = evaluate(torch.full((4, 3), math.nan), torch.zeros(4, dtype=torch.long))
+    assert math.isnan(lost['nll']) and math.isnan(lost['ece'])
+    json.dumps(lost)
+
+
+# ---------------------------------------------------------------- the table
+
+def record(method, seed, last=.5, best=.6, rank=0, control_for=(), nll=1., ece=.1, time=2., history=None):
+    score = lambda a: dict(accuracy=a, nll=nll, ece=ece)
+    return dict(key=f'{method}/{seed}', method=method, rank=rank, control_for=list(control_for), seed=seed, baseline='baseline', setting='digits, resnet8',
+                evaluated_on='test', last=score(last), best=dict(epoch=1, valid_accuracy=.7, **score(best)), seconds_per_epoch=time,
+                history=history or dict(train_loss=[2., 1.], valid_loss=[2., 1.5], accuracy=[.4, last]))
+
+def study():
+    rng = np.random.default_rng(0)
+    return [record(m, seed, last=rng.uniform(.5, .9), best=rng.uniform(.5, .9), rank=rank, control_for=c, nll=rng.uniform(.5, 2), ece=rng.uniform(0, .2), time=rng.uniform(1, 3))
+            for seed in (0, 1, 2, 5) for rank,(m,c) in enumerate([('baseline', ()), ('LsrKD', ()), ('TfKDReg', ()), ('LS 0.1', ('LsrKD',)), ('CE ×2', ('TfKDReg', 'LsrKD'))])]
+
+def of(records, method, *keys):
+    out = []
+    for r in sorted((r for r in records if r['method'] == method), key=lambda r: r['seed']):
+        for k in keys: r = r[k]
+        out.append(r)
+    return np.array(out)
+
+def test_table_is_the_formulas():
+    records = study()
+    table = Comparison(records).table
+    assert list(table.index) == ['baseline', 'LsrKD', 'TfKDReg', 'LS 0.1', 'CE ×2']
+    for name,row in table.iterrows():
+        last,best = of(records, name, 'last', 'accuracy'),of(records, name, 'best', 'accuracy')
+        assert row.seeds == 4
+        assert (row['last'], row.last_sd, row.best, row.best_sd) == pytest.approx((last.mean(), last.std(ddof=1), best.mean(), best.std(ddof=1)))
+        assert row.nll == pytest.approx(of(records, name, 'last', 'nll').mean()) and row.ece == pytest.approx(of(records, name, 'last', 'ece').mean())
+        assert row.seconds_per_epoch == pytest.approx(of(records, name, 'seconds_per_epoch').mean())
+        if name == 'baseline':
+            assert row[['difference', 'low', 'high', 'seeds_needed', 'overhead']].isna().all()
+            continue
+        base = of(records, 'baseline', 'last', 'accuracy')
+        test = stats.ttest_rel(last, base).confidence_interval(.95)
+        assert (row.difference, row.low, row.high) == pytest.approx(((last-base).mean(), test.low, test.high))
+        assert row.seeds_needed == seeds_needed(last, base)
+        assert row.overhead == pytest.approx((of(records, name, 'seconds_per_epoch')/of(records, 'baseline', 'seconds_per_epoch')).mean()-1)
+    assert table.control_for['CE ×2'] == 'TfKDReg, LsrKD' and table.control_for['baseline'] == ''
+
+def test_order_of_records_does_not_matter():
+    records = study()
+    shuffled = [records[i] for i in np.random.default_rng(1).permutation(len(records))]
+    pd.testing.assert_frame_equal(Comparison(records).table, Comparison(shuffled).table)
+
+def test_paired_by_seed_when_seeds_are_missing():
+    "The baseline lacks seed 3, the method lacks seed 0: seeds 1 and 2 are compared"
+    base = [record('baseline', s, last=.1*s+.2, time=1.) for s in (2, 0, 1)]
+    ours = [record('A', s, last=.1*s+.25+.01*(s == 2), rank=1, time=1.+s) for s in (3, 1, 2)]
+    row = Comparison(ours+base).table.loc['A']
+    assert row.seeds == 3 and row['last'] == pytest.approx(np.mean([.35, .46, .55]))
+    expected = stats.ttest_rel([.35, .46], [.3, .4]).confidence_interval(.95)
+    assert (row.difference, row.low, row.high) == pytest.approx((.055, expected.low, expected.high))
+    assert row.overhead == pytest.approx(1.5)
+
+def test_no_common_seed_or_no_baseline():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        c = Comparison([record('baseline', 0), record('A', 1, rank=1)])
+        assert math.isnan(c.table.loc['A'].difference) and c.shown.loc['A', 'Δ last'] == '–'
+        alone = Comparison([record('A', 0)])
+        assert math.isnan(alone.table.loc['A'].difference)
+        repr(alone)
+
+def test_one_seed_shows_dashes():
+    c = Comparison([record('baseline', 0, last=.5), record('A', 0, last=.6, rank=1)])
+    a,base = c.shown.loc['A'],c.shown.loc['baseline']
+    assert a['last acc %'] == '60.00' and base['last acc %'] == '50.00' and '±' not in repr(c.shown)
+    assert a['Δ last'] == '+10.00' and a['95 % interval'] == '–' and a['seeds needed'] == '–'
+    assert base['Δ last'] == '–' and base['overhead'] == '–'
+    assert 'nan' not in repr(c) and 'nan' not in c._repr_html_().lower()
+
+def test_what_is_shown():
+    c = Comparison([record('baseline', s, last=.5+.01*s, best=.6, nll=1.2345, ece=.0567, time=2.) for s in (0, 1)]
+                   + [record('A', s, last=.6+.03*s, rank=1, control_for=('B',), time=3.) for s in (0, 1)])
+    a = c.shown.loc['A']
+    assert a['last acc %'] == '61.50 ± 2.12' and a['Δ last'] == '+11.00' and a['overhead'] == '+50 %' and a['s/epoch'] == '3.00' and a['control for'] == 'B'
+    assert a['95 % interval'] == '[-1.71, +23.71]'
+    assert c.shown.loc['baseline', 'NLL'] == '1.234' and c.shown.loc['baseline', 'ECE %'] == '5.67'
+    for o in ('digits, resnet8', 'test set', 'baseline', 'mean ± sd'): assert o in repr(c) and o in c._repr_html_()
+    assert '∞' in repr(Comparison([record(m, s) for m in ('baseline', 'A') for s in (0, 1)]))
+
+def test_diverged_runs():
+    "As the ledger returns them, nulls for what is not a number"
+    lost = record('A', 1, last=.1, nll=None, ece=None, rank=1, history=dict(train_loss=[None, None], valid_loss=[None, None], accuracy=[.1, .1]))
+    c = Comparison([record('baseline', 0), record('baseline', 1), record('A', 0, rank=1), lost])
+    assert c.table.loc['A', 'last'] == pytest.approx(.3) and math.isnan(c.table.loc['A'].nll)
+    assert c.shown.loc['A', 'NLL'] == '–' and c.shown.loc['A', 'ECE %'] == '–' and c.shown.loc['baseline', 'NLL'] == '1.000'
+    without = Comparison([record('baseline', 0), record('A', 0, last=None, best=None, rank=1)])
+    assert without.shown.loc['A', 'last acc %'] == '–' and without.shown.loc['A', 'Δ last'] == '–'
+    for o in (c, without):
+        o.plot_accuracy(), o.plot_curves(), repr(o)
+    plt.close('all')
+
+def test_nothing_to_show():
+    with pytest.raises(ValueError, match='records'): Comparison([])
+
+
+# ---------------------------------------------------------------- files and plots
+
+def test_save_round_trip(tmp_path):
+    c = Comparison(study())
+    before = plt.get_fignums()
+    assert c.save(tmp_path/'a'/'b') == tmp_path/'a'/'b'
+    assert plt.get_fignums() == before
+    assert sorted(o.name for o in (tmp_path/'a'/'b').iterdir()) == ['accuracy.png', 'curves.png', 'table.csv']
+    again = pd.read_csv(tmp_path/'a'/'b'/'table.csv', index_col='method', keep_default_na=True).fillna({'control_for': ''})
+    pd.testing.assert_frame_equal(again, c.table, check_dtype=False)
+    for name in ('accuracy', 'curves'): assert plt.imread(tmp_path/'a'/'b'/f'{name}.png').std() > 0
+    c.save(str(tmp_path/'a'/'b'))   # over it
+
+def test_save_leaves_the_users_figure(tmp_path):
+    plt.close('all')
+    mine = plt.figure()
+    mine.add_subplot().plot([0, 1])
+    Comparison(study()).save(tmp_path)
+    assert plt.get_fignums() == [mine.number] and len(mine.axes[0].lines) == 1
+    plt.close('all')
+
+def test_accuracy_plot():
+    records = study()
+    c = Comparison(records)
+    ax = c.plot_accuracy()
+    assert [o.get_text() for o in ax.get_yticklabels()] == c.names and ax.yaxis_inverted()
+    for i,name in enumerate(c.names):
+        x,y = ax.collections[i].get_offsets().T
+        assert np.asarray(x) == pytest.approx(100*of(records, name, 'last', 'accuracy')) and set(y) == {i}
+        assert ax.lines[i].get_xdata() == pytest.approx([100*of(records, name, 'last', 'accuracy').mean()]*2)
+    own = plt.subplots()[1]
+    assert c.plot_accuracy(own) is own
+    plt.close('all')
+
+def test_curves_plot():
+    history = lambda a: dict(valid_loss=[3., 2., a], accuracy=[.1, .2, a])
+    c = Comparison([record('baseline', 0, history=history(.3)), record('baseline', 1, history=history(.5)), record('A', 0, rank=1, history=history(.9))])
+    axs = c.plot_curves()
+    for ax,first in zip(axs, (3., .1)):
+        assert [o.get_label() for o in ax.lines] == ['baseline', 'A']
+        assert list(ax.lines[0].get_xdata()) == [1, 2, 3]
+        assert ax.lines[0].get_ydata()[[0, -1]] == pytest.approx([first, .4]) and ax.lines[1].get_ydata()[-1] == pytest.approx(.9)
+    plt.close('all')
