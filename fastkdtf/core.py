@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 
 # %% auto #0
 __all__ = ['check_number', 'check_whole', 'check_choice', 'check_scale', 'soft_scale', 'check_variant', 'TwoValued',
-           'virtual_logits', 'soften', 'label_loss', 'soft_loss', 'classification_batch', 'check_teacher_logits',
+           'virtual_logits', 'soften', 'label_loss', 'soft_target_loss', 'classification_batch', 'check_teacher_logits',
            'reduce_samples', 'Step']
 
 # %% ../nbs/00_core.ipynb #6cd1f267
@@ -243,8 +243,8 @@ def label_loss(
     loss = _LabelLoss.apply(z.flatten(2), y.flatten(2 if y.is_floating_point() else 1), plan, reduction, ignore_index)
     return loss.view(z.shape[:1] + z.shape[2:]) if reduction == 'none' else loss
 
-# %% ../nbs/00_core.ipynb #3cec64d8
-def soft_loss(
+# %% ../nbs/00_core.ipynb #d5b03e83
+def soft_target_loss(
     z:Tensor, # the student's logits `[N,K,…]`
     target:Tensor, # probabilities, `[N,K,…]` or `[n,N,K,…]`: the losses of `n` targets are averaged
     tau:float=1., # the student's temperature

@@ -27,7 +27,7 @@ def _check_schedule(name, value, interval):
     for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
-# %% ../nbs/06_distill.ipynb #717ca371
+# %% ../nbs/06_distill.ipynb #bb1f9921
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
     def __init__(self,
@@ -88,7 +88,7 @@ class Distill(LossTerm):
             dense = target.dense(step.y, step.n_classes) if isinstance(target, TwoValued) else target
             return self.divergence(step.z/tau, dense)
         if isinstance(target, TwoValued): return label_loss(step.z, step.y, target, tau, entropy=self.divergence == 'kl', ignore_index=ignore_index)
-        return soft_loss(step.z, target, tau, entropy=self.divergence == 'kl')
+        return soft_target_loss(step.z, target, tau, entropy=self.divergence == 'kl')
 
     def term(self, labels):
         "Weight of the base loss, weight of the soft loss, soft loss; a soft loss without weight is not computed"
