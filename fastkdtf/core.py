@@ -113,7 +113,7 @@ def virtual_logits(
     p = TwoValued(correct_prob, (1-correct_prob)/(n_classes-1))
     return p if variant == 'official' else TwoValued(*map(math.log, p))
 
-# %% ../nbs/00_core.ipynb #6ec4e20d
+# %% ../nbs/00_core.ipynb #1d3cbb63
 def soften(
     logits, # `[N,K,…]`, `[n,N,K,…]` for `n` teachers, or `TwoValued`
     tau:float, # temperature
@@ -122,7 +122,8 @@ def soften(
 ):
     "The distribution `softmax(logits/tau)`, in float32 at least"
     if isinstance(logits, TwoValued): return logits.soften(tau, n_classes)
-    return torch.softmax(_at_least_float32(logits)/tau, axis)
+    z = _at_least_float32(logits)
+    return torch.softmax((z - z.amax(axis, keepdim=True))/tau, axis)
 
 # %% ../nbs/00_core.ipynb #aaf5753c
 def _at_least_float32(z):
@@ -139,7 +140,7 @@ def _chunks(shape, itemsize):
         if len(shape) == 2: yield (slice(i, i+rows),)
         else: yield from ((slice(i, i+rows), slice(j, j+cols)) for j in range(0, m, cols))
 
-# %% ../nbs/00_core.ipynb #b37be195
+# %% ../nbs/00_core.ipynb #8d485505
 class _Plan(NamedTuple):
     "What `Σ w·H(t, p_τ) + constant` needs besides logits and labels"
     heads:tuple # one or two `(w, τ)`, a softened one last
@@ -149,6 +150,7 @@ class _Plan(NamedTuple):
 
 @lru_cache
 def _plan(target, tau, hard, soft, entropy, n_classes):
+    if not hard+soft: raise ValueError('this loss has no weight: alpha=1 and scale=0 leave nothing to learn from')
     on,off = target
     if tau == 1: parts = ((hard+soft, 1., hard+soft*on, soft*off),)
     else:        parts = tuple(o for o in ((hard, 1., hard, 0.), (soft, tau, soft*on, soft*off)) if o[0])
@@ -221,7 +223,7 @@ class _LabelLoss(torch.autograd.Function):
         if g.ndim or not g.is_cpu or g.item() != 1: grad.mul_(g.unsqueeze(1) if g.ndim else g)   # on CPU a look is cheaper than a pass over the gradient
         return grad, None, None, None, None
 
-# %% ../nbs/00_core.ipynb #faeff031
+# %% ../nbs/00_core.ipynb #7b108eda
 def label_loss(
     z:Tensor, # logits `[N,K]` or `[N,K,d1,…]`
     y:Tensor, # labels: integers `[N,…]`, or probabilities of `z`'s shape
@@ -233,7 +235,7 @@ def label_loss(
     reduction:str='none', # over samples and positions: 'none' (`[N,d1,…]`) | 'mean' | 'sum'
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor: # in float32 at least
-    "`hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone (spec §1)"
+    "`hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone"
     check_choice('reduction', reduction, ('none', 'mean', 'sum'))
     z = _at_least_float32(z)
     if type(y) is not Tensor: y = y.as_subclass(Tensor)
@@ -243,7 +245,7 @@ def label_loss(
     loss = _LabelLoss.apply(z.flatten(2), y.flatten(2 if y.is_floating_point() else 1), plan, reduction, ignore_index)
     return loss.view(z.shape[:1] + z.shape[2:]) if reduction == 'none' else loss
 
-# %% ../nbs/00_core.ipynb #d5b03e83
+# %% ../nbs/00_core.ipynb #55038275
 def soft_target_loss(
     z:Tensor, # the student's logits `[N,K,…]`
     target:Tensor, # probabilities, `[N,K,…]` or `[n,N,K,…]`: the losses of `n` targets are averaged
@@ -251,7 +253,8 @@ def soft_target_loss(
     entropy:bool=True, # `D_KL(t, p_τ)`; False: `H(t, p_τ)`
 )->Tensor: # `[N,…]`
     "`D_KL(t, p_τ)` per sample; a zero in the target contributes 0"
-    logp = torch.log_softmax(_at_least_float32(z)/tau, 1)
+    z = _at_least_float32(z)
+    logp = torch.log_softmax((z - z.detach().amax(1, keepdim=True))/tau, 1)
     several = target.ndim > z.ndim
     mean = target.mean(0) if several else target
     loss = -(mean*logp).sum(1)
@@ -293,14 +296,14 @@ def check_teacher_logits(
         raise ValueError(f"a teacher must return logits of the student's shape {tuple(z.shape)}, or (n, {', '.join(map(str, z.shape))}), got {tuple(zt.shape)}")
     return zt.detach()
 
-# %% ../nbs/00_core.ipynb #e8c1058b
+# %% ../nbs/00_core.ipynb #ebdf4c3e
 def reduce_samples(
     loss:Tensor, # `[N,…]`, one number a sample or position
     y:Tensor, # the labels
     reduction:str='mean', # 'mean' | 'sum' | 'none'
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor:
-    "Mean (sum, or none) over the samples and positions that count (spec §0.1)"
+    "Mean (sum, or none) over the samples and positions that count"
     if not y.is_floating_point():
         keep = y != ignore_index
         loss = torch.where(keep, loss, 0.)

@@ -1,4 +1,4 @@
-"""The label-only losses of spec §0–§2, written a second time: float64 NumPy, dense [N,K] targets, one loop per rule.
+"""The label-only losses of the papers, written a second time: float64 NumPy, dense [N,K] targets, one loop per rule.
 
 Nothing here is taken from the package: every function follows one equation of Yuan 2019 or Wang 2020, as slowly as it is printed.
 """

@@ -1,8 +1,7 @@
-"""The callbacks `Distill`, `LsrKD`, `TfKDReg` and the controls, written from design §1, §4, §5 and style §3.3 without looking at the notebooks.
+"""The callbacks `Distill`, `LsrKD`, `TfKDReg` and the controls, in everything that fastai does with a callback.
 
-Numbers come from `reference.py` (float64 NumPy) or from plain PyTorch loops. `test_pitfall_NN_…` guards pitfall NN of style §3.3;
-pitfalls 18 (a second forward under data parallelism) and 23 (data from the network) have nothing to guard here: no method of these
-modules runs a second forward, and all data are digits or made up.
+Numbers come from `reference.py` (float64 NumPy) or from plain PyTorch loops. Each `test_pitfall_NN_…` guards one habit of fastai that
+callbacks are known to break, named after it.
 """
 import copy, math, pickle, random, sys, warnings
 from functools import lru_cache, partial
@@ -462,7 +461,7 @@ def test_training_with_the_control_is_indistinguishable(args, eps, scale):
     assert torch.norm(grads[0]-grads[1])/torch.norm(grads[0]) < 2e-6
     by_torch = one_step(None, z, y, lambda p, t: d.scale*F.cross_entropy(p, t, label_smoothing=d.epsilon)).grad
     assert torch.norm(grads[0]-by_torch)/torch.norm(grads[0]) < 2e-6
-    # the distances of `peers.md` §0.1 are those to label smoothing of the *α* that the setting would have without its virtual teacher
+    # label smoothing of the α that the setting would have with a uniform teacher is near, but not the same
     w = args['alpha']*args.get('multiplier', 1.)/100
     uniform = one_step(ScaledLS(w/(1-args['alpha']+w), 1-args['alpha']+w), z, y).grad
     assert 1e-6 < torch.norm(grads[0]-uniform)/torch.norm(grads[0]) < 1e-3

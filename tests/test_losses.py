@@ -81,7 +81,7 @@ def check(case, z, targ, **kwargs):
     check_grad(grad, want, size, tol, msg=name_of(case))
     return out, grad
 
-# --- values and gradients over the settings of issue 2
+# --- values and gradients over the settings of use
 
 def grid(n_classes, tau):
     for alpha in (.1, .9):
@@ -134,7 +134,7 @@ def test_scaled_inputs_are_finite_and_right(case):
 
 # --- check values and closed relations
 
-SOFTENED = [(.99,   10, 20, (.134982, .096113), (.104539, .099496)),   # spec §2
+SOFTENED = [(.99,   10, 20, (.134982, .096113), (.104539, .099496)),   # by the equations, and by the authors' code
             (.99,  100, 20, (.015741, .009942), (.010502, .009995)),
             (.99,  100, 40, (.012551, .009974), (.010248, .009997)),
             (.99, 1000, 20, (.001776, .000999), (.001051, .001000))]

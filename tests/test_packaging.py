@@ -14,7 +14,7 @@ ini = ini['DEFAULT']
 modules = sorted(cfg.lib_path.rglob('*.py'))
 notebooks = sorted(p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
-# A module imports from lower floors only (design §2); half floors are steps within one
+# A module imports from lower floors only; half floors are steps within one
 floors = {1: 'core', 1.5: 'describe measure', 2: 'losses targets models data', 3: 'teachers', 3.5: 'terms', 4: 'distill selfguide stages runs',
           5: 'interpret report', 6: 'learner recipes bench', 7: 'experiment sweep', 8: 'cli', 9: 'all'}
 floor = {m:f for f,ms in floors.items() for m in ms.split()}
