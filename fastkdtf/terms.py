@@ -45,9 +45,11 @@ class RunningMean:
 class TermMetric(ValueMetric):
     "A column that belongs to a `LossTerm`"
 
-# %% ../nbs/05a_terms.ipynb #599e8e24
+# %% ../nbs/05a_terms.ipynb #ff4fc5d0
 class LossTerm(Callback):
-    "A method that adds a term to the training loss; a subclass defines `term(labels)`"
+    """A method that adds a term to the training loss
+
+    A subclass defines `hard_share(pct)`, the weight of the base loss after a share `pct` of the training, and `term(labels)`."""
     _stateattrs = ('base_mean', 'soft_mean')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
 
@@ -95,7 +97,6 @@ class LossTerm(Callback):
             raise ValueError(f'two methods are called {twice!r}: give one of them a name=, or average several teachers with EnsembleTeacher')
         check_classification(self.base_loss_func)
         if not self.fitting: return self._drop_columns()   # an interrupted fit may have left some
-        self.check_fit()
         self.base_mean,self.soft_mean = RunningMean(),RunningMean()
         if self is not terms[0]: return
         share = max(sum(1-o.hard_share(pct/100) for o in terms) for pct in range(101))
@@ -104,8 +105,6 @@ class LossTerm(Callback):
         columns = [TermMetric(self._base_value, 'base_loss')]
         columns += [TermMetric(o._soft_value, 'soft_loss' if len(terms) == 1 else f'{o.name}_loss') for o in terms]
         self.learn.metrics = self.learn.metrics + columns
-
-    def check_fit(self): "Refuse what cannot work in this fit; called before the first batch"
 
     def _drop_columns(self): self.learn.metrics = self.learn.metrics.filter(lambda o: not isinstance(o, TermMetric))
     def _base_value(self): return self.base_mean.value
