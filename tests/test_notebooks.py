@@ -13,6 +13,6 @@ code = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.arg
 
 @pytest.mark.parametrize('nb', notebooks, ids=[nb.relative_to(cfg.nbs_path).as_posix() for nb in notebooks])
 def test_notebook(nb):
-    env = {**os.environ, 'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1'}
+    env = {**os.environ, 'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}    # sums of one thread are the same each time
     r = subprocess.run([sys.executable, '-c', code, nb, root, *cfg.tst_flags.split()], cwd=root, env=env, capture_output=True, text=True)
     assert r.returncode==0, r.stderr[-5000:]
