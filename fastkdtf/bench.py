@@ -7,18 +7,19 @@ Docs: https://fastkdtf.github.io/fastkdtf/bench.html.md"""
 # %% auto #0
 __all__ = ['bench_losses', 'StepBench', 'bench_steps']
 
-# %% ../nbs/13_bench.ipynb #fc991767
+# %% ../nbs/13_bench.ipynb #7e129a5f
 from functools import partial
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from torch.utils.data import TensorDataset
-from fastai.data.load import DataLoader
 
 from .core import *
 from .distill import teacher_free
@@ -41,7 +42,7 @@ _losses = {
     'LsrKD-TC': (LsrKDLoss(gamma=.25),   partial(_composed, alpha=.1, tau=3,  scale=3,   target=partial(_corrected, gamma=.25))),
     'TfKDReg':  (TfKDRegLoss(),          partial(_composed, alpha=.1, tau=20, scale=400, target=_virtual))}
 
-# %% ../nbs/13_bench.ipynb #c80a5ac8
+# %% ../nbs/13_bench.ipynb #5e211981
 def bench_losses(
     n:int=128, # samples
     n_classes:int=100,
@@ -49,7 +50,7 @@ def bench_losses(
     device:str='cpu',
 )->pd.DataFrame: # one row a loss
     "Time of forward and backward over `F.cross_entropy`'s and over the composition's, and memory in units of the logits"
-    check_number('n', n, '[1,inf)'), check_number('n_classes', n_classes, '[2,inf)'), check_number('rounds', rounds, '[1,inf)')
+    for name,v,least in (('n', n, 1), ('n_classes', n_classes, 2), ('rounds', rounds, 1)): check_whole(name, v, least)
     z = torch.randn(n, n_classes, device=device, requires_grad=True)
     y = torch.randint(0, n_classes, (n,), device=device)
     def step(f): torch.autograd.grad(f(z, y), z)
@@ -65,7 +66,7 @@ def bench_losses(
     rows.append({'loss': 'F.cross_entropy', 'time / cross_entropy': 1., 'memory / logits': memory['F.cross_entropy']})
     return pd.DataFrame(rows).set_index('loss').round(3)
 
-# %% ../nbs/13_bench.ipynb #545a009b
+# %% ../nbs/13_bench.ipynb #d0b9fbd2
 class StepBench:
     "A learner in the middle of an epoch, that trains on one batch whenever it is called"
     def __init__(self, model, batch, n_classes, cbs=()):
@@ -75,12 +76,12 @@ class StepBench:
         learn = self.learn
         learn.create_opt()
         learn.n_epoch,learn.n_iter,learn.logger = 1,10**6,lambda *_: None
-        learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__ == 'ProgressCallback'])
+        learn.remove_cb(ProgressCallback)
         for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
 
     def __call__(self): self.learn.one_batch(0, self.batch)
 
-# %% ../nbs/13_bench.ipynb #7cda9707
+# %% ../nbs/13_bench.ipynb #f57d564b
 def bench_steps(
     arch:str='resnet20', # as `create_model` takes it
     bs:int=128, # images a batch
@@ -91,7 +92,7 @@ def bench_steps(
     device:str='cpu',
 )->pd.DataFrame: # one row a method
     "Time and peak memory of a training step, as ratios to those of the plain step"
-    for name,v in (('bs', bs), ('size', size), ('rounds', rounds)): check_number(name, v, '[1,inf)')
+    for name,v in (('bs', bs), ('size', size), ('rounds', rounds)): check_whole(name, v)
     batch = torch.randn(bs, 3, size, size, device=device),torch.randint(0, n_classes, (bs,), device=device)
     methods = {'plain': None, **(teacher_free(n_classes) if methods is None else methods)}
     steps = {}

@@ -34,7 +34,7 @@ def _device(name):
     except (RuntimeError, AssertionError) as e: raise UsageError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]})") from e
     return name
 
-# %% ../nbs/30_cli.ipynb #3472117c
+# %% ../nbs/30_cli.ipynb #fa5a05d3
 def _chosen(methods, all_methods):
     "The methods named in a comma-separated list"
     if methods == 'all': return all_methods
@@ -59,7 +59,7 @@ def _compare(a):
     dls = kd_dataloaders(a.data, bs=a.bs, train_subset=a.train_subset, device=device)
     methods = _chosen(a.methods, teacher_free(dls.c))
     data = dict(data='digits') if a.data == 'digits' else dict(data=Path(a.data).stem, sha1=_digest(a.data))
-    comparison = compare({'baseline': None, **methods} if methods else {'baseline': None}, dls, partial(create_model, a.arch, dls.c), a.epochs, a.seeds,
+    comparison = compare({'baseline': None, **methods}, dls, partial(create_model, a.arch, dls.c), a.epochs, a.seeds,
                          controls=not a.no_controls, out=out, lr=a.lr, settings=dict(**data, arch=a.arch))
     print(f'\n{comparison}\n\n{out/"table.csv"}, {out/"accuracy.png"}, {out/"curves.png"}; every run is in {out/"results.jsonl"}')
 

@@ -19,15 +19,15 @@ from .targets import TeacherCorrection
 from .teachers import LabelTeacher, UniformTeacher, VirtualTeacher
 from .terms import LossTerm
 
-# %% ../nbs/06_distill.ipynb #db288edd
-def _pair(x, first): return x if isinstance(x, tuple) else (first(x), x)
+# %% ../nbs/06_distill.ipynb #67bdce6d
+def _at(value, pct): return float(value(pct)) if callable(value) else value
 
 def _check_schedule(name, value, interval):
     if not callable(value): return check_number(name, value, interval)
     for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
-# %% ../nbs/06_distill.ipynb #bb1f9921
+# %% ../nbs/06_distill.ipynb #1fefc1ae
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
     def __init__(self,
@@ -46,7 +46,7 @@ class Distill(LossTerm):
         if not callable(teacher): raise TypeError(f'teacher must be a function of a Step that returns logits, such as UniformTeacher(), got {teacher!r}')
         if isinstance(alpha, tuple): self.alpha = tuple(_check_schedule('alpha', o, '[0,inf)') for o in alpha)
         else:                        self.alpha = _check_schedule('alpha', alpha, '[0,1]')
-        self.tau = tuple(_check_schedule('tau', o, '(0,inf)') for o in _pair(tau, lambda t: t))
+        self.tau = tuple(_check_schedule('tau', o, '(0,inf)') for o in (tau if isinstance(tau, tuple) else (tau, tau)))
         if not callable(loss): check_choice('loss', loss, ('kl', 'ce'))
         self.rewrites = (rewrite,) if callable(rewrite) else tuple(rewrite)
         self.teacher,self.scale,self.divergence,self.sample_weight = teacher,check_scale(scale),loss,sample_weight
@@ -58,13 +58,13 @@ class Distill(LossTerm):
         pct:float, # share of the training that is done
     )->tuple:
         "Weights of the hard and of the soft term, before the factor `s`"
-        now = lambda o: float(o(pct)) if callable(o) else o
-        if isinstance(self.alpha, tuple): return tuple(map(now, self.alpha))
-        return 1-now(self.alpha), now(self.alpha)
+        if isinstance(self.alpha, tuple): return tuple(_at(o, pct) for o in self.alpha)
+        alpha = _at(self.alpha, pct)
+        return 1-alpha, alpha
 
     def temperatures(self, pct:float)->tuple:
         "The teacher's temperature and the student's"
-        return tuple(float(o(pct)) if callable(o) else o for o in self.tau)
+        return tuple(_at(o, pct) for o in self.tau)
 
     def hard_share(self, pct): return self.weights(pct)[0]
 
@@ -124,7 +124,8 @@ class Distill(LossTerm):
         notes = []
         if self.sample_weight is not None: notes.append('weights of samples are not counted')
         if callable(self.divergence): notes.append('the loss is a function of your own: gradient and scale are those of the divergence')
-        if any(map(callable, (*_pair(self.alpha, lambda a: a), *self.tau))): notes.append(f'on a schedule; shown at {pct:.0%} of the training')
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        if any(map(callable, alphas+self.tau)): notes.append(f'on a schedule; shown at {pct:.0%} of the training')
         if target is not None and not isinstance(target, TwoValued): target = None
         return Description(type(self).__name__, self.settings, k, self.weights(pct)[0], self.soft_weight(k, pct), self.temperatures(pct)[1], target, notes)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .core import *
 
-# %% ../nbs/10_interpret.ipynb #2b5b352a
+# %% ../nbs/10_interpret.ipynb #fb65dd2e
 def plot_soft_targets(
     teacher, # any `step → logits`, `VirtualTeacher()` for one
     n_classes:int=10,
@@ -25,7 +25,7 @@ def plot_soft_targets(
     axs=None, # axes to draw on, one a temperature
 ): # the axes
     "A teacher's softened distribution at several temperatures, beside the uniform one. Yuan et al. 2020, Fig. 3 and 7"
-    if axs is None: axs = plt.subplots(1, len(taus), figsize=(3*len(taus), 2.4), sharey=False, layout='constrained', squeeze=False)[1][0]
+    if axs is None: axs = plt.subplots(1, len(taus), figsize=(3*len(taus), 2.4), layout='constrained', squeeze=False)[1][0]
     label = torch.tensor([y])
     for ax,tau in zip(axs, taus):
         step = Step(label, torch.zeros(1, n_classes), () if xb is None else (xb,), tau=(check_number('tau', tau, '(0,inf)'), 1.))
