@@ -36,15 +36,6 @@ from fastkdtf.terms import LossTerm
 K = 10
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: threads only wait for each other, and the number of threads decides the last bits"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     "Learners save below the working directory"

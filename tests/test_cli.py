@@ -9,7 +9,6 @@ matplotlib.use('agg')
 import fastkdtf.learner
 from fastkdtf.cli import main
 
-torch.set_num_threads(1)
 
 script = Path(sys.executable).with_name('fastkdtf')
 command = [str(script)] if script.exists() else [sys.executable, '-c', 'import sys; from fastkdtf.cli import main; sys.exit(main())']

@@ -21,7 +21,6 @@ from fastkdtf.losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from fastkdtf.targets import TeacherCorrection
 from fastkdtf.teachers import UniformTeacher, VirtualTeacher
 
-torch.set_num_threads(1)
 few = settings(max_examples=60, deadline=None)
 
 

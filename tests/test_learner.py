@@ -22,7 +22,7 @@ from fastkdtf.report import Comparison
 from fastkdtf.runs import Ledger, seed_run
 from fastkdtf.teachers import UniformTeacher, VirtualTeacher
 
-torch.set_num_threads(1)   # the numbers of a run depend on it
+torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
 K,N_BATCH = 3,3
 

@@ -24,14 +24,6 @@ DEFAULTS = [('lsr', {}), ('lsr', dict(variant='official')), ('lsrkd', {}), ('lsr
 name_of  = lambda case: '-'.join([case[0], *(f'{k}={v}' for k,v in case[1].items())])
 each_loss = pytest.mark.parametrize('case', DEFAULTS, ids=name_of)
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: threads only wait for each other, for minutes on a busy machine"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
 def make(case, **kwargs):
     "The loss under test and the reference's terms for `case = (kind, method arguments)`"
     kind, args = case

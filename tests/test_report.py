@@ -11,7 +11,6 @@ from scipy import stats
 from fastkdtf.interpret import evaluate, reliability
 from fastkdtf.report import Comparison, paired_difference, seeds_needed
 
-torch.set_num_threads(1)
 few = settings(max_examples=60, deadline=None)
 
 

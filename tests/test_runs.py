@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from fastkdtf.runs import Checkpoint, Ledger, replacing, run_environment, run_lock, seed_run
 
-torch.set_num_threads(1)   # the numbers of a run depend on it
+torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
 N_BATCH = 4   # training batches per epoch of `tiny_learner`
 
