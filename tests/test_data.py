@@ -1,5 +1,5 @@
 "Loaders on digits and .npz files: splits, fastai's whole interface, export without images, bad input."
-import os, pickle, random, warnings
+import gzip, io, json, os, pickle, random, shutil, tarfile, warnings, zipfile
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +12,9 @@ from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Interpretation
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastkdtf.data import channel_stats, image_tensor, kd_dataloaders, npz_arrays, read_npz, stratified, to_records
+from fastkdtf import data
+from fastkdtf.data import channel_stats, image_tensor, kd_dataloaders, npz_arrays, read_files, read_npz, stratified, to_records
+from fastkdtf.loader import Augment
 
 
 def items(dl): return dl.dataset.items
@@ -241,6 +243,158 @@ def test_exports_hold_no_images(save, tmp_path):
     learn.path = tmp_path
     learn.export('m.pkl')
     assert (tmp_path/'m.pkl').stat().st_size < 150_000
+
+
+# other files
+
+def cifar(root, k=100):
+    "CIFAR's Python batches as its authors wrote them: planes of 1,024 bytes, protocol 2"
+    rng = np.random.default_rng(0)
+    x,y = rng.integers(0, 256, (6,k,3072), dtype=np.uint8),np.arange(6*k).reshape(6,k)%(10 if k==100 else 100)
+    names = [f'n{i}' for i in range(y.max()+1)]
+    root.mkdir(parents=True, exist_ok=True)
+    def write(nm, o): (root/nm).write_bytes(pickle.dumps(o, protocol=2))
+    if k==100:
+        for i in range(5): write(f'data_batch_{i+1}', {b'data': x[i], b'labels': y[i].tolist(), b'batch_label': b'one', b'filenames': [b'a.png']*k})
+        write('test_batch', {'data': x[5], 'labels': y[5].tolist()})
+        write('batches.meta', {'label_names': names, 'num_vis': 3072})
+    else:
+        write('train', {'data': x[:5].reshape(-1,3072), 'fine_labels': y[:5].ravel().tolist(), 'coarse_labels': [0]*5*k})
+        write('test', {'data': x[5], 'fine_labels': y[5].tolist()})
+        write('meta', {'fine_label_names': names, 'coarse_label_names': ['all']})
+    return x.reshape(6,k,3,32,32), y
+
+@pytest.mark.parametrize('source,k', [('cifar10',100), ('cifar100',200)])
+def test_cifar(source, k, tmp_path):
+    x,y = cifar(tmp_path/'c', k)
+    dls = kd_dataloaders(source, path=tmp_path/'c', bs=16, device='cpu')
+    assert (items(dls.test)['image']==x[5]).all() and (items(dls.test)['label']==y[5]).all() and dls.vocab[1]=='n1'
+    assert [len(o) for o in loaders(dls)]==[round(4.5*k), round(.5*k), k]
+    assert dls.train.augment==Augment(flip=True, pad=4) and kd_dataloaders(source, path=tmp_path/'c', bs=16, device='cpu', augment=None).train.augment is None
+    sets,_ = read_files(tmp_path/'c')
+    assert (sets['train']['image']==x[:5].reshape(-1,3,32,32)).all() and (sets['train']['label']==y[:5].ravel()).all()
+    assert kd_dataloaders(tmp_path/'c', bs=16, device='cpu').train.augment is None     # a path doesn't say what it is
+    with tarfile.open(tmp_path/'c.tar.gz', 'w:gz') as t: t.add(tmp_path/'c', 'cifar-batches-py')
+    packed = kd_dataloaders(source, path=tmp_path/'c.tar.gz', bs=16, device='cpu')
+    assert packed.split==dls.split and (items(packed.train)==items(dls.train)).all()
+    (tmp_path/'cut.tar.gz').write_bytes((tmp_path/'c.tar.gz').read_bytes()[:200_000])
+    with pytest.raises(ValueError, match=r'cut\.tar\.gz: truncated or damaged archive'): read_files(tmp_path/'cut.tar.gz')
+    other = 'cifar100' if k==100 else 'cifar10'
+    with pytest.raises(ValueError, match=f'classes, but {other} has'): kd_dataloaders(other, path=tmp_path/'c')
+
+class Evil:
+    def __reduce__(self): return os.mkdir, ('/nonexistent/owned',)
+
+@pytest.mark.parametrize('bad,why', [
+    (pickle.dumps({'data': Evil(), 'labels': [0]}), 'neither array nor text nor number'),
+    (b'hello',                                       'damaged or no CIFAR file'),
+    (b'',                                            'damaged or no CIFAR file'),
+    (pickle.dumps([1,2]),                            'a dict is expected, not a list'),
+    (pickle.dumps({'data': np.zeros((3,9), np.uint8), 'labels': [0]*3}), r"has no 'data', uint8 \[N,3072\]"),
+    (pickle.dumps({'data': np.zeros((3,3072), np.uint8), 'labels': [0]*2}), "has no 'labels', 3 whole numbers"),
+    (None,                                           'no file data_batch_3')])
+def test_bad_cifar(bad, why, tmp_path):
+    cifar(tmp_path)
+    if bad is None: (tmp_path/'data_batch_3').unlink()
+    else: (tmp_path/'data_batch_3').write_bytes(bad)
+    with pytest.raises(ValueError, match=f'{tmp_path.name}.*data_batch_3.*{why}' if bad is not None else why): kd_dataloaders('cifar10', path=tmp_path)
+
+def idx_files(root, gz=True, n=200):
+    rng = np.random.default_rng(0)
+    root.mkdir(parents=True, exist_ok=True)
+    out = {}
+    for part,k in ('train',n),('t10k',50):
+        for nm,a in ('images-idx3', rng.integers(0, 256, (k,28,28), dtype=np.uint8)),('labels-idx1', (np.arange(k)%10).astype(np.uint8)):
+            b = bytes([0,0,8,a.ndim]) + np.array(a.shape, '>u4').tobytes() + a.tobytes()
+            (root/f'{part}-{nm}-ubyte{".gz" if gz else ""}').write_bytes(gzip.compress(b) if gz else b)
+            out[f'{part}-{nm}'] = a
+    return out
+
+@pytest.mark.parametrize('gz', [True, False])
+def test_fashion_mnist(gz, tmp_path):
+    a = idx_files(tmp_path, gz)
+    dls = kd_dataloaders('fashion_mnist', path=tmp_path, bs=16, device='cpu')
+    assert dls.vocab[9]=='Ankle boot' and dls.train.augment is None and (items(dls.test)['image']==a['t10k-images-idx3'][:,None]).all()
+    assert list(kd_dataloaders(tmp_path, bs=16, device='cpu').vocab)==list('0123456789')
+    f = tmp_path/f'train-labels-idx1-ubyte{".gz" if gz else ""}'
+    f.write_bytes(f.read_bytes()[:-9])
+    with pytest.raises(ValueError, match='train-labels.* is truncated'): kd_dataloaders('fashion_mnist', path=tmp_path)
+    f.write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='no idx file of bytes'): kd_dataloaders('fashion_mnist', path=tmp_path)
+    f.unlink()
+    with pytest.raises(ValueError, match='no idx file for train_labels'): kd_dataloaders('fashion_mnist', path=tmp_path)
+
+def test_downloads(tmp_path, monkeypatch):
+    import torchvision
+    asked = []
+    def fetch(url):
+        asked.append(url)
+        cifar(tmp_path/'c')
+        return tmp_path/'c'
+    monkeypatch.setattr(data, 'untar_data', fetch)
+    assert kd_dataloaders('cifar10', bs=16, device='cpu').c==10 and asked==[data.URLs.CIFAR]
+    monkeypatch.setattr(data, 'fastai_path', lambda o: tmp_path)
+    monkeypatch.setattr(torchvision.datasets, 'FashionMNIST', lambda root, download: idx_files(root/'FashionMNIST'/'raw') and asked.append(download))
+    assert kd_dataloaders('fashion_mnist', bs=16, device='cpu').c==10 and asked[1:]==[True]
+
+def folder(root, splits, n=30, size=(8,8), classes='ab'):
+    rng = np.random.default_rng(0)
+    for s in splits:
+        for i in range(n):
+            p = root/s/classes[i%len(classes)]
+            p.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (*size,3), dtype=np.uint8)).save(p/f'{i:03}.png')
+    return root
+
+@pytest.mark.parametrize('splits,sizes,pct', [(['train','test'], [27,3,30], .1), (['train','valid'], [27,3,30], .1), (['train','val','test'], [30,30,30], None),
+                                              ([''], [22,2,6], .1), (['top/train','top/test'], [27,3,30], .1)], ids=str)
+def test_image_folder(splits, sizes, pct, tmp_path):
+    dls = kd_dataloaders(folder(tmp_path/'f', splits), bs=4, device='cpu')
+    assert [len(o) for o in loaders(dls)]==sizes and list(dls.vocab)==['a','b'] and dls.split['valid_pct']==pct
+    first = sorted((tmp_path/'f').rglob('*.png'))[0]
+    img = np.asarray(Image.open(first)).transpose(2,0,1)
+    assert any((r['image']==img).all() for o in loaders(dls) for r in o)
+    with zipfile.ZipFile(tmp_path/'f.zip', 'w') as z:
+        for o in (tmp_path/'f').rglob('*.png'): z.write(o, o.relative_to(tmp_path))
+    assert kd_dataloaders(tmp_path/'f.zip', bs=4, device='cpu').split==dls.split
+
+def test_cifar_as_image_folders(tmp_path):
+    "fastai's form of CIFAR-100 has a level of superclasses"
+    folder(tmp_path/'c', ['train/big','train/small','test/big'], classes=[f'{i:02}' for i in range(10)])
+    assert kd_dataloaders('cifar10', path=tmp_path/'c', bs=4, device='cpu').train.augments
+
+def test_image_sizes(tmp_path):
+    folder(tmp_path, ['train','test'])
+    Image.new('L', (20,10)).save(tmp_path/'train'/'a'/'x.png')
+    with pytest.raises(ValueError, match=r'train/a/x\.png has 20×10 pixels, train/a/000\.png 8×8: give size='): kd_dataloaders(tmp_path)
+    assert kd_dataloaders(tmp_path, size=6, bs=4, device='cpu').one_batch()[0].shape==(4,3,6,6)
+    assert kd_dataloaders(tmp_path, size=(5,7), bs=4, device='cpu').one_batch()[0].shape==(4,3,5,7)
+    for bad,e in (0,ValueError),((1,2,3),ValueError),('a',TypeError):
+        with pytest.raises(e, match='size'): kd_dataloaders(tmp_path, size=bad)
+
+def test_bad_image_folders(tmp_path):
+    folder(tmp_path/'a', ['train'])
+    (tmp_path/'a'/'train'/'b'/'z.png').write_bytes(b'no image')
+    with pytest.raises(ValueError, match=r'z\.png is damaged or no image'): kd_dataloaders(tmp_path/'a')
+    folder(tmp_path/'b', ['train']); folder(tmp_path/'b', ['test'], classes='abc')
+    with pytest.raises(ValueError, match='test/c/.* is of a class that has no training image'): kd_dataloaders(tmp_path/'b')
+    folder(tmp_path/'c', ['valid','test'])
+    with pytest.raises(ValueError, match='no folder train'): kd_dataloaders(tmp_path/'c')
+    folder(tmp_path/'d', ['train']); shutil.copy(tmp_path/'d'/'train'/'a'/'000.png', tmp_path/'d'/'train')
+    with pytest.raises(ValueError, match=r'train/000\.png must lie in a folder'): kd_dataloaders(tmp_path/'d')
+    folder(tmp_path/'e', ['train','valid','test'])
+    with pytest.raises(ValueError, match='has a validation set of its own'): kd_dataloaders(tmp_path/'e', valid_pct=.2)
+
+def test_arguments_that_do_not_fit(save):
+    with pytest.raises(ValueError, match='path=.* goes with cifar10'): kd_dataloaders('digits', path='x')
+    for o in 'digits', save():
+        with pytest.raises(ValueError, match='size=8 is for image files only'): kd_dataloaders(o, size=8)
+    with pytest.raises(TypeError, match="augment must be an Augment, 'auto' or None"): kd_dataloaders('digits', augment='flip')
+
+def test_split_for_the_record():
+    a,b,c,d = (kd_dataloaders('digits', device='cpu', bs=16, **kw).split for kw in ({}, {}, dict(seed=1), dict(train_subset=100)))
+    assert a==b==json.loads(json.dumps(a)) and len({o['train_digest'] for o in (a,c,d)})==3
+    assert {k:v for k,v in a.items() if k!='train_digest'}==dict(seed=0, valid_pct=.25, n_train=1078, n_valid=360, n_test=359)
 
 
 # bad input
