@@ -6,8 +6,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 
 # %% auto #0
 __all__ = ['check_number', 'check_whole', 'check_choice', 'check_scale', 'soft_scale', 'check_variant', 'TwoValued',
-           'virtual_logits', 'soften', 'label_loss', 'soft_target_loss', 'classification_batch', 'check_teacher_logits',
-           'reduce_samples', 'Step']
+           'virtual_logits', 'soften', 'at_least_float32', 'label_loss', 'soft_target_loss', 'classification_batch',
+           'check_teacher_logits', 'reduce_samples', 'at_label', 'put_confidence', 'Step']
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
@@ -113,7 +113,7 @@ def virtual_logits(
     p = TwoValued(correct_prob, (1-correct_prob)/(n_classes-1))
     return p if variant == 'official' else TwoValued(*map(math.log, p))
 
-# %% ../nbs/00_core.ipynb #1d3cbb63
+# %% ../nbs/00_core.ipynb #535831d3
 def soften(
     logits, # `[N,K,…]`, `[n,N,K,…]` for `n` teachers, or `TwoValued`
     tau:float, # temperature
@@ -122,11 +122,14 @@ def soften(
 ):
     "The distribution `softmax(logits/tau)`, in float32 at least"
     if isinstance(logits, TwoValued): return logits.soften(tau, n_classes)
-    z = _at_least_float32(logits)
+    z = at_least_float32(logits)
     return torch.softmax((z - z.amax(axis, keepdim=True))/tau, axis)
 
-# %% ../nbs/00_core.ipynb #aaf5753c
-def _at_least_float32(z):
+# %% ../nbs/00_core.ipynb #0b6dcbb7
+def at_least_float32(
+    z:Tensor, # of any floating-point type
+)->Tensor: # a plain tensor
+    "`z` in float32, or in float64 if it comes so"
     if type(z) is not Tensor: z = z.as_subclass(Tensor)
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
@@ -223,7 +226,7 @@ class _LabelLoss(torch.autograd.Function):
         if g.ndim or not g.is_cpu or g.item() != 1: grad.mul_(g.unsqueeze(1) if g.ndim else g)   # on CPU a look is cheaper than a pass over the gradient
         return grad, None, None, None, None
 
-# %% ../nbs/00_core.ipynb #7b108eda
+# %% ../nbs/00_core.ipynb #c465421a
 def label_loss(
     z:Tensor, # logits `[N,K]` or `[N,K,d1,…]`
     y:Tensor, # labels: integers `[N,…]`, or probabilities of `z`'s shape
@@ -237,7 +240,7 @@ def label_loss(
 )->Tensor: # in float32 at least
     "`hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone"
     check_choice('reduction', reduction, ('none', 'mean', 'sum'))
-    z = _at_least_float32(z)
+    z = at_least_float32(z)
     if type(y) is not Tensor: y = y.as_subclass(Tensor)
     y = y.detach().to(z.dtype) if y.is_floating_point() else y.long()
     plan = _plan(target, tau, hard, soft, entropy, z.shape[1])
@@ -245,7 +248,7 @@ def label_loss(
     loss = _LabelLoss.apply(z.flatten(2), y.flatten(2 if y.is_floating_point() else 1), plan, reduction, ignore_index)
     return loss.view(z.shape[:1] + z.shape[2:]) if reduction == 'none' else loss
 
-# %% ../nbs/00_core.ipynb #55038275
+# %% ../nbs/00_core.ipynb #7fbaadce
 def soft_target_loss(
     z:Tensor, # the student's logits `[N,K,…]`
     target:Tensor, # probabilities, `[N,K,…]` or `[n,N,K,…]`: the losses of `n` targets are averaged
@@ -253,7 +256,7 @@ def soft_target_loss(
     entropy:bool=True, # `D_KL(t, p_τ)`; False: `H(t, p_τ)`
 )->Tensor: # `[N,…]`
     "`D_KL(t, p_τ)` per sample; a zero in the target contributes 0"
-    z = _at_least_float32(z)
+    z = at_least_float32(z)
     logp = torch.log_softmax((z - z.detach().amax(1, keepdim=True))/tau, 1)
     several = target.ndim > z.ndim
     mean = target.mean(0) if several else target
@@ -284,17 +287,20 @@ def classification_batch(
         raise ValueError(f"targ, the labels, must be integers of shape {tuple(shape)} for predictions {tuple(pred.shape)}, got {tuple(targ.shape)}")
     return z, targ if targ.shape == shape else targ.reshape(shape)
 
-# %% ../nbs/00_core.ipynb #c8a85aa9
+# %% ../nbs/00_core.ipynb #e19971d8
 def check_teacher_logits(
     zt, # what a teacher returned
     z:Tensor, # the student's logits
+    axis:int=1, # the classes' axis of one teacher's logits
 ):
-    "`zt`, detached. Raises unless it is `TwoValued`, or of `z`'s shape, with an axis for several teachers before it or not"
+    "`zt`, detached, classes on `z`'s axis. Raises unless it is `TwoValued`, or of `z`'s shape, with an axis for several teachers before it or not"
     if isinstance(zt, TwoValued): return zt
     if not isinstance(zt, Tensor): raise TypeError(f'a teacher must return logits as a tensor or TwoValued, got {type(zt).__name__}')
+    if not zt.is_floating_point(): raise TypeError(f'a teacher must return floating-point logits, got {zt.dtype}')
+    if z.ndim > 2 and zt.ndim >= z.ndim: zt = zt.movedim(axis if axis < 0 else axis-z.ndim, 1-z.ndim)
     if z.shape not in (zt.shape, zt.shape[1:]):
         raise ValueError(f"a teacher must return logits of the student's shape {tuple(z.shape)}, or (n, {', '.join(map(str, z.shape))}), got {tuple(zt.shape)}")
-    return zt.detach()
+    return zt.detach().to(at_least_float32(z).dtype)
 
 # %% ../nbs/00_core.ipynb #ebdf4c3e
 def reduce_samples(
@@ -310,16 +316,39 @@ def reduce_samples(
         if reduction == 'mean': return loss.sum()/keep.sum()
     return loss.mean() if reduction == 'mean' else loss.sum() if reduction == 'sum' else loss
 
-# %% ../nbs/00_core.ipynb #140c05ba
+# %% ../nbs/00_core.ipynb #667b31b4
+def at_label(
+    t:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
+    y:Tensor, # integer labels `[N,…]`; what lies at a label outside the classes, such as `ignore_index`, is of no use
+)->tuple: # index of the labels in `t` and the classes' axis, as `gather` takes them
+    "Where the labelled class is in `t`"
+    axis = t.ndim - y.ndim
+    shape = *t.shape[:axis], 1, *t.shape[axis+1:]
+    return y.clamp(0, t.shape[axis]-1).unsqueeze(1).expand(shape), axis
+
+def put_confidence(
+    logits:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
+    y:Tensor, # integer labels `[N,…]`
+    value, # probability of the labelled class: a number, or a tensor with a class axis of 1
+    tau:float=1., # temperature
+)->Tensor: # probabilities, in float32 at least
+    "The distribution with `value` on the label and the rest shared as `softmax(logits/tau)` shares it"
+    index,axis = at_label(logits, y)
+    others = torch.softmax((at_least_float32(logits)/tau).scatter(axis, index, -math.inf), axis)
+    value = torch.as_tensor(value, dtype=others.dtype, device=others.device)
+    return (others*(1-value)).scatter(axis, index, value.expand(index.shape))
+
+# %% ../nbs/00_core.ipynb #70c0fa83
 @dataclass
 class Step:
     "One batch as the parts of a method see it; everything but `z` is detached"
     y:Tensor # labels, integers `[N,…]` or probabilities
-    z:Tensor # the student's logits `[N,K,…]`
+    z:Tensor|None # the student's logits `[N,K,…]`; None for a teacher that runs before the student
     xb:tuple=() # the model's inputs
     zt:Tensor|TwoValued|None=None # the teacher's logits, not softened
-    idx:Tensor|None=None # indices of the samples in their data set, where the loader knows them
+    idx:Tensor|None=None # indices of the samples in their data set, where the loader knows them and no two images are mixed
     tau:tuple=(1., 1.) # the teacher's temperature and the student's
+    view:Tensor|None=None # which augmentation each sample got, where the loader knows
 
     @property
     def n_classes(self)->int: return self.z.shape[1]

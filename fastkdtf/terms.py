@@ -45,11 +45,12 @@ class RunningMean:
 class TermMetric(ValueMetric):
     "A column that belongs to a `LossTerm`"
 
-# %% ../nbs/05a_terms.ipynb #ff4fc5d0
+# %% ../nbs/05a_terms.ipynb #d41b4808
 class LossTerm(Callback):
     """A method that adds a term to the training loss
 
-    A subclass defines `hard_share(pct)`, the weight of the base loss after a share `pct` of the training, and `term(labels)`."""
+    A subclass defines `hard_share(pct)`, the weight of the base loss after a share `pct` of the training, and `term(labels)`. It may
+    name more `columns` than its loss."""
     _stateattrs = ('base_mean', 'soft_mean')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
 
@@ -88,6 +89,11 @@ class LossTerm(Callback):
         "Whether this is a fit, and not `validate`, `get_preds` or a relative, which hold the learner's lock"
         return not self.learn.lock.locked()
 
+    @property
+    def columns(self)->dict:
+        "What the recorder shows of this method: name → function"
+        return {'loss': self._soft_value}
+
     def before_fit(self):
         "Check learner and names, and add the columns"
         terms = self.terms
@@ -102,9 +108,10 @@ class LossTerm(Callback):
         share = max(sum(1-o.hard_share(pct/100) for o in terms) for pct in range(101))
         if share > 1+1e-9: raise ValueError(f"the methods {', '.join(names)} take {share:.3g} of the hard loss between them; lower their alpha to a sum of at most 1")
         self._drop_columns()
-        columns = [TermMetric(self._base_value, 'base_loss')]
-        columns += [TermMetric(o._soft_value, 'soft_loss' if len(terms) == 1 else f'{o.name}_loss') for o in terms]
-        self.learn.metrics = self.learn.metrics + columns
+        alone = len(terms) == 1
+        prefix = lambda o, key: f'{o.name}_{key}' if not alone else 'soft_loss' if key == 'loss' else key
+        columns = [TermMetric(f, prefix(o, key)) for o in terms for key,f in o.columns.items()]
+        self.learn.metrics = self.learn.metrics + [TermMetric(self._base_value, 'base_loss')] + columns
 
     def _drop_columns(self): self.learn.metrics = self.learn.metrics.filter(lambda o: not isinstance(o, TermMetric))
     def _base_value(self): return self.base_mean.value

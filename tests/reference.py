@@ -105,3 +105,28 @@ def loss(z, targ, terms, axis=1, reduction='mean', ignore_index=-100):
     if reduction == 'none': return value.reshape(last.shape[:-1]), back(grad), back(size)
     count = keep.sum() if reduction == 'mean' else 1
     return value.sum()/count, back(grad)/count, back(size)/count
+
+# --- distillation from networks: the soft target is given by logits, per sample
+
+def ensemble_target(logits, tau):
+    "Mean of the teachers' softened probabilities, `[N,K]`"
+    return sum(softmax(np.asarray(zt, np.float64)/tau) for zt in logits)/len(logits)
+
+def kd(z, targ, teachers, alpha=.9, tau=4., scale='tau2', variant='paper', multiplier=1., axis=1, reduction='mean', ignore_index=-100):
+    """Yuan eq. 4, `(1-α) H(q,p) + α s D_KL(p^t_τ, p_τ)`, averaged over a list of teachers; official: the KL is the mean over N·K, times `multiplier`
+
+    Value, gradient of its sum with respect to `z`, and that gradient's size, as `loss` has them."""
+    z,targ = np.asarray(z, np.float64),np.asarray(targ)
+    n_classes,last = z.shape[axis],np.moveaxis(z, axis, -1)
+    rows = lambda a: np.moveaxis(np.asarray(a, np.float64), axis, -1).reshape(-1, n_classes)
+    flat,soft_labels = rows(z),not np.issubdtype(targ.dtype, np.integer)
+    keep = np.ones(len(flat), bool) if soft_labels else targ.reshape(-1) != ignore_index
+    q = rows(targ) if soft_labels else one_hot(np.where(keep, targ.reshape(-1), 0), n_classes)
+    s = {'tau': tau, 'tau2': tau**2}.get(scale, scale)
+    if variant == 'official': s = s*multiplier/n_classes
+    terms = [Term(1-alpha, q, 1., 'ce')] + [Term(alpha*s/len(teachers), softmax(rows(zt)/tau), tau, 'kl') for zt in teachers]
+    value,grad,size = (np.where(keep.reshape(-1, *[1]*(a.ndim-1)), a, 0.) for a in evaluate(flat, terms))
+    back = lambda a: np.moveaxis(a.reshape(last.shape), -1, axis)
+    if reduction == 'none': return value.reshape(last.shape[:-1]), back(grad), back(size)
+    count = keep.sum() if reduction == 'mean' else 1
+    return value.sum()/count, back(grad)/count, back(size)/count

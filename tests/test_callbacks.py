@@ -1056,7 +1056,7 @@ def test_large_and_offset_logits():
     (lambda: TfKDReg(variant='oficial'), ValueError, 'variant'), (lambda: TfKDReg(multiplier=2.), ValueError, 'multiplier'),
     (lambda: TfKDReg(variant='official', multiplier=0.), ValueError, 'multiplier'), (lambda: TfKDReg(scale='tau3'), ValueError, 'scale'),
     (lambda: Distill(UniformTeacher(), scale=-1), ValueError, 'scale'), (lambda: Distill(UniformTeacher(), loss='mse'), ValueError, 'loss'),
-    (lambda: Distill(None), TypeError, 'teacher'), (lambda: Distill('resnet'), TypeError, 'teacher'),
+    (lambda: Distill(None), TypeError, 'teacher'), (lambda: Distill('resnet'), FileNotFoundError, 'a teacher is a module'), (lambda: Distill(3), TypeError, 'teacher'),
     (lambda: LsrKD(SchedLin(0., 1.2)), ValueError, 'alpha'), (lambda: LsrKD(SchedLin(-.2, 1.)), ValueError, 'alpha'),
     (lambda: LsrKD(tau=SchedLin(4., 0.)), ValueError, 'tau'), (lambda: Distill(UniformTeacher(), (1., SchedLin(1., -1.))), ValueError, 'alpha'),
     (lambda: LsrKD(lambda pct: -.5 if .2 < pct < .4 else .5), ValueError, 'alpha'), (lambda: LsrKD(tau=lambda pct: 0. if .2 < pct < .4 else 2.), ValueError, 'tau'),
