@@ -236,6 +236,26 @@ def test_nothing_to_show():
     with pytest.raises(ValueError, match='records'): Comparison([])
 
 
+def test_difference_to_any_other():
+    ours,control = [.35, .46, .52],[.33, .45, .47]
+    c = Comparison([record('A', s, last=a, rank=1) for s,a in enumerate(ours)] + [record('B', s, last=a, rank=2, control_for=('A',)*(s > 0)) for s,a in enumerate(control)] + [record('C', 9, rank=3)])
+    expected = stats.ttest_rel(ours, control).confidence_interval(.95)
+    assert c.difference('A', 'B') == pytest.approx((np.mean(np.subtract(ours, control)), expected.low, expected.high))
+    assert c.controls('A') == ['B'] and c.control_for('B') == ['A'] and not c.controls('B')   # one record that says so is enough
+    assert all(map(math.isnan, c.difference('A'))) and all(map(math.isnan, c.difference('A', 'C')))
+    assert c.paired('A', 'B') == (ours, control) and c.paired('A', 'B', lambda r: r['seed']) == ([0, 1, 2], [0, 1, 2])
+
+def test_curves_of_unequal_runs():
+    history = lambda *a: dict(valid_loss=list(a), accuracy=[.1])
+    c = Comparison([record('baseline', 0, history=history(3., None, 1.)), record('baseline', 1, history=history(2.)), record('A', 0, rank=1, history=dict(accuracy=[.1]))])
+    np.testing.assert_array_equal(c.curves('baseline', 'valid_loss'), [[3., math.nan, 1.], [2., math.nan, math.nan]])
+    assert c.curves('A', 'valid_loss').shape == (1, 0)
+    c.plot_curves()
+    plt.close('all')
+
+def test_no_seeds_needed_of_what_is_no_number(): assert math.isnan(seeds_needed([.5, math.nan], [.4, .4]))
+
+
 # ---------------------------------------------------------------- files and plots
 
 def test_save_round_trip(tmp_path):
