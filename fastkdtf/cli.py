@@ -7,12 +7,17 @@ Docs: https://fastkdtf.github.io/fastkdtf/cli.html.md"""
 # %% auto #0
 __all__ = ['UsageError', 'main']
 
-# %% ../nbs/30_cli.ipynb #47ab54f8
+# %% ../nbs/30_cli.ipynb #fd614d59
 import argparse
 import ast
 import hashlib
+import json
+import math
+import os
 import sys
+import time
 import warnings
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +39,7 @@ def _device(name):
     except (RuntimeError, AssertionError) as e: raise UsageError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]})") from e
     return name
 
-# %% ../nbs/30_cli.ipynb #fa5a05d3
+# %% ../nbs/30_cli.ipynb #371fa8ab
 def _chosen(methods, all_methods):
     "The methods named in a comma-separated list"
     if methods == 'all': return all_methods
@@ -47,23 +52,48 @@ def _digest(path):
     "The first digits of a file's SHA-1: files of one name are not one data set"
     with open(path, 'rb') as f: return hashlib.sha1(f.read()).hexdigest()[:8]
 
+def _took(start):
+    "The time since `start` in words"
+    minutes,seconds = divmod(time.perf_counter()-start, 60)
+    return f'{minutes:.0f} min {seconds:.0f} s' if minutes else f'{seconds:.1f} s'
+
+def _count(n, what): return f"{n:,} {what}{'' if n == 1 else 's'}"
+
 def _compare(a):
     from fastkdtf.data import kd_dataloaders
     from fastkdtf.distill import teacher_free
     from fastkdtf.learner import compare
+    from fastkdtf.loader import Augment
     from fastkdtf.measure import keep_freed_memory
     from fastkdtf.models import create_model
-    device = _device(a.device)
-    out = Path(a.out)
-    if keep_freed_memory() and device == 'cpu': print('freed memory is kept by the process (mallopt), so that steps cost what they compute')
-    dls = kd_dataloaders(a.data, bs=a.bs, train_subset=a.train_subset, device=device)
+    start,device,out = time.perf_counter(),_device(a.device),Path(a.out)
+    keep_freed_memory()
+    augment = {'none': None, 'flip+crop': Augment(flip=True, pad=4)}.get(a.augment, a.augment)
+    dls = kd_dataloaders(a.data, bs=a.bs, train_subset=a.train_subset, device=device, augment=augment, path=a.path)
     methods = _chosen(a.methods, teacher_free(dls.c))
-    data = dict(data='digits') if a.data == 'digits' else dict(data=Path(a.data).stem, sha1=_digest(a.data))
+    data = dict(data=a.data) if not Path(a.data).is_file() else dict(data=Path(a.data).stem, sha1=_digest(a.data))
+    before = _n_records(out)
     comparison = compare({'baseline': None, **methods}, dls, partial(create_model, a.arch, dls.c), a.epochs, a.seeds,
-                         controls=not a.no_controls, out=out, lr=a.lr, settings=dict(**data, arch=a.arch))
-    print(f'\n{comparison}\n\n{out/"table.csv"}, {out/"accuracy.png"}, {out/"curves.png"}; every run is in {out/"results.jsonl"}')
+                         controls=not a.no_controls, out=out, lr=a.lr, settings=dict(**data, arch=a.arch, augment=repr(dls.train.augment)))
+    n,trained = len(comparison.records),_n_records(out)-before
+    files = [str(out/o) for o in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
+    done = f"{_count(n, 'run')}, {trained or 'none'} trained now, in {_took(start)}: {', '.join(files)}"
+    return f'{comparison}\n\n{done}', dict(caption=comparison.caption, table=comparison.table.reset_index().to_dict('records'), runs=n, trained_now=trained, files=files)
 
-# %% ../nbs/30_cli.ipynb #de148072
+def _n_records(out):
+    ledger = out/'results.jsonl'
+    return len(ledger.read_bytes().splitlines()) if ledger.is_file() else 0
+
+# %% ../nbs/30_cli.ipynb #f2710d9c
+def _report(a):
+    from fastkdtf.page import write_report
+    from fastkdtf.report import comparisons, read_runs
+    found = comparisons(read_runs(a.runs))
+    path = write_report(found, a.out)
+    n = sum(len(o.records) for o in found)
+    return '\n\n'.join([*map(str, found), f"{_count(n, 'run')} in {_count(len(found), 'setting')}: {path}"]), dict(runs=n, settings=[o.caption for o in found], file=str(path))
+
+# %% ../nbs/30_cli.ipynb #ed8ebc28
 def _settings(pairs):
     "`name=value` pairs as keyword arguments"
     out = {}
@@ -74,27 +104,54 @@ def _settings(pairs):
         except (ValueError, SyntaxError): out[name] = value
     return out
 
+def _settings_of(d): return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k,v in d.settings.items()}
+
 def _describe(a):
     from fastkdtf import distill
     known = {o.__name__: o for o in (distill.LsrKD, distill.TfKDReg, distill.ScaledCE, distill.ScaledLS)}
     known |= distill.teacher_free(a.classes)
     if a.method not in known: raise UsageError(f"{a.method} is not one of {', '.join(known)}")
-    try: print(known[a.method](**_settings(a.settings)).describe(a.classes))
+    try: d = known[a.method](**_settings(a.settings)).describe(a.classes)
     except TypeError as e: raise UsageError(str(e)) from e
+    said = 'nothing' if d.epsilon is None else f"label smoothing {d.epsilon:.3f} of scale {d.scale:.3g}, {'exactly' if d.exact else 'to first order'}"
+    numbers = {k: getattr(d, k) for k in ('name', 'n_classes', 'hard', 'soft', 'tau', 'target', 'soft_gradient', 'scale', 'epsilon', 'exact', 'negligible', 'notes')}
+    return f'{d}\n\n{a.method} with {a.classes} classes amounts to {said}', dict(numbers, settings=_settings_of(d), controls=list(d.controls))
 
-# %% ../nbs/30_cli.ipynb #e86c6d1b
+# %% ../nbs/30_cli.ipynb #990cf072
 def _bench(a):
-    import os, platform
+    import platform
     import torch
     from fastkdtf.bench import bench_losses, bench_steps
     from fastkdtf.measure import keep_freed_memory
-    device = _device(a.device)
+    start,device = time.perf_counter(),_device(a.device)
     kept = keep_freed_memory()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}, torch {torch.__version__}" + (', freed memory kept (mallopt)' if kept else ''))
-    print(f'\nLosses, {a.samples} × {a.classes}: forward and backward\n{bench_losses(a.samples, a.classes, a.rounds, device).to_string(na_rep="")}')
-    if not a.losses_only: print(f'\nTraining steps, {a.arch}, batch {a.bs} of {a.size}×{a.size}\n{bench_steps(a.arch, a.bs, a.size, rounds=a.rounds, device=device).to_string()}')
+    machine = dict(processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=device, torch=torch.__version__, freed_memory_kept=kept)
+    losses = bench_losses(a.samples, a.classes, a.rounds, device)
+    text = [f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {device}, torch {torch.__version__}{', freed memory kept (mallopt)' if kept else ''}",
+            f'Losses, {a.samples} × {a.classes}: forward and backward\n{losses.to_string(na_rep="")}']
+    data = dict(machine=machine, losses=losses.reset_index().to_dict('records'))
+    if not a.losses_only:
+        steps = bench_steps(a.arch, a.bs, a.size, rounds=a.rounds, device=device)
+        text.append(f'Training steps, {a.arch}, batch {a.bs} of {a.size}×{a.size}: time and peak memory\n{steps.to_string(na_rep="")}')
+        data['steps'] = steps.reset_index().to_dict('records')
+        peer = _against_fasterai(a, steps, device)
+        if peer: data['fasterai'] = peer
+        text.append(f"KD and fasterai: the losses of {peer['steps']} steps differ by {peer['difference']:.1e} at most; our step takes {peer['time']:.2f} of its time and {peer['memory']:.2f} of its memory"
+                    if peer else 'fasterai is not installed (pip install fasterai) and was left out')
+    return '\n\n'.join([*text, f"Medians of {_count(a.rounds, 'interleaved round')}, in {_took(start)}"]), data
 
-# %% ../nbs/30_cli.ipynb #7a369101
+def _against_fasterai(a, steps, device):
+    "Our distillation beside fasterai's, with the same meaning; None where it is not installed"
+    from fastkdtf.bench import distillation_candidates, loss_difference
+    from fastkdtf.models import create_model
+    ours,theirs = 'KD','KD, fasterai'
+    if theirs not in steps.index: return None
+    n = min(50, 5*a.rounds)
+    makes = [o.make for o in distillation_candidates(create_model(a.arch, 10).to(device)).values()]
+    ratio = lambda column: float(steps.loc[ours, column]/steps.loc[theirs, column])
+    return dict(steps=n, difference=loss_difference(*makes, a.arch, a.bs, a.size, n_steps=n, device=device), time=ratio('time / plain'), memory=ratio('memory / plain'))
+
+# %% ../nbs/30_cli.ipynb #58ba8c50
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UsageError(message)
 
@@ -106,7 +163,9 @@ def _parser():
 
     c = sub.add_parser('compare', help='train methods beside their matched controls', **style,
         description='Train one network with each method and its matched controls, per seed from the same weights on the same batches. Run it again to go on after an interrupt.')
-    c.add_argument('--data', default='digits', help="'digits', or an .npz file with train_images, train_labels, test_images, test_labels, class_names")
+    c.add_argument('--data', default='digits', help="digits, cifar10, cifar100, fashion_mnist, a folder of images, or an .npz file with train_images, train_labels, test_images, test_labels, class_names")
+    c.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
+    c.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto', help="of training images; auto: flips and crops for the CIFAR sets")
     c.add_argument('--arch', default='resnet20', help='network: resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm knows')
     c.add_argument('--methods', default='all', help='comma-separated: LSR, LsrKD, LsrKD-TC, TfKDReg, TfKDReg-official')
     c.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
@@ -115,9 +174,14 @@ def _parser():
     c.add_argument('--bs', type=positive, default=128, help='batch size')
     c.add_argument('--lr', type=_number(float, 1e-12), default=.01, help='largest learning rate (Adam)')
     c.add_argument('--train-subset', type=positive, help='train on so many images, drawn evenly from the classes')
-    c.add_argument('--out', default='kd_runs', help='folder for runs, table and plots')
+    c.add_argument('--out', default='kd_runs', help='folder for runs, table, plots and report')
     c.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
     c.set_defaults(run=_compare)
+
+    r = sub.add_parser('report', help='one page from finished runs', **style, description='Write the tables and figures of all runs found in folders into one file that needs no other.')
+    r.add_argument('runs', nargs='+', help='folders that compare wrote, or their results.jsonl')
+    r.add_argument('--out', default='report.html', help='the file to write')
+    r.set_defaults(run=_report)
 
     d = sub.add_parser('describe', help='say what a method really does', **style, description='Effective weights, equivalent label smoothing and matched controls of a method.')
     d.add_argument('method', help='LSR, LsrKD, LsrKD-TC, TfKDReg or TfKDReg-official')
@@ -135,9 +199,17 @@ def _parser():
     b.add_argument('--rounds', type=positive, default=20, help='how often each candidate runs')
     b.add_argument('--device', help='cpu, cuda, …; cuda if there is one')
     b.set_defaults(run=_bench)
+    for o in (c, r, d, b): o.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
     return p
 
-# %% ../nbs/30_cli.ipynb #09ac6ead
+# %% ../nbs/30_cli.ipynb #bca377c8
+def _plain(o):
+    "`o` as JSON has it: no infinities, no NaN"
+    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
+    if hasattr(o, 'item'): o = o.item()
+    return None if isinstance(o, float) and not math.isfinite(o) else o
+
 def main(
     argv:list|None=None, # arguments; None: the process's own
 )->int: # exit code
@@ -147,7 +219,11 @@ def main(
         a,rest = _parser().parse_known_args(argv)
         if rest and a.command == 'describe': a.settings += rest   # argparse takes no settings after an option
         elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-        a.run(a)
+        with redirect_stdout(sys.stderr if a.json else sys.stdout): text,data = a.run(a)   # what shows progress is no JSON
+        print(json.dumps(_plain(data)) if a.json else text, flush=True)
+    except BrokenPipeError:   # whoever read our output has stopped, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (UsageError, ValueError, OSError) as e:
         print(f"fastkdtf: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

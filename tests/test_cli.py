@@ -223,12 +223,41 @@ def test_bench(capsys):
     losses,steps = out.split('Training steps')
     for o in ('LSR', 'LsrKD', 'LsrKD-TC', 'TfKDReg', 'F.cross_entropy', 'memory / logits', 'time / composed'): assert o in losses, o
     for o in ('plain', 'LSR', 'LsrKD-TC', 'TfKDReg-official', 'time / plain', 'memory / plain'): assert o in steps, o
-    assert re.search(r'plain +1\.0+ +1\.0+\n', steps)
+    assert re.search(r'plain +1\.0+ +1\.0+ *\n', steps) and re.search(r'KD +\d', steps) and 'fasterai' in steps
+    assert re.fullmatch(r'Medians of 1 interleaved round, in .+', out.splitlines()[-1])
     rc,out,_ = call(capsys, 'bench', '--samples', 4, '--classes', 5, '--rounds', 1, '--losses-only', '--device', 'cpu')
     assert rc == 0 and 'Training steps' not in out
 
 
+# ---------------------------------------------------------------- report, JSON
+
+def test_report(finished, capsys, tmp_path):
+    rc,out,err = call(capsys, 'report', finished, '--out', tmp_path/'page.html')
+    assert rc == 0 and err == '' and out.splitlines()[-1] == f"2 runs in 1 setting: {tmp_path/'page.html'}"
+    page = (tmp_path/'page.html').read_text()
+    assert 'LsrKD' in page and 'tiny, resnet8' in page
+
+def test_report_of_nothing(capsys, tmp_path, finished, monkeypatch):
+    check_mistake(finished, capsys, monkeypatch, ['report', str(tmp_path)], 'holds no results.jsonl')
+
+@pytest.mark.parametrize('args,keys', [
+    (['describe', 'TfKDReg'], {'epsilon', 'scale', 'controls', 'settings'}),
+    (['bench', '--samples', '4', '--classes', '5', '--rounds', '1', '--losses-only', '--device', 'cpu'], {'machine', 'losses'}),
+    (['report'], {'runs', 'settings', 'file'}), (['compare'], {'caption', 'table', 'runs', 'trained_now', 'files'})])
+def test_json_is_all_there_is(finished, data, capsys, tmp_path, args, keys):
+    extra = {'report': [finished, '--out', tmp_path/'page.html'], 'compare': ['--data', data, *TINY, '--out', tmp_path/'runs', '--methods', 'LSR', '--no-controls']}
+    rc,out,_ = call(capsys, *args, *extra.get(args[0], []), '--json')
+    told = json.loads(out, parse_constant=lambda o: pytest.fail(f'{o} is not JSON'))
+    assert rc == 0 and keys <= set(told)
+    if args[0] == 'compare': assert told['trained_now'] == told['runs'] == 2 and [r['method'] for r in told['table']] == ['baseline', 'LSR']
+
+
 # ---------------------------------------------------------------- as processes
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs a shell')
+def test_a_reader_that_stops():
+    r = subprocess.run(['bash', '-c', 'set -o pipefail; "$@" describe LsrKD | true', '-', *command], capture_output=True, text=True, env=env)
+    assert r.returncode in (0, 141) and r.stderr == ''
 
 def test_a_mistake_as_a_process():
     r = subprocess.run([*command, 'compare', '--epochs', '0'], capture_output=True, text=True, env=env)
