@@ -55,6 +55,55 @@ def test_code_loses_directives_and_keeps_output():
     assert '#|' not in md and 'print(1)' in md and 'bar' not in md
     assert '<table></table>' in docs.pandoc(md, 'html5', '')
 
+signature = '''def f(
+    x:int, # a number, (or two)
+    alpha:float=0.1, **kwargs
+)->Tensor: # a scalar'''
+
+def test_search_shows_what_one_types():
+    assert docs.call(signature)=='f(x, alpha=0.1, **kwargs)'
+    assert docs.call('class Strange')==docs.call('f(x=<object>)')==''
+
+def test_search_entries():
+    "A section ends at the next heading; outputs and the TeX beside equations stay out; a symbol's story and definition are one entry"
+    md = f"""intro $a^2$
+
+## F
+
+what `f` is for
+
+### F
+
+```python
+def F(x:int=1):
+```
+
+*Doc*
+
+::: cell-output
+hidden
+:::
+
+![](a.png)
+
+## Other
+
+x<br>y"""
+    body = f'<header>no</header><main id="main"><h1>T</h1>{docs.pandoc(md, "html5", "", ["--mathml"])}<footer>no</footer></main>'
+    assert docs.search_entries('p.html', 'T', body, {'f':'F', 'f.go':'F.go', 'f.__init__':'F.__init__'})==[
+        [0, 'T', 'T', 'p.html', '', 'intro a2'], [1, 'F', 'T', 'p.html#f', 'F(x=1)', 'what f is for Doc'],
+        [0, 'Other', 'T', 'p.html#other', '', 'x y'], [1, 'F.go', 'T', 'p.html#f.go', '', '']]
+
+def test_tutorials_open_in_colab():
+    "Each tutorial's first code cell, hidden, installs there and only there"
+    from fastcore.nbio import read_nb
+    tutorials = sorted((docs.cfg.nbs_path/'tutorials').glob('*.ipynb'))
+    assert tutorials
+    for p in tutorials:
+        src = next(c.source for c in read_nb(p).cells if c.cell_type=='code')
+        assert src.startswith('#| hide\n') and '! [ -e /content ] && ' in src and docs.cfg.git_url in src and 'pip install' in src, p.name
+    assert docs.colab_url('tutorials/x.ipynb')=='https://colab.research.google.com/github/fastkdtf/fastkdtf/blob/main/nbs/tutorials/x.ipynb'
+
 def test_sidebar_holds_every_notebook():
     listed = [nb for _,nb in docs.sidebar()]
     there = [Path(p).relative_to(docs.cfg.nbs_path).as_posix() for p in nbglob(docs.cfg.nbs_path)]

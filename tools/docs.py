@@ -2,7 +2,8 @@
 
 nbdev processes the notebooks, as for its own sites. Quarto renders them where it is installed, pandoc where it is not:
 same pages, same anchors, same `_docs/`. A broken internal link or anchor ends with exit code 1 and a list."""
-import argparse, base64, html, json, os, re, shutil, subprocess, sys
+import argparse, ast, base64, html, json, os, re, shutil, subprocess, sys
+from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -116,20 +117,91 @@ def pandoc(md, to, up=None, args=()):
 
 def inline_html(md): return re.sub(r'^<p>|</p>$', '', pypandoc.convert_text(md, 'html5', markdown, extra_args=['--mathml']).strip())
 
-def symbol_anchors(body, page):
+def symbols():
+    "Page → anchor → name of what is exported, as nbdev's doclinks have it"
+    idx,res = {},defaultdict(dict)
+    exec((cfg.lib_path/'_modidx.py').read_text(encoding='utf-8'), idx)
+    for mod,syms in idx['d']['syms'].items():
+        for name,(loc,_) in syms.items():
+            page,anchor = loc.split('#')
+            res[page][anchor] = name[len(mod)+1:]
+    return res
+
+def symbol_anchors(body, anchors):
     "Doclinks may name a method without a heading of its own: let its anchor stand at its class"
     ids = set(re.findall(r'\bid="([^"]+)"', body))
-    idx = {}
-    exec((cfg.lib_path/'_modidx.py').read_text(encoding='utf-8'), idx)
-    for loc,_ in (o for mod in idx['d']['syms'].values() for o in mod.values()):
-        pg,anchor = loc.split('#')
-        if pg!=page or anchor in ids: continue
+    for anchor in anchors:
+        if anchor in ids: continue
         ids.add(anchor)
         span = f'<span id="{html.escape(anchor)}"></span>'
         head = re.search(rf'<h\d[^>]* id="{re.escape(anchor.split(".")[0])}"[^>]*>', body)
-        if not head: head = re.search('<main>', body)
+        if not head: head = re.search('<main[^>]*>', body)
         body = body[:head.end()]+span+body[head.end():]
     return body
+
+# search
+
+def first(anchor): return re.sub(r'-\d+$', '', anchor)    # pandoc numbers anchors of equal headings
+
+class Sections(HTMLParser):
+    "What search knows of a page: `[anchor, heading, text, signature]` of each section of its `<main>`"
+    void = {'area', 'br', 'col', 'embed', 'hr', 'img', 'input', 'link', 'meta', 'source', 'wbr'}
+    def __init__(self, txt, symbols):
+        super().__init__()
+        self.symbols,self.sections,self.open,self.into = symbols,[],[],None
+        self.feed(txt)
+        self.sections = [[anchor, ' '.join(head.split()), ' '.join(body.split()), sig.strip()] for anchor,head,body,sig in self.sections]
+
+    def skipped(self, tag, attrs):
+        if tag in ('annotation', 'footer', 'style', 'svg'): return True
+        return attrs.get('class') in ('cell-output', 'colab') or 'float' in attrs.get('style', '')    # floating: show_doc's source link
+
+    def handle_starttag(self, tag, attrs):
+        attrs = {k:v or '' for k,v in attrs}
+        if tag=='br': self.handle_data(' ')
+        if tag in self.void: return
+        self.open.append((tag, self.skipped(tag, attrs)))
+        if not self.main: return
+        if re.fullmatch('h[1-4]', tag):
+            self.sections.append([attrs.get('id', ''), '', '', ''])
+            self.into = 1
+        elif tag=='pre' and self.sections and attrs.get('class', '').startswith('sourceCode') and self.signature: self.into = 3
+        elif tag in ('p', 'pre', 'td', 'th', 'li', 'summary'): self.handle_data(' ')
+
+    @property
+    def main(self): return any(t=='main' for t,_ in self.open)
+    @property
+    def signature(self):
+        anchor,_,txt,sig = self.sections[-1]
+        return first(anchor) in self.symbols and not txt.strip() and not sig
+
+    def handle_endtag(self, tag):
+        if any(t==tag for t,_ in self.open):
+            while self.open.pop()[0]!=tag: pass
+        if re.fullmatch('h[1-4]|pre', tag): self.into = 2
+
+    def handle_data(self, data):
+        if self.main and self.sections and not any(o for _,o in self.open): self.sections[-1][self.into] += data
+
+def call(signature):
+    "The parameters of a signature as `show_doc` writes it, in one line without comments and types: what one types"
+    try: f = ast.parse(signature.rstrip()+'\n    pass').body[0]
+    except SyntaxError: return ''
+    for o in ast.walk(f.args):
+        if isinstance(o, ast.arg): o.annotation = None
+    return f'{f.name}({ast.unparse(f.args)})'
+
+def search_entries(page, title, txt, symbols):
+    "`[symbol?, title, page's title, link, signature, text]` of each section and exported symbol of a page"
+    res = {}
+    for anchor,head,body,sig in Sections(txt, symbols).sections:
+        before = res.get(first(anchor))
+        link = f'{page}#{anchor}' if anchor else page
+        if before and before[0] and head==before[1]: before[4:] = call(sig), f'{before[5]} {body}'    # a symbol's definition below its story
+        else: res[anchor] = [int(anchor in symbols), symbols.get(anchor, head), title, link, call(sig), body]
+    for anchor,name in symbols.items():
+        if anchor not in res and not re.search(r'(^|\.)_', name): res[anchor] = [1, name, title, f'{page}#{anchor}', '', '']
+    return list(res.values())
 
 # pages
 
@@ -153,6 +225,10 @@ def sidebar_html(entries, titles, here, up):
         res.append(f'<a href="{up}{nbpath2html(nb).as_posix()}"{cur}>{html.escape(titles[nb])}</a>')
     return '\n'.join(res)
 
+def colab_url(nb):
+    repo = cfg.git_url.replace('https://github.com', 'https://colab.research.google.com/github')
+    return f'{repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{nb}'
+
 def build(out):
     "Render all processed notebooks to `out`"
     refresh_quarto_yml()
@@ -161,13 +237,16 @@ def build(out):
     nbs = sorted(p.relative_to(cache).as_posix() for p in cache.rglob('*.ipynb'))
     pages = {nb:nb_md(read_nb(cache/nb), saver(out/nbpath2html(nb).with_suffix('').as_posix(), nbpath2html(nb).stem)) for nb in nbs}
     titles = {nb:meta.get('title', Path(nb).stem) for nb,(meta,_) in pages.items()}
-    entries = sidebar()
+    entries,syms,index = sidebar(),symbols(),[]
     order = [nb for _,nb in entries if nb in titles]
     for nb,(meta,md) in pages.items():
         page = nbpath2html(nb)
         up = '../' * (len(page.parts)-1)
-        values = dict(root=up, site=cfg.title, title=titles[nb], description=inline_html(meta.get('description', '')), home=str(nb=='index.ipynb' or ''),
+        about = meta.get('description', '')
+        values = dict(root=up, site=cfg.title, title=titles[nb], home=str(nb=='index.ipynb' or ''), repo=cfg.git_url,
+                      description=inline_html(about), summary=html.escape(re.sub('[`*$]', '', about)),
                       nav=sidebar_html(entries, titles, nb, up), source=f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{nb}')
+        if nb.startswith('tutorials/'): values['colab'] = colab_url(nb)
         i = order.index(nb) if nb in order else None
         for k,j in (('prev', -1), ('next', 1)):
             if i is not None and 0<=i+j<len(order):
@@ -177,10 +256,14 @@ def build(out):
         args += [o for k,v in values.items() if v for o in ('-V', f'{k}={v}')]
         dest = out/page
         dest.parent.mkdir(parents=True, exist_ok=True)
-        dest.write_text(symbol_anchors(pandoc(md, 'html5', up, args), page.as_posix()), encoding='utf-8')
+        txt = symbol_anchors(pandoc(md, 'html5', up, args), syms[page.as_posix()])
+        dest.write_text(txt, encoding='utf-8')
+        index += search_entries(page.as_posix(), titles[nb], txt, syms[page.as_posix()])
     for f in cache.rglob('*'):
         if f.suffix in assets: shutil.copy(f, (out/f.relative_to(cache)).parent.resolve())
-    shutil.copy(tools/'site.css', out)
+    for f in ('site.css', 'site.js'): shutil.copy(tools/f, out)
+    # a script, not JSON: pages opened as files may load scripts only
+    (out/'search-index.js').write_text(f'window.searchIndex = {json.dumps(index, ensure_ascii=False)}\n', encoding='utf-8')
 
 def readme(out=root):
     "README.md (and its images in `README_files/`) in `out`, from the index notebook"

@@ -1,0 +1,148 @@
+// Theme, search and small comforts of the site built without Quarto. Plain JavaScript, no network: works from file:// too.
+(() => {
+'use strict'
+const root = new URL('.', document.currentScript.src), html = document.documentElement
+const el = (tag, cls, ...kids) => { const e = document.createElement(tag); e.className = cls; e.append(...kids); return e }
+
+// Theme: the system's, until the button says otherwise
+const dark = matchMedia('(prefers-color-scheme: dark)')
+document.getElementById('theme').onclick = () => {
+  const system = dark.matches ? 'dark' : 'light', next = (html.dataset.theme || system) === 'dark' ? 'light' : 'dark'
+  if (next === system) delete html.dataset.theme
+  else html.dataset.theme = next
+  try { next === system ? localStorage.removeItem('theme') : localStorage.setItem('theme', next) } catch {}
+}
+
+// Search: window.searchIndex holds one [symbol?, title, page's title, link, signature, text] per section of the site
+const box = document.getElementById('search'), list = document.getElementById('found')
+const fold = o => o.toLowerCase()
+let index = null, chosen = -1
+
+function load() {
+  if (index) return
+  index = []
+  const script = document.createElement('script')
+  script.onload = () => {
+    index = window.searchIndex.map(([symbol, title, page, url, signature, text]) =>
+      ({symbol, title, page, url, signature, text, low: fold(title), all: fold(`${title} ${page} ${signature} ${text}`)}))
+    search()
+  }
+  script.src = new URL('search-index.js', root)
+  document.head.append(script)
+}
+
+// lower comes first: exact symbol, symbol's beginning, heading, inside a symbol or a symbol's method, text
+function rank(o, query, words) {
+  const name = o.symbol ? o.low : ''
+  if (name === query) return o.title === box.value.trim() ? 0 : 1
+  if (name && name.startsWith(query) && !name.includes('.', query.length)) return 2
+  if (words.every(w => o.low.includes(w))) return o.symbol ? 5 : o.low.startsWith(query) ? 3 : 4
+  return words.every(w => o.all.includes(w)) ? o.all.includes(query) ? 6 : 7 : null
+}
+
+function marked(text, words) {
+  const low = fold(text), first = Math.min(...words.map(w => low.indexOf(w)).filter(i => i >= 0), text.length)
+  const from = first < 30 || first === text.length ? 0 : first-20
+  let rest = (from ? '…' : '') + text.slice(from, from+160)
+  const out = el('span', 'text')
+  while (rest) {
+    const hits = words.map(w => [fold(rest).indexOf(w), w.length]).filter(h => h[0] >= 0).sort((a, b) => a[0]-b[0] || b[1]-a[1])
+    if (!hits.length) break
+    const [i, n] = hits[0]
+    out.append(rest.slice(0, i), el('mark', '', rest.slice(i, i+n)))
+    rest = rest.slice(i+n)
+  }
+  out.append(rest)
+  return out
+}
+
+function row(o, i, words) {
+  const head = el('span', 'title', o.symbol ? el('code', '', o.title) : o.title, el('span', 'page', o.page))
+  const a = el('a', '', head)
+  if (o.signature) a.append(el('code', 'text', o.signature))
+  else if (o.text) a.append(marked(o.text, words))
+  Object.assign(a, {href: new URL(o.url, root), id: `found-${i}`})
+  a.setAttribute('role', 'option')
+  a.onmousemove = () => choose(i)
+  a.onclick = () => close()
+  return a
+}
+
+function search() {
+  const query = fold(box.value.trim()), words = query.split(/\s+/)
+  if (!query) return close()
+  const hits = index.map(o => [rank(o, query, words), o]).filter(([r]) => r !== null)
+  hits.sort(([r, a], [s, b]) => r-s || a.title.length-b.title.length)
+  list.replaceChildren(...hits.slice(0, 20).map(([, o], i) => row(o, i, words)))
+  if (!hits.length) list.append(el('p', '', window.searchIndex ? `Nothing found for “${box.value.trim()}”` : 'Loading…'))
+  list.hidden = false
+  box.setAttribute('aria-expanded', true)
+  choose(hits.length ? 0 : -1)
+}
+
+function choose(i) {
+  const rows = list.querySelectorAll('a')
+  chosen = rows.length ? (i + rows.length) % rows.length : -1
+  rows.forEach((a, j) => a.setAttribute('aria-selected', j === chosen))
+  if (chosen < 0) return box.removeAttribute('aria-activedescendant')
+  box.setAttribute('aria-activedescendant', rows[chosen].id)
+  rows[chosen].scrollIntoView({block: 'nearest'})
+}
+
+function close() {
+  list.hidden = true
+  box.setAttribute('aria-expanded', false)
+  box.removeAttribute('aria-activedescendant')
+}
+
+box.onfocus = () => { load(); if (box.value) search() }
+box.oninput = () => { load(); search() }
+box.onkeydown = e => {
+  const rows = list.hidden ? [] : list.querySelectorAll('a')
+  if (e.key === 'Escape') { box.value = ''; close(); box.blur() }
+  else if (e.key === 'ArrowDown' && rows.length) choose(chosen+1)
+  else if (e.key === 'ArrowUp' && rows.length) choose(chosen-1)
+  else if (e.key === 'Enter' && rows.length) rows[chosen].click()
+  else return
+  e.preventDefault()
+}
+document.addEventListener('keydown', e => {
+  const typing = e.target.closest('input, textarea, select, [contenteditable]')
+  if (e.key === '/' && !typing && !e.ctrlKey && !e.metaKey && !e.altKey || e.key === 'k' && (e.ctrlKey || e.metaKey)) {
+    e.preventDefault()
+    box.focus()
+    box.select()
+  }
+})
+document.addEventListener('pointerdown', e => { if (!e.target.closest('.search')) close() })
+const asked = new URLSearchParams(location.search).get('q')    // index.html?q=LsrKDLoss
+if (asked) { box.value = asked; box.focus(); load() }
+
+// Links to headings, copy buttons, the section being read, the page's entry in the sidebar
+const heads = [...document.querySelectorAll('main :is(h2, h3, h4)[id]')]
+for (const h of heads) {
+  const a = el('a', 'anchor', '#')
+  a.href = '#' + h.id
+  a.setAttribute('aria-label', 'Link to this section')
+  h.append(a)
+}
+
+for (const code of document.querySelectorAll('main div.sourceCode')) if (navigator.clipboard) {
+  const b = el('button', 'copy', 'Copy')
+  b.onclick = () => navigator.clipboard.writeText(code.querySelector('code').textContent).then(() => {
+    b.textContent = 'Copied'
+    setTimeout(() => b.textContent = 'Copy', 1500)
+  })
+  code.append(b)
+}
+
+const entries = new Map([...document.querySelectorAll('.toc a')].map(a => [decodeURIComponent(a.hash.slice(1)), a]))
+function follow() {
+  const read = heads.filter(h => entries.has(h.id) && h.getBoundingClientRect().top < 120).pop()
+  for (const [id, a] of entries) a.toggleAttribute('aria-current', read?.id === id)
+}
+if (entries.size) { addEventListener('scroll', () => requestAnimationFrame(follow), {passive: true}); follow() }
+
+const here = document.querySelector('.sidebar [aria-current]'), side = document.querySelector('.sidebar')
+if (here && here.offsetTop + 50 > side.clientHeight) side.scrollTop = here.offsetTop - side.clientHeight/2
+})()
