@@ -255,7 +255,7 @@ class IndexedDL:
 
     def augmented(self, b, idx, view): return b
 
-# %% ../nbs/03b_loader.ipynb #d04f36d6
+# %% ../nbs/03b_loader.ipynb #d361c4ab
 class RecordDL(IndexedDL, TfmdDL):
     """A `TfmdDL` that cuts whole batches out of an array of records and augments them on the device, if the set is one for training.
 
@@ -307,7 +307,7 @@ class RecordDL(IndexedDL, TfmdDL):
         return self.keep(self.augmented(b, idx, view), idx, view)
 
     def augmented(self, b, idx, view):
-        if not self.augment or view is None: return b
+        if view is None or not self.augments: return b
         x,*y = b
         return self.augment(x.as_subclass(Tensor), idx, view).as_subclass(TensorImage), *y
 

@@ -1,5 +1,5 @@
 "The in-memory loader, its augmentation against plain loops and Pillow, indices of any loader, and names of data sets"
-import copy, os, pickle, random, subprocess, sys, warnings
+import copy, os, pickle, random, shutil, subprocess, sys, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +11,11 @@ import pytest
 import torch
 import torchvision.transforms as T
 from fastai.callback.data import WeightedDL
-from fastai.data.all import (CategoryBlock, DataBlock, DataLoader, DataLoaders, Datasets, IntToFloatTensor, Normalize, RandomSplitter, TfmdDL,
-                             Transform)
+from fastai.data.all import DataLoader, DataLoaders, Datasets, IntToFloatTensor, Normalize, TfmdDL, Transform
 from fastai.tabular.all import Categorify, FillMissing, TabularDataLoaders, tabular_learner
 from fastai.text.data import LMDataLoader, SortedDL
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, FlipItem, ImageDataLoaders, Interpretation, Learner, PILImage, Resize, TensorCategory,
-                               TensorImage, accuracy, aug_transforms, load_learner, nn)
+from fastai.vision.all import (Callback, CropPad, CrossEntropyLossFlat, FlipItem, ImageDataLoaders, Interpretation, Learner, PILImage, RandomCrop, Resize,
+                               TensorCategory, TensorImage, accuracy, aug_transforms, load_learner, nn)
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -202,6 +201,7 @@ def test_training_only():
     assert train.augments and not valid.augments and train.new().augment is a and train.new(augment=None).augment is None
     x = torch.cat([o for o,_ in valid])
     assert torch.equal(x, (torch.from_numpy(np.array(valid.dataset.items['image'])).float().div_(255)-.5)/.3)
+    assert torch.equal(valid.batch_of(torch.arange(8), torch.zeros(8, dtype=torch.int64))[0], x[:8])
     dls = DataLoaders(train, valid, device='cpu')
     t = dls.test_dl(valid.dataset.items[:9])
     assert not t.augments and torch.equal(t.one_batch()[0][:8], x[:8])
@@ -436,7 +436,6 @@ def test_identity_is_the_same_in_every_process(files):
     assert out.stdout.split()==[loader_identity(record_dl(Augment(flip=True))), loader_identity(with_index(pets(files)).train)]
 
 def test_identity_of_files(files, tmp_path):
-    import shutil
     name = loader_identity(with_index(pets(files)).train)
     shutil.copytree(files, tmp_path/'moved')
     assert loader_identity(with_index(pets(tmp_path/'moved')).train)==name
@@ -489,7 +488,7 @@ def test_faster_than_image_files(tmp_path):
         (tmp_path/str(i%10)).mkdir(exist_ok=True)
         Image.fromarray(o).save(tmp_path/str(i%10)/f'{i}.png')
     byfile = ImageDataLoaders.from_folder(tmp_path, valid_pct=.5, seed=0, bs=128, num_workers=0, device='cpu',
-                                          item_tfms=TV(T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()),
+                                          item_tfms=[CropPad(40, pad_mode='zeros'), RandomCrop(32), FlipItem()],
                                           batch_tfms=Normalize.from_stats([.5]*3, [.3]*3, cuda=False)).train
     ours = record_dl(Augment(flip=True, pad=4), n=256, bs=128, size=(32,32))
     assert len(byfile)==len(ours)==2
