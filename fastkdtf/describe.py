@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from html import escape
 
-# %% ../nbs/00a_describe.ipynb #e9f75498
+# %% ../nbs/00a_describe.ipynb #40baa9a9
 @dataclass
 class Description:
     "The weights in force, in units of one sample's loss; shows as a small table"
@@ -97,6 +97,7 @@ class Description:
         if None not in ratios: out.append(('soft/hard gradient', f'{n(ratios[0])} at uniform predictions, {n(ratios[1])} at 90 % confidence'))
         if self.controls: out.append(('controls', ', '.join(self.controls)))
         notes = self.notes + (['the soft term is negligible'] if self.negligible else [])
+        if self.target and self.soft and self.target[0] < self.target[1]*(1-1e-9): notes.append('the target ranks the labelled class last')
         return out + [('note', o) for o in notes]
 
     @property

@@ -42,7 +42,7 @@ class Rewrite:
         args = [f'{k}={v!r}' for k,v in vars(self).items() if v is not None]
         return f"{type(self).__name__}({', '.join(args)})"
 
-# %% ../nbs/02_targets.ipynb #aca05cc8
+# %% ../nbs/02_targets.ipynb #0537d3b6
 class TeacherCorrection(Rewrite):
     "Give the labelled class the probability `gamma` and share the rest as the teacher does. Wang et al. 2020, eq. 11 and 16"
     def __init__(self,
@@ -57,3 +57,7 @@ class TeacherCorrection(Rewrite):
         if step.y.is_floating_point(): raise TypeError("TeacherCorrection of a network's target needs integer labels, got probabilities")
         logits,tau = softened_logits(target, step)
         return put_confidence(logits, step.y, self.gamma, tau)
+
+    def notes(self, n_classes:int)->list:
+        "What `describe` says of it"
+        return ['gamma is below 1/K: the corrected teacher can rank the labelled class last'] if self.gamma < 1/n_classes else []

@@ -1142,7 +1142,7 @@ def test_what_is_no_teacher(what):
 
 def test_as_teacher():
     f = lambda step: step.xb[0]
-    assert as_teacher(f) is f and isinstance(as_teacher(network()), NetworkTeacher)
+    assert as_teacher(f)(Step(None, None, (3,))) == 3 and isinstance(as_teacher(network()), NetworkTeacher)
     t = UniformTeacher()
     assert as_teacher(t) is t and as_teacher(EnsembleTeacher([network(), network()])).teachers
     for o in (3, None, [1]):
