@@ -1,14 +1,19 @@
 "Everything a notebook needs: `from fastkdtf.all import *`"
+from fastkdtf.cache import CachedTeacher
 from fastkdtf.core import Step, TwoValued
 from fastkdtf.data import *
 from fastkdtf.describe import Description
 from fastkdtf.distill import *
 from fastkdtf.interpret import *
 from fastkdtf.learner import *
+from fastkdtf.loader import Augment, batch_info, with_index
 from fastkdtf.losses import *
 from fastkdtf.models import *
+from fastkdtf.page import report_html, write_report
+from fastkdtf.procedures import *
 from fastkdtf.report import *
 from fastkdtf.runs import *
 from fastkdtf.targets import *
 from fastkdtf.teachers import *
 from fastkdtf.terms import LossTerm
+from fastkdtf.training import train_run

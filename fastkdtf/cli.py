@@ -39,7 +39,7 @@ def _device(name):
     except (RuntimeError, AssertionError) as e: raise UsageError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]})") from e
     return name
 
-# %% ../nbs/30_cli.ipynb #371fa8ab
+# %% ../nbs/30_cli.ipynb #62ed9738
 def _chosen(methods, all_methods):
     "The methods named in a comma-separated list"
     if methods == 'all': return all_methods
@@ -74,7 +74,7 @@ def _compare(a):
     data = dict(data=a.data) if not Path(a.data).is_file() else dict(data=Path(a.data).stem, sha1=_digest(a.data))
     before = _n_records(out)
     comparison = compare({'baseline': None, **methods}, dls, partial(create_model, a.arch, dls.c), a.epochs, a.seeds,
-                         controls=not a.no_controls, out=out, lr=a.lr, settings=dict(**data, arch=a.arch, augment=repr(dls.train.augment)))
+                         controls=not a.no_controls, out=out, lr=a.lr, settings=dict(**data, arch=a.arch))
     n,trained = len(comparison.records),_n_records(out)-before
     files = [str(out/o) for o in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
     done = f"{_count(n, 'run')}, {trained or 'none'} trained now, in {_took(start)}: {', '.join(files)}"

@@ -186,7 +186,7 @@ def _cost(c, look):
     drawn = panel(x, y, 'time per epoch, ratio to the baseline', 'difference in accuracy to the baseline, points', said, draw, 400, 290)
     return figure('Cost against gain', note, look.legend([n for n,_,_ in points]), drawn, cls='cost')
 
-# %% ../nbs/11a_page.ipynb #1096464c
+# %% ../nbs/11a_page.ipynb #a6a1c663
 def _shown(v):
     "A setting as text"
     if isinstance(v, bool):  return 'yes' if v else 'no'
@@ -218,7 +218,7 @@ def _methods(c, look):
     return figure('What each method does', 'Effective weights and settings, as recorded with the runs.', el('div', [card(n) for n in c.names], cls='cards'))
 
 _other_fields = ('key method rank control_for seed baseline setting settings callbacks description last best history epoch_seconds '
-                 'seconds_per_epoch evaluated_on').split()
+                 'seconds_per_epoch evaluated_on teacher_accuracy').split()
 
 def _conditions(c):
     first = c.records[0]

@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, torch
 import matplotlib
 matplotlib.use('agg')
 
-import fastkdtf.learner
+import fastkdtf.training
 from fastkdtf.cli import main
 
 
@@ -59,7 +59,7 @@ def test_compare(finished, data, capsys, monkeypatch):
     s = lines(finished)[0]['settings']
     assert (s['data'], s['arch'], s['n_epoch'], s['bs'], s['lr'], s['n_classes']) == ('tiny', 'resnet8', 1, 18, .01, 3) and lines(finished)[0]['evaluated_on'] == 'test'
     assert list(pd.read_csv(finished/'table.csv').method) == ['baseline', 'LsrKD'] and (finished/'accuracy.png').exists() and (finished/'curves.png').exists()
-    monkeypatch.setattr(fastkdtf.learner, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
     before = (finished/'results.jsonl').read_bytes()
     rc,out,err = compare(capsys, data, finished, '--methods', 'LsrKD', '--no-controls')
     assert rc == 0 and err == '' and (finished/'results.jsonl').read_bytes() == before
@@ -120,7 +120,7 @@ def test_bad_data_files(finished, capsys, monkeypatch, tmp_path, write, why):
 
 def check_mistake(finished, capsys, monkeypatch, args, why):
     "Exit code 2, one line that says why, and the folder as it was"
-    monkeypatch.setattr(fastkdtf.learner, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
     before = {o: o.read_bytes() for o in finished.rglob('*') if o.is_file()}
     rc,out,err = call(capsys, *args)
     assert rc == 2

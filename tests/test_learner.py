@@ -15,12 +15,13 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import fastkdtf.learner
+import fastkdtf.training
 from fastkdtf.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg
-from fastkdtf.learner import compare, make_callbacks, with_controls
+from fastkdtf.learner import compare
+from fastkdtf.training import make_callbacks, with_controls
 from fastkdtf.report import Comparison
 from fastkdtf.runs import Ledger, seed_run
-from fastkdtf.teachers import UniformTeacher, VirtualTeacher
+from fastkdtf.teachers import Teacher, UniformTeacher, VirtualTeacher
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -54,7 +55,7 @@ def assert_whole(out, n_runs):
     "Every run once, nothing left over, a table for all"
     keys = [r['key'] for r in lines(out)]
     assert len(keys) == len(set(keys)) == n_runs
-    assert not list((out/'unfinished').glob('*.pt')) and {'table.csv', 'accuracy.png', 'curves.png'} <= {o.name for o in out.iterdir()}
+    assert not list((out/'unfinished').glob('*.pt')) and {'table.csv', 'accuracy.png', 'curves.png', 'report.html'} <= {o.name for o in out.iterdir()}
 
 @pytest.fixture
 def no_plots(monkeypatch):
@@ -153,6 +154,8 @@ def test_what_a_record_holds(undisturbed):
         assert (s['n_epoch'], s['lr'], s['bs'], s['n_train'], s['n_classes'], s['fit'], s['model']) == (3, .02, 16, 48, K, 'fit_one_cycle', 'Sequential')
         assert ('base_loss' in r['history']) == (r['method'] != 'baseline')
     tf = next(r for r in lines(out) if r['method'] == 'TfKDReg')
+    assert tf['description'] == [['method', TfKDReg(alpha=.2).describe(K).title], *map(list, TfKDReg(alpha=.2).describe(K).rows())]
+    assert all(r['description'] == [] for r in lines(out) if r['method'] == 'baseline')
     assert tf['callbacks'] == [dict(callback='TfKDReg', alpha=.2, tau=20., correct_prob=.99, scale='tau2', variant='paper', multiplier=1.)]
     assert_whole(out, 12)
     pd.testing.assert_frame_equal(pd.read_csv(out/'table.csv', index_col='method').fillna({'control_for': ''}), c.table, check_dtype=False)
@@ -192,7 +195,7 @@ def test_finished_runs_are_skipped(undisturbed, monkeypatch):
     out,c = undisturbed
     before,folder = (out/'results.jsonl').read_bytes(),sorted(o.name for o in out.iterdir())
     (out/'table.csv').unlink()
-    monkeypatch.setattr(fastkdtf.learner, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
     again = tiny_compare(BOTH, out=str(out), n_epoch=3)
     assert (out/'results.jsonl').read_bytes() == before and sorted(o.name for o in out.iterdir()) == folder
     pd.testing.assert_frame_equal(again.table, c.table)
@@ -214,6 +217,15 @@ def test_adding_seeds_methods_and_settings(tmp_path, no_plots):
     _,last = go({'LsrKD': LsrKD}, seeds=1)
     assert last == after, 'the first settings are still there'
 
+def test_the_split_is_part_of_the_setting(tmp_path):
+    def go(split):
+        dls = tiny_dls()
+        if split is not None: dls.split = split
+        return tiny_compare({'baseline': None}, dls, n_epoch=1, seeds=1).records[0]
+    plain,one,other = go(None),go(dict(seed=0, train_digest='ab')),go(dict(seed=1, train_digest='cd'))
+    assert 'split' not in plain['settings'] and one['settings']['split'] == dict(seed=0, train_digest='ab')
+    assert len({o['key'] for o in (plain, one, other)}) == 3 and numbers(plain) == numbers(one)
+
 def changed(methods, **kw):
     "Keys of the first method, for each of several definitions"
     return [next(r['key'] for r in tiny_compare({'m': m}, n_epoch=1, seeds=1, controls=False, **kw).records if r['method'] == 'm') for m in methods]
@@ -221,6 +233,7 @@ def changed(methods, **kw):
 @pytest.mark.parametrize('methods', [
     (LsrKD, partial(LsrKD, .2), partial(LsrKD, tau=2.), partial(LsrKD, gamma=.2), TfKDReg, partial(TfKDReg, scale=1)),
     (lambda: Distill(VirtualTeacher()), lambda: Distill(VirtualTeacher(.9)), lambda: Distill(VirtualTeacher(), tau=(1., 2.)), lambda: Distill(UniformTeacher())),
+    (lambda: Distill(NamelessTeacher()), lambda: Distill(NamelessTeacher(3))),
     (partial(LsrKD, alpha=SchedCos(0, .3)), partial(LsrKD, alpha=SchedCos(0, .2))),
     (lambda: [LsrKD(), GradientClip(.1)], lambda: [LsrKD(), GradientClip(.5)], LsrKD),
     (partial(Distill, UniformTeacher(), variant='official', multiplier=1.), partial(Distill, UniformTeacher(), variant='official', multiplier=5.)),
@@ -238,6 +251,11 @@ class UserTeacher:
     def __init__(self): self.power,self.f,self.more = 2,user_function,{'b': 1, 'a': [1, 2]}
     def __call__(self, step): return step.z*self.power
 
+class NamelessTeacher(Teacher):
+    "Neither a repr nor an identity of its own"
+    def __init__(self, power=2): self.power = power
+    def __call__(self, step): return step.z*self.power
+
 class UserCallback(Callback):
     "Without settings"
     def __init__(self): self.words,self.f,self.inner = ('x', 'y'),user_function,UserTeacher()
@@ -245,7 +263,7 @@ class UserCallback(Callback):
 class WithSet(Callback):
     def __init__(self): self.words = {f'word {i}' for i in range(12)}
 
-STABLE = {'function': partial(Distill, user_function), 'teacher': lambda: Distill(UserTeacher()), 'lambda': lambda: Distill(lambda step: step.z), 'callback': UserCallback,
+STABLE = {'function': partial(Distill, user_function), 'teacher': lambda: Distill(UserTeacher()), 'nameless': lambda: Distill(NamelessTeacher()), 'lambda': lambda: Distill(lambda step: step.z), 'callback': UserCallback,
           'loss': partial(Distill, UniformTeacher(), loss=lambda z, t: z.sum(1)), 'schedule': partial(LsrKD, alpha=SchedCos(0, .9)), 'list': lambda: [UserCallback(), LsrKD()]}
 
 def keys_here(): return {k: changed([m])[0] for k,m in {**STABLE, 'set': WithSet}.items()}
@@ -306,7 +324,7 @@ def test_resumed_after_an_exception(tmp_path, no_plots, expected, at, error):
 def test_interrupt_between_training_and_ledger(tmp_path, no_plots, expected, monkeypatch):
     "The last epoch is saved, but its scores are not"
     Fragile.at = None
-    for owner,name in ((fastkdtf.learner, 'evaluate'), (fastkdtf.learner, 'evaluate'), (Ledger, 'append')):
+    for owner,name in ((fastkdtf.training, 'evaluate'), (fastkdtf.training, 'evaluate'), (Ledger, 'append')):
         with monkeypatch.context() as m:
             m.setattr(owner, name, forbidden)
             with pytest.raises(Forbidden): fragile(tmp_path)
@@ -487,7 +505,7 @@ def test_a_diverging_run_is_a_result(tmp_path, monkeypatch):
     assert_whole(tmp_path, 6)
     for r in lines(tmp_path): assert r['last']['nll'] is None and r['history']['valid_loss'][-1] is None and r['last']['accuracy'] is not None
     assert c.shown.loc['LsrKD', 'NLL'] == '–'
-    monkeypatch.setattr(fastkdtf.learner, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
     again = tiny_compare({'LsrKD': LsrKD}, n_epoch=2, seeds=2, lr=1e30, opt_func=SGD, out=tmp_path)
     assert repr(again) == repr(c)
 
@@ -507,13 +525,13 @@ def test_a_diverging_run_is_a_result(tmp_path, monkeypatch):
     (dict(model_fn=nn.Linear(6, 3)), TypeError, 'model_fn'),
 ])
 def test_bad_input(change, error, name, monkeypatch, tmp_path):
-    monkeypatch.setattr(fastkdtf.learner, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
     kw = {'methods': {'LsrKD': LsrKD}, 'n_epoch': 1, 'seeds': 1, **change}
     with pytest.raises(error, match=name): tiny_compare(kw.pop('methods'), out=tmp_path/'out', **kw)
     assert not (tmp_path/'out'/'results.jsonl').exists()
 
 def test_bad_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastkdtf.learner, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
     (tmp_path/'file').write_text('mine')
     with pytest.raises(ValueError, match='out.*file'): tiny_compare(BOTH, out=tmp_path/'file')
     assert (tmp_path/'file').read_text() == 'mine'
