@@ -316,7 +316,7 @@ def reduce_samples(
         if reduction == 'mean': return loss.sum()/keep.sum()
     return loss.mean() if reduction == 'mean' else loss.sum() if reduction == 'sum' else loss
 
-# %% ../nbs/00_core.ipynb #667b31b4
+# %% ../nbs/00_core.ipynb #e33a5d2a
 def at_label(
     t:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
     y:Tensor, # integer labels `[N,…]`; what lies at a label outside the classes, such as `ignore_index`, is of no use
@@ -324,7 +324,7 @@ def at_label(
     "Where the labelled class is in `t`"
     axis = t.ndim - y.ndim
     shape = *t.shape[:axis], 1, *t.shape[axis+1:]
-    return y.clamp(0, t.shape[axis]-1).unsqueeze(1).expand(shape), axis
+    return y.long().clamp(0, t.shape[axis]-1).unsqueeze(1).expand(shape), axis
 
 def put_confidence(
     logits:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
@@ -334,7 +334,8 @@ def put_confidence(
 )->Tensor: # probabilities, in float32 at least
     "The distribution with `value` on the label and the rest shared as `softmax(logits/tau)` shares it"
     index,axis = at_label(logits, y)
-    others = torch.softmax((at_least_float32(logits)/tau).scatter(axis, index, -math.inf), axis)
+    others = at_least_float32(logits).scatter(axis, index, -math.inf)
+    others = torch.softmax((others - others.amax(axis, keepdim=True))/tau, axis)
     value = torch.as_tensor(value, dtype=others.dtype, device=others.device)
     return (others*(1-value)).scatter(axis, index, value.expand(index.shape))
 

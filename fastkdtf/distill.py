@@ -32,7 +32,7 @@ def _check_schedule(name, value, interval):
     for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
-# %% ../nbs/06_distill.ipynb #a57ddd18
+# %% ../nbs/06_distill.ipynb #3dcf58c3
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
     _stateattrs = LossTerm._stateattrs + ('zt', 'finite', 'skipped')
@@ -73,6 +73,12 @@ class Distill(LossTerm):
         return tuple(_at(o, pct) for o in self.tau)
 
     def hard_share(self, pct): return self.weights(pct)[0]
+
+    @property
+    def idle(self)->bool:
+        "Whether the soft term never has a weight"
+        soft = self.alpha[1] if isinstance(self.alpha, tuple) else self.alpha
+        return not callable(soft) and soft == 0
 
     def soft_weight(self, n_classes:int, pct:float)->float:
         "The factor of the soft loss, all in all"
@@ -119,6 +125,8 @@ class Distill(LossTerm):
     def before_batch(self):
         "Ask a teacher that needs no student before the student's graph takes its memory"
         self.zt,self.finite = None,None
+        if self.idle: return
+        self.teacher.before_batch()
         if not self.teacher.before_student or not self.weights(self.learn.pct_train)[1]: return
         info = None if self.mixing else batch_info(self.learn.dl)
         xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.learn.xb)
@@ -173,7 +181,7 @@ class Distill(LossTerm):
             step = Step(torch.zeros(1, dtype=torch.long), torch.zeros(1, k), tau=self.temperatures(pct))
             step.zt = self.teacher(step)
             target = self.target(step)
-        notes = self.teacher.notes(k)
+        notes = self.teacher.notes(k, self.learn)
         if self.sample_weight is not None: notes.append('weights of samples are not counted')
         if callable(self.divergence): notes.append('the loss is a function of your own: gradient and scale are those of the divergence')
         alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
@@ -224,7 +232,7 @@ class KnowledgeDistillation(Distill):
         name:str|None=None, # needed for a second callback of the same class
     ): super().__init__(teacher, alpha, tau, scale, variant=variant, multiplier=multiplier, name=name)
 
-# %% ../nbs/06_distill.ipynb #942fc165
+# %% ../nbs/06_distill.ipynb #8d262b0b
 class MemoryReplay(Distill):
     "Distillation from past copies of the student, MrKD. Wang et al. 2020, Algorithm 1; with `gamma`, MrKD-TC, eq. 16–17"
     def __init__(self,
@@ -242,6 +250,7 @@ class MemoryReplay(Distill):
         rewrite = () if gamma is None else TeacherCorrection(gamma)
         super().__init__(teacher, alpha, tau, 'tau' if rewrite else 'tau2', rewrite=rewrite, name=name)
         self.settings = dict(n_copies=n_copies, interval=interval, interval_steps=interval_steps, alpha=alpha, tau=tau, gamma=gamma)
+        self.settings |= {k: v for k,v in dict(copy_dtype=copy_dtype, copy_device=copy_device).items() if v is not None}
 
 # %% ../nbs/06_distill.ipynb #3c35a046
 class ScaledCE(Distill):

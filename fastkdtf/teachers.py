@@ -28,7 +28,7 @@ from .core import *
 from .frozen import FrozenCopy, copy_model
 from .models import create_model
 
-# %% ../nbs/05_teachers.ipynb #e5e9bcaa
+# %% ../nbs/05_teachers.ipynb #5c25c3f5
 class Teacher:
     "Base of teachers; a subclass defines `__call__(step)`, which returns logits"
     before_student = False   # True: it does not look at `step.z`, and runs before the student's graph exists
@@ -36,6 +36,7 @@ class Teacher:
 
     def attach(self, learn): "A fit of `learn` begins; checks that need the learner belong here"
     def detach(self): "The fit is over; `attach` comes before the next one, also when this one was interrupted and not detached"
+    def before_batch(self): "A batch of training begins, whether this teacher will be asked or not"
     def after_step(self): "The optimizer has made a step"
 
     def state_dict(self)->dict:
@@ -43,7 +44,7 @@ class Teacher:
         return {}
     def load_state_dict(self, state:dict): "Go on from `state`"
 
-    def notes(self, n_classes:int)->list:
+    def notes(self, n_classes:int, learn=None)->list:
         "What `describe` says of it"
         return []
 
@@ -284,7 +285,7 @@ def as_teacher(
     if callable(teacher): return FunctionTeacher(teacher)
     raise TypeError(f'teacher must be a function of a Step that returns logits, such as UniformTeacher(), or a network, got {teacher!r}')
 
-# %% ../nbs/05_teachers.ipynb #1c3da886
+# %% ../nbs/05_teachers.ipynb #5424fa13
 class EnsembleTeacher(Teacher):
     "Several networks as one teacher, whose softened probabilities are the mean of theirs"
     before_student = True
@@ -296,7 +297,8 @@ class EnsembleTeacher(Teacher):
         self.teachers = [as_teacher(o) for o in teachers]
         if len(self.teachers) < 2: raise ValueError(f'an ensemble takes at least two teachers, got {len(self.teachers)}')
         for o in self.teachers:
-            if not o.before_student: raise TypeError(f'an ensemble takes networks, got {o!r}')
+            if not o.before_student or type(o).after_step is not Teacher.after_step:
+                raise TypeError(f'an ensemble takes networks that stay as they are, got {o!r}; as a callback of its own it combines with others')
         self.average = check_choice('average', average, ('probs', 'logits'))
 
     def attach(self, learn):
