@@ -7,9 +7,10 @@ Docs: https://fastkdtf.github.io/fastkdtf/bench.html.md"""
 # %% auto #0
 __all__ = ['bench_losses', 'StepBench', 'Candidate', 'distillation_candidates', 'bench_steps', 'loss_difference']
 
-# %% ../nbs/13_bench.ipynb #6b8728ea
+# %% ../nbs/13_bench.ipynb #bf17f627
 from copy import deepcopy
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pandas as pd
@@ -23,9 +24,11 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from torch.utils.data import TensorDataset
 
+from .cache import CachedTeacher
 from .core import *
 from .distill import KnowledgeDistillation, teacher_free
 from .frozen import FrozenCopy
+from .loader import with_index
 from .losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from .measure import interleaved_times, median_ratio, peak_memory
 from .models import create_model
@@ -69,13 +72,14 @@ def bench_losses(
     rows.append({'loss': 'F.cross_entropy', 'time / cross_entropy': 1., 'memory / logits': memory['F.cross_entropy']})
     return pd.DataFrame(rows).set_index('loss').round(3)
 
-# %% ../nbs/13_bench.ipynb #72efaf81
+# %% ../nbs/13_bench.ipynb #77e59e5b
 class StepBench:
     "A learner in the middle of an epoch, that trains on one batch whenever it is called"
     def __init__(self, model, batch, n_classes, cbs=()):
         dls = DataLoaders(*[DataLoader(TensorDataset(*batch), bs=len(batch[1]))]*2, device=batch[0].device)
         dls.c = n_classes
-        self.learn,self.batch = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=1e-3, cbs=cbs),batch
+        self.batch = next(iter(with_index(dls).train))   # the loader goes on telling which samples these are
+        self.learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=1e-3, cbs=cbs)
         learn = self.learn
         learn.create_opt()
         learn.dl,learn.n_epoch,learn.n_iter,learn.logger = dls.train,1,10**6,lambda *_: None
@@ -84,7 +88,7 @@ class StepBench:
 
     def __call__(self): self.learn.one_batch(0, self.batch)
 
-# %% ../nbs/13_bench.ipynb #358d1268
+# %% ../nbs/13_bench.ipynb #7c04254f
 class Candidate(NamedTuple):
     "A method for `bench_steps`"
     make:object=None # function that makes its callback; None: the plain step
@@ -94,9 +98,11 @@ def distillation_candidates(
     teacher:torch.nn.Module,
     alpha:float=.9, # soft share
     tau:float=4., # temperature
+    cache=None, # a folder; None leaves out the cached teacher
 )->dict: # name → `Candidate`
-    "Distillation from a live teacher: ours, and fasterai's where it is installed"
+    "Distillation from a network: live, from a cache, and fasterai's where it is installed"
     out = {'KD': Candidate(partial(KnowledgeDistillation, teacher, alpha, tau), FrozenCopy(teacher))}
+    if cache is not None: out['KD, cached'] = Candidate(lambda: KnowledgeDistillation(CachedTeacher(teacher, cache), alpha, tau))
     try:
         from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
         from fasterai.distill.losses import SoftTarget
@@ -104,7 +110,7 @@ def distillation_candidates(
     peer = lambda: KnowledgeDistillationCallback(deepcopy(teacher), partial(SoftTarget, T=tau), weight=alpha)
     return {**out, 'KD, fasterai': Candidate(peer, out['KD'].beside)}
 
-# %% ../nbs/13_bench.ipynb #c55873f6
+# %% ../nbs/13_bench.ipynb #75f707ed
 def _batch(bs, size, n_classes, device, seed=None):
     if seed is not None: torch.manual_seed(seed)
     return torch.randn(bs, 3, size, size, device=device),torch.randint(0, n_classes, (bs,), device=device)
@@ -125,7 +131,10 @@ def bench_steps(
     "Time and peak memory of a training step, as ratios to those of the plain step"
     for name,v in (('bs', bs), ('size', size), ('rounds', rounds)): check_whole(name, v)
     batch = _batch(bs, size, n_classes, device)
-    if methods is None: methods = {**teacher_free(n_classes), **distillation_candidates(_network(arch, n_classes, device, 1))}
+    if methods is None:
+        with TemporaryDirectory() as cache:
+            methods = {**teacher_free(n_classes), **distillation_candidates(_network(arch, n_classes, device, 1), cache=cache)}
+            return bench_steps(arch, bs, size, n_classes, methods, rounds, device)
     methods = {'plain': Candidate(), **{k: o if isinstance(o, Candidate) else Candidate(o) for k,o in methods.items()}}
     steps = {k: StepBench(_network(arch, n_classes, device), batch, n_classes, [] if o.make is None else [o.make()]) for k,o in methods.items()}
     beside = {f: partial(f, batch[0]) for o in methods.values() if (f := o.beside)}

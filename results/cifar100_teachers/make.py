@@ -1,8 +1,8 @@
-"""Networks as teachers on 4,000 images of CIFAR-100: normal KD, Re-KD, De-KD and Tf-KD_self, each beside its control
+"""Networks as teachers on 2,500 images of CIFAR-100: normal KD, Re-KD, De-KD and Tf-KD_self, each beside its control
 
     python results/cifar100_teachers/make.py CIFAR100.npz
 
-Six epochs of resnet20 for each student, three seeds. Run again to go on after an interrupt."""
+Eight epochs of resnet14 for each student, three seeds. Run again to go on after an interrupt."""
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,21 +20,21 @@ def train(dls, arch, n_epoch, file):
     learn.save(file.stem, with_opt=False)
     return learn
 
-lr,seeds,n_epoch = 1e-2,3,6
+lr,seeds,n_epoch = 1e-2,3,8
 out = Path(__file__).parent
 work = out/'work'
 work.mkdir(exist_ok=True)
 keep_freed_memory()
-dls = kd_dataloaders(sys.argv[1], train_subset=4000, augment=Augment(flip=True, pad=4))
-student = Learner(dls, create_model('resnet20', dls.c), metrics=accuracy)
-settings = dict(n_epoch=n_epoch, seeds=seeds, lr=lr, model_fn=partial(create_model, 'resnet20', dls.c), out=out)
+dls = kd_dataloaders(sys.argv[1], bs=64, train_subset=2500, augment=Augment(flip=True, pad=4))
+student = Learner(dls, create_model('resnet14', dls.c), metrics=accuracy)
+settings = dict(n_epoch=n_epoch, seeds=seeds, lr=lr, model_fn=partial(create_model, 'resnet14', dls.c), out=out)
 
 weak = train(dls, 'resnet8', 2, work/'weak.pth')
 student.reversed_kd(weak, **settings)
 student.fit_tf_kd_self(**settings)
 poor = student.poor_teachers(n_epoch, at_epochs=[1, 3], lr=lr, seed=7, model_fn=settings['model_fn'], out=work/'poor')
-strong = train(dls, 'resnet32', 12, work/'strong.pth')
-teachers = {'KD from resnet32': NetworkTeacher(strong), **{f'De-KD epoch {o.epoch}': o for o in poor}}
+strong = train(dls, 'resnet26_basic', 16, work/'strong.pth')
+teachers = {'KD from resnet26': NetworkTeacher(strong), **{f'De-KD epoch {o.epoch}': o for o in poor}}
 student.defective_kd(teachers, **settings)
 
 everything = Taught(read_runs(out))
