@@ -192,7 +192,7 @@ def untouched(
     if not isinstance(m, _BatchNorm) or m.running_mean is None or m.num_batches_tracked: return False
     return bool((m.running_mean == 0).all() and (m.running_var == 1).all())
 
-# %% ../nbs/03a_frozen.ipynb #fca3380c
+# %% ../nbs/03a_frozen.ipynb #e77b2e96
 class FrozenCopy:
     """A private copy of a network, for predictions without a graph; `model` itself is never touched
 
@@ -206,8 +206,8 @@ class FrozenCopy:
         with torch.inference_mode(False): self.model = copy_model(_bare(model)).eval()
         for p in self.model.parameters(): p.requires_grad_(False)
         self.shapes = {k:v.shape for k,v in _tensors(self.model).items()}
-        self.fast,self._pairs = fast,()
-        self._use_batch_statistics([k for k,m in self.model.named_modules() if untouched(m)] if untrained else [])
+        self.fast,self._watch,self._pairs = fast,untrained,()
+        self._use_batch_statistics(self._untouched(self.model))
 
     def __call__(self,
         *xb, # the model's inputs; the copy follows their device and, outside autocast, where it is float32, their floating dtype
@@ -222,7 +222,7 @@ class FrozenCopy:
     def refill(self,
         model:nn.Module, # of the same architecture
     )->'FrozenCopy':
-        "Take over `model`'s parameters and buffers; a copy of untrained weights becomes one of trained weights. Raises `ValueError` if they don't fit"
+        "Take over `model`'s parameters and buffers; with trained weights, all norms use their own statistics. Raises `ValueError` if they don't fit"
         new = _tensors(_bare(model))
         for k in {**self.shapes, **new}:
             here,there = self.shapes.get(k),new[k].shape if k in new else None
@@ -230,7 +230,7 @@ class FrozenCopy:
         with torch.inference_mode(False), torch.no_grad():
             device = _first(self.model).device
             _fill(self.model, {k: v.detach().to(device) for k,v in new.items()}, self._pairs)
-        if self.untrained: self._use_batch_statistics([])
+        if self.untrained: self._use_batch_statistics(self._untouched(_bare(model)))
         return self
 
     def state_dict(self)->dict:
@@ -249,6 +249,8 @@ class FrozenCopy:
     def n_bytes(self)->int:
         "Memory that parameters and buffers take"
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(self.model).values()}.values())
+
+    def _untouched(self, model): return [k for k,m in model.named_modules() if untouched(m)] if self._watch else []
 
     @property
     def untrained(self)->bool:

@@ -63,7 +63,7 @@ def _synchronised(model):
     for b in model.buffers(): dist.broadcast(b, 0)
     return model
 
-# %% ../nbs/05c_memory.ipynb #4d0ab8e5
+# %% ../nbs/05c_memory.ipynb #4cafb8c2
 class MemoryTeacher(Teacher):
     """Past copies of the student, refreshed every `interval`
 
@@ -128,7 +128,7 @@ class MemoryTeacher(Teacher):
         device = xb[0].device
         if net.place is None and self.copy_dtype is None: return net(*xb)
         move = lambda x: x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
-        with torch.autocast(device.type, enabled=False): return net(*map(move, xb)).to(device)
+        with torch.autocast(device.type, enabled=False): return net(*map(move, xb)).to(device, torch.float32)
 
     def before_batch(self):
         if self.copies is None: self._begin()
