@@ -8,11 +8,14 @@ from fastkdtf.interpret import *
 from fastkdtf.learner import *
 from fastkdtf.loader import Augment, batch_info, with_index
 from fastkdtf.losses import *
+from fastkdtf.memory import MemoryTeacher
 from fastkdtf.models import *
 from fastkdtf.page import report_html, write_report
 from fastkdtf.procedures import *
 from fastkdtf.report import *
 from fastkdtf.runs import *
+from fastkdtf.selfguide import *
+from fastkdtf.survival import fold, register_block, subnetwork, survival, survival_probs
 from fastkdtf.targets import *
 from fastkdtf.teachers import *
 from fastkdtf.terms import LossTerm

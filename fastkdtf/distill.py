@@ -8,12 +8,10 @@ Docs: https://fastkdtf.github.io/fastkdtf/distill.html.md"""
 __all__ = ['Distill', 'LsrKD', 'TfKDReg', 'KnowledgeDistillation', 'MemoryReplay', 'ScaledCE', 'ScaledLS', 'matched_controls',
            'teacher_free']
 
-# %% ../nbs/06_distill.ipynb #b7b081c9
-from contextlib import nullcontext
+# %% ../nbs/06_distill.ipynb #4a4a6ae3
 from functools import partial
 
 import torch
-from fastai.callback.fp16 import MixedPrecision
 from torch import Tensor
 
 from .core import *
@@ -22,7 +20,7 @@ from .loader import batch_info
 from .memory import MemoryTeacher
 from .targets import TeacherCorrection
 from .teachers import LabelTeacher, UniformTeacher, VirtualTeacher, as_teacher
-from .terms import LossTerm
+from .terms import LossTerm, known_classes, own_autocast
 
 # %% ../nbs/06_distill.ipynb #67bdce6d
 def _at(value, pct): return float(value(pct)) if callable(value) else value
@@ -32,7 +30,7 @@ def _check_schedule(name, value, interval):
     for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
-# %% ../nbs/06_distill.ipynb #3dcf58c3
+# %% ../nbs/06_distill.ipynb #ba4bad12
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
     _stateattrs = LossTerm._stateattrs + ('zt', 'finite', 'skipped')
@@ -131,8 +129,7 @@ class Distill(LossTerm):
         info = None if self.mixing else batch_info(self.learn.dl)
         xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.learn.xb)
         step = Step(self.learn.y, None, xb, idx=info and info.idx, view=info and info.view, tau=self.temperatures(self.learn.pct_train))
-        half = next((o.autocast for o in self.learn.cbs if isinstance(o, MixedPrecision)), nullcontext())   # not entered yet
-        with torch.no_grad(), half: self.zt = self.teacher(step)
+        with torch.no_grad(), own_autocast(self.learn): self.zt = self.teacher(step)
 
     def teacher_logits(self, step:Step, axis:int):
         "What the teacher says of a batch; zeros, and `finite` unset, if that is no number"
@@ -172,10 +169,7 @@ class Distill(LossTerm):
         pct:float=1., # share of the training that is done, for schedules
     )->Description:
         "What this method really does"
-        if n_classes is None:
-            n_classes = getattr(getattr(self.learn, 'dls', None), 'c', None)
-            if n_classes is None: raise ValueError('n_classes is not known before the callback is attached to a learner: give it')
-        k = check_whole('n_classes', n_classes, 2)
+        k = known_classes(self, n_classes)
         target = None
         if isinstance(self.teacher, LabelTeacher):
             step = Step(torch.zeros(1, dtype=torch.long), torch.zeros(1, k), tau=self.temperatures(pct))

@@ -2,6 +2,7 @@
 
 Nothing here is taken from the package: every function follows one equation of Yuan 2019 or Wang 2020, as slowly as it is printed.
 """
+import math
 from typing import NamedTuple
 import numpy as np
 
@@ -130,3 +131,84 @@ def kd(z, targ, teachers, alpha=.9, tau=4., scale='tau2', variant='paper', multi
     if reduction == 'none': return value.reshape(last.shape[:-1]), back(grad), back(size)
     count = keep.sum() if reduction == 'mean' else 1
     return value.sum()/count, back(grad)/count, back(size)/count
+
+# --- memory replay and teacher correction
+
+def put_on_label(logits, y, value, tau=1.):
+    "Wang eq. 16: `value` on the label; the others share the rest as `softmax(logits/τ)` without the label shares it, `[N,K]`"
+    out = np.empty(np.shape(logits))
+    for i,(z,c) in enumerate(zip(np.asarray(logits, np.float64), y)):
+        others = [m for m in range(len(z)) if m != c]
+        w = np.exp((z[others] - z[others].max())/tau)
+        out[i, others],out[i, c] = (1-value)*w/w.sum(),value
+    return out
+
+def corrected_soft_labels(logits, q, gamma, tau=1.):
+    "Teacher correction's target under label distributions: the mixture of the targets for every label"
+    n_classes = q.shape[1]
+    return sum(q[:, c, None]*put_on_label(logits, np.full(len(q), c), gamma, tau) for c in range(n_classes))
+
+def mrkd(z, y, copies, alpha=.25, tau=3., gamma=None):
+    "Wang eq. 13–14, factor τ²; with `gamma` eq. 16–17, factor τ. Value `[N]`, gradient and its size, from logits `[N,K]` of the student and of each copy"
+    z = np.asarray(z, np.float64)
+    targets = [softmax(np.asarray(o, np.float64)/tau) if gamma is None else put_on_label(o, y, gamma, tau) for o in copies]
+    scale = alpha*(tau**2 if gamma is None else tau)/len(copies)
+    return evaluate(z, [Term(1-alpha, one_hot(y, z.shape[1]), 1., 'ce')] + [Term(scale, t, tau, 'kl') for t in targets])
+
+def refresh_steps(kappa, n_steps):
+    "The steps before which copies move: the first one at or after each multiple of κ, a `Fraction`"
+    steps,multiple = set(),kappa
+    while -(-multiple//1) <= n_steps:
+        steps.add(int(-(-multiple//1)))
+        multiple += kappa
+    return sorted(steps)
+
+# --- Song et al. 2023: subsets, rewrites, WSL, consistent knowledge mining; one sample at a time, from logits `[N,K]`
+
+def label_entropy(z, y, tau=1.):
+    "Cross-entropy on the label `[N]`: `log(1 + Σ_{i≠k} exp((z_i - z_k)/τ))`, which stays exact near 0"
+    z = np.asarray(z, np.float64)
+    return np.array([np.log1p(sum(math.exp(min((row[i]-row[c])/tau, 700.)) for i in range(len(row)) if i != c)) for row,c in zip(z, y)])
+
+def is_correct(zt, y): return np.array([all(row[c] > row[i] for i in range(len(row)) if i != c) for row,c in zip(np.asarray(zt, np.float64), y)])
+
+def is_ahead(z, zt, y, tau):
+    "The student's probability of the label is above the teacher's; `tau`: teacher's, student's. The rarer the doubt, the smaller the entropy"
+    return label_entropy(z, y, tau[1]) < label_entropy(zt, y, tau[0])
+
+def smoothed(y, n_classes, t): return two_valued(y, n_classes, t, (1-t)/(n_classes-1))
+
+def amplified(logits, y, delta, tau=1.):
+    "Eq. 4 and 5 (of the teacher or of the student, by whose logits are given)"
+    p = softmax(np.asarray(logits, np.float64)/tau)
+    return np.concatenate([put_on_label(logits[i:i+1], y[i:i+1], min(p[i,c]+delta, 1.), tau) for i,c in enumerate(y)])
+
+def replaced(weak, strong, y, what, tau=1.):
+    "Eq. 1 and 2: who says how sure, and who shares the rest"
+    p = {'weak': softmax(np.asarray(weak, np.float64)/tau), 'strong': softmax(np.asarray(strong, np.float64)/tau)}
+    if what == 'full': return p['strong']
+    sure,rest = ('weak', strong) if what == 'partial' else ('strong', weak)
+    return np.concatenate([put_on_label(rest[i:i+1], y[i:i+1], p[sure][i,c], tau) for i,c in enumerate(y)])
+
+def wsl_weights(z, zt, y, tau=1., eps=1e-7): return -np.expm1(-label_entropy(z, y, tau)/(label_entropy(zt, y, tau)+eps))
+
+def per_sample(z, terms_of):
+    "`evaluate` of each row with its own terms"
+    parts = [evaluate(z[i:i+1], terms_of(i)) for i in range(len(z))]
+    return tuple(np.concatenate(o) for o in zip(*parts))
+
+def wsl(z, y, zt, beta=2.5, tau=2., weight_tau=1., smoothing=0.):
+    "Value `[N]`, gradient and its size"
+    z,zt = np.asarray(z, np.float64),np.asarray(zt, np.float64)
+    k = z.shape[1]
+    w,soft,hard = wsl_weights(z, zt, y, weight_tau),softmax(zt/tau),(1-smoothing)*one_hot(y, k)+smoothing/k
+    return per_sample(z, lambda i: [Term(1., hard[i:i+1], 1., 'ce'), Term(beta*tau**2*w[i], soft[i:i+1], tau, 'ce')])
+
+def ckm_target(z, y, zt, tau_teacher=.7, tau_student=1., smooth_to=.99):
+    z,zt = np.asarray(z, np.float64),np.asarray(zt, np.float64)
+    mined = is_correct(zt, y) & is_ahead(z, zt, y, (tau_teacher, tau_student))
+    return np.where(mined[:,None], smoothed(y, z.shape[1], smooth_to), softmax(zt/tau_teacher))
+
+def ckm(z, y, zt, tau_teacher=.7, tau_student=1., smooth_to=.99):
+    "Value `[N]`, gradient and its size"
+    return evaluate(z, [Term(1., ckm_target(z, y, zt, tau_teacher, tau_student, smooth_to), tau_student, 'ce')])
