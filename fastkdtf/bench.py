@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/bench.html.md"""
 __all__ = ['bench_losses', 'StepBench', 'Candidate', 'distillation_candidates', 'memory_candidates', 'depth_candidates',
            'bench_steps', 'loss_difference']
 
-# %% ../nbs/13_bench.ipynb #c7e6857a
+# %% ../nbs/13_bench.ipynb #fe10b26c
 from copy import deepcopy
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -28,13 +28,13 @@ from torch.utils.data import TensorDataset
 from .cache import CachedTeacher
 from .core import *
 from .distill import KnowledgeDistillation, MemoryReplay, teacher_free
-from .frozen import FrozenCopy
+from .frozen import FrozenCopy, copy_model
 from .loader import with_index
 from .losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from .measure import interleaved_times, median_ratio, peak_memory
 from .models import create_model
 from .selfguide import SelfGuidance, StochasticDepth
-from .survival import residual_blocks
+from .survival import survival
 
 # %% ../nbs/13_bench.ipynb #bc773cfc
 def _composed(z, y, alpha, tau, scale, target):
@@ -113,7 +113,7 @@ def distillation_candidates(
     peer = lambda: KnowledgeDistillationCallback(deepcopy(teacher), partial(SoftTarget, T=tau), weight=alpha)
     return {**out, 'KD, fasterai': Candidate(peer, out['KD'].beside)}
 
-# %% ../nbs/13_bench.ipynb #09467bf3
+# %% ../nbs/13_bench.ipynb #8d1cd608
 def memory_candidates(
     network:torch.nn.Module, # like the student
     ns:tuple=(1, 3), # numbers of copies
@@ -128,7 +128,9 @@ def depth_candidates(
     network:torch.nn.Module, # like the student
 )->dict: # name → `Candidate`; nothing for a network without residual blocks
     "Stochastic depth and self-guidance"
-    return {o.__name__: Candidate(o) for o in (StochasticDepth, SelfGuidance)} if residual_blocks(network) else {}
+    try: survival(copy_model(network))
+    except ValueError: return {}
+    return {o.__name__: Candidate(o) for o in (StochasticDepth, SelfGuidance)}
 
 # %% ../nbs/13_bench.ipynb #395e4846
 def _batch(bs, size, n_classes, device, seed=None):
