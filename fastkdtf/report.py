@@ -69,7 +69,7 @@ def last_accuracy(
     "Accuracy after the last epoch; not-a-number if the run has none"
     return _number(record['last']['accuracy'])
 
-# %% ../nbs/11_report.ipynb #1a57a0b4
+# %% ../nbs/11_report.ipynb #fe417969
 class Comparison:
     "Runs of several methods over the same seeds; shows as a table, draws its plots, saves both"
     def __init__(self,
@@ -188,6 +188,33 @@ class Comparison:
         axs[1].set(xlabel='epoch', ylabel='validation accuracy')
         axs[1].legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5))
         return axs
+
+    def plot_setting(self,
+        setting:str, # of a callback: 'alpha', 'tau', 'interval', 'gamma', 'lam', …
+        ax=None, # axes to draw on
+    ): # the axes
+        """Error after the last epoch against one setting, mean ± sd over seeds; a line for methods that differ in nothing else
+
+        Wang et al. 2020, Fig. 2–4. Raises `ValueError` where no two methods do."""
+        lines = {}
+        for name in self.names:
+            cbs = self.runs(name)[0]['callbacks']
+            value = cbs[0].get(setting) if len(cbs) == 1 else None
+            if isinstance(value, (int, float)): lines.setdefault(json.dumps({**cbs[0], setting: None}, sort_keys=True), []).append((value, name))
+        lines = [sorted(o) for o in lines.values() if len(o) > 1]
+        if not lines: raise ValueError(f'no two of {self.names} differ in {setting!r} and in nothing else')
+        if ax is None: ax = plt.subplots(figsize=(6, 3.6), layout='constrained')[1]
+        error = lambda name: (lambda a: (a.mean(), a.std(ddof=1) if len(a) > 1 else 0.))(np.array([100*(1-last_accuracy(r)) for r in self.runs(name)]))
+        for line in lines:
+            values,(means,sds) = [v for v,_ in line],zip(*(error(n) for _,n in line))
+            ax.errorbar(values, means, sds, marker='o', capsize=3, label=self.runs(line[0][1])[0]['callbacks'][0]['callback'])
+        if self.baseline in self.names:
+            mean,sd = error(self.baseline)
+            ax.axhline(mean, color='black', lw=1.5, label=self.baseline)
+            ax.axhspan(mean-sd, mean+sd, color='black', alpha=.1, lw=0)
+        ax.set(xlabel=setting, ylabel=f"{self.records[0]['evaluated_on']} error, %", xscale='log' if min(v for o in lines for v,_ in o) > 0 else 'linear')
+        ax.legend(fontsize='small')
+        return ax
 
     def save(self,
         out, # folder
