@@ -4,6 +4,8 @@ from fastkdtf.core import Step, TwoValued
 from fastkdtf.data import *
 from fastkdtf.describe import Description
 from fastkdtf.distill import *
+from fastkdtf.effdstl import CKM, WSL
+from fastkdtf.explore import confidence_change, exploration_schemes, exploration_subsets, explore, fgsm
 from fastkdtf.interpret import *
 from fastkdtf.learner import *
 from fastkdtf.loader import Augment, batch_info, with_index
@@ -16,7 +18,9 @@ from fastkdtf.report import *
 from fastkdtf.runs import *
 from fastkdtf.selfguide import *
 from fastkdtf.survival import fold, register_block, subnetwork, survival, survival_probs
+from fastkdtf.stages import Stage, scale_epochs
 from fastkdtf.targets import *
 from fastkdtf.teachers import *
 from fastkdtf.terms import LossTerm
 from fastkdtf.training import train_run
+from fastkdtf.twostage import effdstl_stages

@@ -11,7 +11,7 @@ __all__ = ['check_number', 'check_whole', 'check_choice', 'check_scale', 'soft_s
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -350,6 +350,7 @@ class Step:
     idx:Tensor|None=None # indices of the samples in their data set, where the loader knows them and no two images are mixed
     tau:tuple=(1., 1.) # the teacher's temperature and the student's
     view:Tensor|None=None # which augmentation each sample got, where the loader knows
+    others:dict=field(default_factory=dict) # logits of further teachers, by the rewrite that has one
 
     @property
     def n_classes(self)->int: return self.z.shape[1]

@@ -33,8 +33,8 @@ def _check_schedule(name, value, interval):
 # %% ../nbs/06_distill.ipynb #ba4bad12
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
-    _stateattrs = LossTerm._stateattrs + ('zt', 'finite', 'skipped')
-    zt,finite,skipped = None,None,False
+    _stateattrs = LossTerm._stateattrs + ('early', 'finite', 'skipped')
+    early,finite,skipped = {},None,False
     def __init__(self,
         teacher, # where targets come from: `step → logits [N,K]`, `[n,N,K]` or `TwoValued`; or a network as `NetworkTeacher` takes it
         alpha=.9, # soft share in [0,1], or the pair `(hard, soft)` of weights; numbers or fastai schedules
@@ -54,9 +54,18 @@ class Distill(LossTerm):
         if not callable(loss): check_choice('loss', loss, ('kl', 'ce'))
         self.rewrites = (rewrite,) if callable(rewrite) else tuple(rewrite)
         self.teacher,self.scale,self.divergence,self.sample_weight = as_teacher(teacher),check_scale(scale),loss,sample_weight
+        for o in self._with_teacher: o.teacher = as_teacher(o.teacher)
         self.variant,self.multiplier = check_variant(variant, multiplier)
         self.settings = dict(teacher=self.teacher, alpha=alpha, tau=tau, scale=scale, loss=loss, rewrite=rewrite, sample_weight=sample_weight,
                              variant=variant, multiplier=multiplier)
+
+    @property
+    def _with_teacher(self): return [o for o in self.rewrites if getattr(o, 'teacher', None) is not None]
+
+    @property
+    def teachers(self)->dict:
+        "Its own teacher, under None, and those of its rewrites, by rewrite"
+        return {None: self.teacher, **{o: o.teacher for o in self._with_teacher}}
 
     def weights(self,
         pct:float, # share of the training that is done
@@ -93,6 +102,8 @@ class Distill(LossTerm):
         ignore_index:int=-100, # positions with this label count 0
     )->Tensor: # `[N,…]`
         "The soft loss of each sample, without its weights"
+        if self.divergence == 'kl' and step.y.is_floating_point() and any(getattr(o, 'on', None) is not None for o in self.rewrites):
+            raise TypeError("a rewrite on some samples needs loss='ce' where labels are probabilities: the entropy of a mixed target is not the mean of the entropies")
         tau,target = step.tau[1],self.target(step)
         if callable(self.divergence):
             dense = target.dense(step.y, step.n_classes) if isinstance(target, TwoValued) else target
@@ -105,39 +116,45 @@ class Distill(LossTerm):
 
     def before_fit(self):
         super().before_fit()
-        self.zt,self.finite,self.skipped = None,None,False
-        if self.fitting: self.teacher.attach(self.learn)
+        self.early,self.finite,self.skipped = {},None,False
+        if not self.fitting: return
+        for o in self.teachers.values(): o.attach(self.learn)
 
     def after_fit(self):
         super().after_fit()
-        if self.fitting: self.teacher.detach()
+        if not self.fitting: return
+        for o in self.teachers.values(): o.detach()
 
     def after_cancel_step(self): self.skipped = True   # half precision saw an overflow
     def after_step(self):
-        if not self.skipped: self.teacher.after_step()
+        if not self.skipped:
+            for o in self.teachers.values(): o.after_step()
         self.skipped = False
 
-    def state_dict(self): return self.teacher.state_dict()
-    def load_state_dict(self, state): self.teacher.load_state_dict(state)
+    def state_dict(self): return dict(teachers=[o.state_dict() for o in self.teachers.values()])
+    def load_state_dict(self, state):
+        for o,s in zip(self.teachers.values(), state['teachers']): o.load_state_dict(s)
 
     def before_batch(self):
         "Ask a teacher that needs no student before the student's graph takes its memory"
-        self.zt,self.finite = None,None
+        self.early,self.finite = {},None
         if self.idle: return
-        self.teacher.before_batch()
-        if not self.teacher.before_student or not self.weights(self.learn.pct_train)[1]: return
+        for o in self.teachers.values(): o.before_batch()
+        early = {k: o for k,o in self.teachers.items() if o.before_student}
+        if not early or not self.weights(self.learn.pct_train)[1]: return
         info = None if self.mixing else batch_info(self.learn.dl)
         xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.learn.xb)
         step = Step(self.learn.y, None, xb, idx=info and info.idx, view=info and info.view, tau=self.temperatures(self.learn.pct_train))
-        with torch.no_grad(), own_autocast(self.learn): self.zt = self.teacher(step)
+        with torch.no_grad(), own_autocast(self.learn): self.early = {k: o(step) for k,o in early.items()}
 
-    def teacher_logits(self, step:Step, axis:int):
-        "What the teacher says of a batch; zeros, and `finite` unset, if that is no number"
-        early = self.zt is not None
-        zt = check_teacher_logits(self.zt if early else self.teacher(step), step.z, axis if early else 1)
+    def teacher_logits(self, step:Step, axis:int, key=None):
+        "What a teacher, by its key in `teachers`, says of a batch; zeros, and `finite` unset, if that is no number"
+        early = key in self.early
+        zt = check_teacher_logits(self.early[key] if early else self.teachers[key](step), step.z, axis if early else 1)
         if isinstance(zt, TwoValued): return zt
-        self.finite = zt.isfinite().all()
-        return torch.where(self.finite, zt, 0.)
+        finite = zt.isfinite().all()
+        self.finite = finite if self.finite is None else self.finite & finite
+        return torch.where(finite, zt, 0.)
 
     def term(self, labels):
         "Weight of the base loss, weight of the soft loss, soft loss; a soft loss without weight is not computed"
@@ -145,16 +162,17 @@ class Distill(LossTerm):
         axis,ignore = getattr(base, 'axis', 1),getattr(getattr(base, 'func', base), 'ignore_index', -100)
         hard,share = self.weights(pct)
         if not share: return hard, 0., None
-        if self.zt is not None and not self.rewrites and self.sample_weight is None: labels = [(labels[0][0], 1.)]   # nothing asks for the label
+        if None in self.early and not self.rewrites and self.sample_weight is None: labels = [(labels[0][0], 1.)]   # nothing asks for the label
         losses = 0.
         for y,part in labels:
             z,y = classification_batch(self.learn.pred, y, axis)
             step = Step(y, z, self.learn.xb, tau=self.temperatures(pct))
             step.zt = self.teacher_logits(step, axis)
+            step.others = {o: self.teacher_logits(step, axis, o) for o in self._with_teacher}
             loss = self.sample_losses(step, ignore)
             if self.sample_weight is not None: loss = loss*self.sample_weight(step).detach()
             losses = losses + part*loss
-        self.zt = None
+        self.early = {}
         reduction = 'sum' if getattr(base, 'reduction', 'mean') == 'sum' else 'mean'
         loss = reduce_samples(losses, y, reduction, ignore)
         return hard, self.soft_weight(z.shape[1], pct), loss if self.finite is None else torch.where(self.finite, loss, 0.)
@@ -162,7 +180,7 @@ class Distill(LossTerm):
     def after_batch(self):
         "Stop if the teacher broke; here the recorder waits for the device anyway"
         if self.finite is not None and not self.finite:
-            raise ValueError(f'the teacher {self.teacher!r} returned logits that are infinite or not a number; this batch was trained on without it')
+            raise ValueError(f'the teacher {" or ".join(map(repr, self.teachers.values()))} returned logits that are infinite or not a number; this batch was trained on without it')
 
     def describe(self,
         n_classes:int|None=None, # number of classes; None once attached to a learner
@@ -171,7 +189,7 @@ class Distill(LossTerm):
         "What this method really does"
         k = known_classes(self, n_classes)
         target = None
-        if isinstance(self.teacher, LabelTeacher):
+        if isinstance(self.teacher, LabelTeacher) and not self._with_teacher:
             step = Step(torch.zeros(1, dtype=torch.long), torch.zeros(1, k), tau=self.temperatures(pct))
             step.zt = self.teacher(step)
             target = self.target(step)

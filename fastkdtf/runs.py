@@ -7,11 +7,12 @@ Docs: https://fastkdtf.github.io/fastkdtf/runs.html.md"""
 # %% auto #0
 __all__ = ['seed_run', 'replacing', 'Checkpoint', 'Ledger', 'run_environment', 'run_lock']
 
-# %% ../nbs/09_runs.ipynb #24457a00
+# %% ../nbs/09_runs.ipynb #0ce90ff2
 import json, math, os, platform, random, subprocess, zipfile
 import numpy as np, torch
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from torch import Tensor
@@ -308,14 +309,21 @@ def _git(root, *args):
     try: return subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../nbs/09_runs.ipynb #73da77bb
-def run_environment()->dict:
-    "Versions, platform, date, and the commit of fastkdtf's own repository (None where it was installed without one)"
+# %% ../nbs/09_runs.ipynb #df73a0fe
+@cache
+def _source():
+    "Commit of fastkdtf's own repository, and whether its files differ from it, when first asked: what runs is what was imported"
     root = Path(fastkdtf.__file__).resolve().parent.parent
     commit = _git(root, 'rev-parse', 'HEAD') if (root/'.git').exists() else None
+    return commit, bool(_git(root, 'status', '--porcelain', '--', 'fastkdtf')) if commit else None
+
+# %% ../nbs/09_runs.ipynb #30fd182f
+def run_environment()->dict:
+    "Versions, platform, date, and the commit of fastkdtf's own repository (None where it was installed without one)"
+    commit,dirty = _source()
     versions = {o: _version(o) for o in ('torch', 'torchvision', 'fastai', 'timm')}
     return dict(python=platform.python_version(), **versions, fastkdtf=fastkdtf.__version__,
-                commit=commit, dirty=bool(_git(root, 'status', '--porcelain', '--', 'fastkdtf')) if commit else None,
+                commit=commit, dirty=dirty,
                 platform=platform.platform(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 # %% ../nbs/09_runs.ipynb #3efe53a7

@@ -112,6 +112,14 @@ class LossTerm(Callback):
         "What the recorder shows of this method: name → function"
         return {'loss': self._soft_value}
 
+    @staticmethod
+    def all_columns(terms)->dict:
+        "The columns of terms that train together: name → function; a name that two share gets the term's as a prefix"
+        terms = sorted(terms, key=lambda o: o.name)
+        keys = [k for o in terms for k in o.columns]
+        name = lambda o, k: f'{o.name}_{k}' if keys.count(k) > 1 else 'soft_loss' if k == 'loss' else k
+        return {**({'base_loss': terms[0]._base_value} if terms else {}), **{name(o, k): f for o in terms for k,f in o.columns.items()}}
+
     def before_fit(self):
         "Check learner and names, and add the columns"
         terms = self.terms
@@ -126,10 +134,7 @@ class LossTerm(Callback):
         share = max(sum(1-o.hard_share(pct/100) for o in terms) for pct in range(101))
         if share > 1+1e-9: raise ValueError(f"the methods {', '.join(names)} take {share:.3g} of the hard loss between them; lower their alpha to a sum of at most 1")
         self._drop_columns()
-        alone = len(terms) == 1
-        prefix = lambda o, key: f'{o.name}_{key}' if not alone else 'soft_loss' if key == 'loss' else key
-        columns = [TermMetric(f, prefix(o, key)) for o in terms for key,f in o.columns.items()]
-        self.learn.metrics = self.learn.metrics + [TermMetric(self._base_value, 'base_loss')] + columns
+        self.learn.metrics = self.learn.metrics + [TermMetric(f, name) for name,f in self.all_columns(terms).items()]
 
     def _drop_columns(self): self.learn.metrics = self.learn.metrics.filter(lambda o: not isinstance(o, TermMetric))
     def _base_value(self): return self.base_mean.value

@@ -222,7 +222,7 @@ def _check_entries(entries):
             if need not in list(entries)[:i]: raise ValueError(f'{name!r} needs {need!r}, which must be an entry before it; the entries are {list(entries)}')
             if entries[need].keep not in ('last', 'best'): raise ValueError(f"{name!r} needs the weights of {need!r}: give that entry keep='last' or keep='best'")
 
-# %% ../nbs/11b_training.ipynb #176f54e2
+# %% ../nbs/11b_training.ipynb #cc87dc2d
 class Campaign:
     """The runs of several entries over the same seeds; with a folder, the same call goes on where the last one stopped
 
@@ -254,6 +254,7 @@ class Campaign:
         for seed in seeds:
             for rank,name in enumerate(entries): self.runs[name, seed] = self._plan(name, seed, rank)
         self.store = _Store(out)
+        run_environment()   # notes the commit before a long training sees others
 
     def _settings(self, given):
         seed_run(self.seeds[0], self.dls)

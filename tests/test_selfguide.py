@@ -330,7 +330,7 @@ def test_composition(partner, order):
     learn = trained([*(cbs[::-1] if order else cbs), Note()], 2)
     (got,want), = losses
     assert got == pytest.approx(want, rel=1e-5)
-    assert 'self_guidance_divergence' in learn.recorder.metric_names
+    assert 'divergence' in learn.recorder.metric_names
 
 def test_memory_copies_are_the_full_network():
     class Look(Callback):
