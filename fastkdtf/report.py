@@ -69,7 +69,7 @@ def last_accuracy(
     "Accuracy after the last epoch; not-a-number if the run has none"
     return _number(record['last']['accuracy'])
 
-# %% ../nbs/11_report.ipynb #fe417969
+# %% ../nbs/11_report.ipynb #3ba4994a
 class Comparison:
     "Runs of several methods over the same seeds; shows as a table, draws its plots, saves both"
     def __init__(self,
@@ -86,7 +86,7 @@ class Comparison:
 
     def control_for(self, name:str)->list:
         "The methods that this one is a matched control for, by its own records or by theirs"
-        asked = [o for o in self.names if any(k == 'controls' and name in v.split(', ') for r in self.runs(o) for k,v in r.get('description') or ())]
+        asked = [r['method'] for r in self.records if not r['control_for'] and any(k == 'controls' and name in v.split(', ') for k,v in r.get('description') or ())]
         return list(dict.fromkeys([o for r in self.runs(name) for o in r['control_for']] + asked))
 
     def controls(self, name:str)->list:

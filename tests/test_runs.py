@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.amp import GradScaler
 
+from fastkdtf import runs
 from fastkdtf.runs import Checkpoint, Ledger, replacing, run_environment, run_lock, seed_run
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
@@ -511,13 +512,23 @@ def test_killed_writer(tmp_path):
     assert n and Ledger(path).append({'key': 'after'}) and len(Ledger(path)) == n+1
 
 
+def as_if_new():
+    "The environment as a new process would see it"
+    runs._source.cache_clear()
+    return run_environment()
+
+@pytest.fixture(autouse=True, scope='module')
+def forget():
+    yield
+    runs._source.cache_clear()
+
 def test_run_environment(monkeypatch):
     env = run_environment()
     assert {'python', 'torch', 'torchvision', 'fastai', 'timm', 'fastkdtf', 'commit', 'dirty', 'platform', 'date'} == set(env)
     assert json.loads(json.dumps(env)) == env
     assert env['commit'] is None or len(env['commit']) == 40
     monkeypatch.setenv('PATH', '')
-    assert run_environment()['commit'] is None
+    assert as_if_new()['commit'] is None
 
 
 def test_commit_is_fastkdtfs_own(tmp_path, monkeypatch):
@@ -527,13 +538,14 @@ def test_commit_is_fastkdtfs_own(tmp_path, monkeypatch):
     site = tmp_path/'site-packages'/'fastkdtf'
     site.mkdir(parents=True), git('init'), git('commit', '--allow-empty', '-m', 'x')
     monkeypatch.setattr(fastkdtf, '__file__', str(site/'__init__.py'))
-    assert run_environment()['commit'] is None and run_environment()['dirty'] is None
+    assert as_if_new()['commit'] is None and as_if_new()['dirty'] is None
     own = tmp_path/'fastkdtf'
     own.mkdir()
     monkeypatch.setattr(fastkdtf, '__file__', str(own/'__init__.py'))
-    assert run_environment()['commit'] and run_environment()['dirty'] is False
+    assert as_if_new()['commit'] and as_if_new()['dirty'] is False
     (own/'core.py').write_text('1')
-    assert run_environment()['dirty'] is True
+    assert run_environment()['dirty'] is False, 'what was imported is what runs'
+    assert as_if_new()['dirty'] is True
 
 
 def test_run_lock(tmp_path):

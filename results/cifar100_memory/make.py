@@ -15,5 +15,5 @@ keep_freed_memory()
 dls = kd_dataloaders(sys.argv[1], bs=64, train_subset=2500, augment=Augment(flip=True, pad=4))
 methods = {'LSR': partial(LsrKD, tau=1.), 'LsrKD': LsrKD, 'MrKD-1': partial(MemoryReplay, 1, 1), 'MrKD-3': partial(MemoryReplay, 3, 1),
            'MrKD-3-TC': partial(MemoryReplay, 3, 1, gamma=.025)}
-methods |= {f'MrKD-3, κ={k:g}': partial(MemoryReplay, 3, k) for k in (.1, .3, 3, 16)}
+methods |= {f'MrKD-3, κ={k:g}': partial(MemoryReplay, 3, k) for k in (.3, 3, 16)}
 compare(methods, dls, partial(create_model, 'resnet14', dls.c), 8, 3, lr=1e-2, out=out, settings=dict(data='cifar100', arch='resnet14'))
