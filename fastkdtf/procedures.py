@@ -37,7 +37,7 @@ from .runs import Checkpoint, replacing, run_lock
 from .teachers import NetworkTeacher, Teacher, as_teacher, class_names, input_stats
 from .training import *
 
-# %% ../nbs/12a_procedures.ipynb #fc08adc9
+# %% ../nbs/12a_procedures.ipynb #6339480f
 class Taught(Comparison):
     "A `Comparison` whose teachers' accuracies are known, on the set that is reported"
     def teacher_accuracies(self, name:str)->list:
@@ -74,8 +74,7 @@ class Taught(Comparison):
             ax.scatter(x, accs[name], s=16, color='C0', alpha=.5)
             ax.errorbar(x.mean(), accs[name].mean(), spread(accs[name]), color='C0', marker='D', capsize=3, label='student, mean ± sd' if name == taught[0] else None)
         base = accs[self.baseline]
-        ax.axhline(base.mean(), color='black', lw=1.5, label=self.baseline)
-        ax.axhspan(base.mean()-spread(base), base.mean()+spread(base), color='black', alpha=.1, lw=0)
+        self.draw_baseline(ax, base.mean(), spread(base))
         for i,name in enumerate(n for n in self.names if n not in (*taught, self.baseline)): ax.axhline(accs[name].mean(), color=f'C{i+1}', ls=':', label=name)
         ax.set(xlabel=f"teacher's {self.records[0]['evaluated_on']} accuracy, %", ylabel="student's accuracy after the last epoch, %")
         ax.legend(fontsize='small')

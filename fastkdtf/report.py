@@ -69,7 +69,7 @@ def last_accuracy(
     "Accuracy after the last epoch; not-a-number if the run has none"
     return _number(record['last']['accuracy'])
 
-# %% ../nbs/11_report.ipynb #3ba4994a
+# %% ../nbs/11_report.ipynb #5bdf722f
 class Comparison:
     "Runs of several methods over the same seeds; shows as a table, draws its plots, saves both"
     def __init__(self,
@@ -189,6 +189,11 @@ class Comparison:
         axs[1].legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5))
         return axs
 
+    def draw_baseline(self, ax, mean:float, sd:float):
+        "The baseline as a line with its band"
+        ax.axhline(mean, color='black', lw=1.5, label=self.baseline)
+        ax.axhspan(mean-sd, mean+sd, color='black', alpha=.1, lw=0)
+
     def plot_setting(self,
         setting:str, # of a callback: 'alpha', 'tau', 'interval', 'gamma', 'lam', …
         ax=None, # axes to draw on
@@ -209,9 +214,7 @@ class Comparison:
             values,(means,sds) = [v for v,_ in line],zip(*(error(n) for _,n in line))
             ax.errorbar(values, means, sds, marker='o', capsize=3, label=self.runs(line[0][1])[0]['callbacks'][0]['callback'])
         if self.baseline in self.names:
-            mean,sd = error(self.baseline)
-            ax.axhline(mean, color='black', lw=1.5, label=self.baseline)
-            ax.axhspan(mean-sd, mean+sd, color='black', alpha=.1, lw=0)
+            self.draw_baseline(ax, *error(self.baseline))
         ax.set(xlabel=setting, ylabel=f"{self.records[0]['evaluated_on']} error, %", xscale='log' if min(v for o in lines for v,_ in o) > 0 else 'linear')
         ax.legend(fontsize='small')
         return ax

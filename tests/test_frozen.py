@@ -10,24 +10,10 @@ from torch import nn
 
 from fastkdtf.frozen import FrozenCopy, copy_model
 from fastkdtf.models import create_model
-
-norms = nn.modules.batchnorm._BatchNorm
+from networks import lively, norms
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
-
-def lively(model):
-    "Norms as after a training: no statistic and no weight is trivial"
-    with torch.no_grad():
-        for m in model.modules():
-            if not isinstance(m, norms): continue
-            if m.running_mean is not None:
-                m.running_mean.normal_(0, .2)
-                m.running_var.uniform_(.5, 1.5)
-            if m.affine:
-                m.weight.uniform_(.5, 1.5)
-                m.bias.normal_(0, .2)
-    return model
 
 def relative(a, b): return ((a.double()-b.double()).abs().max()/b.double().abs().max()).item()
 

@@ -10,26 +10,10 @@ from fastkdtf.cifar_nets import BasicBlock, Bottleneck, CifarResNet, InvertedRes
 from fastkdtf.frozen import FrozenCopy
 from fastkdtf.models import create_model
 from fastkdtf.survival import draw_bits, fixed_statistics, fold, register_block, residual_blocks, set_drawn, subnetwork, survival, survival_probs
-
-norms = nn.modules.batchnorm._BatchNorm
+from networks import lively, norms
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
-
-def lively(model):
-    "Weights as after a training: no statistic is trivial, no branch starts at zero"
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, norms):
-                if m.running_mean is not None:
-                    m.running_mean.normal_(0, .2)
-                    m.running_var.uniform_(.5, 1.5)
-                if m.affine:
-                    m.weight.uniform_(.5, 1.5)
-                    m.bias.normal_(0, .2)
-        for n,p in model.named_parameters():
-            if 'gamma' in n or 'layer_scale' in n: p.uniform_(.5, 1.)
-    return model
 
 def close(a, b, tol=1e-9): torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 

@@ -22,18 +22,18 @@ def train(dls, arch, n_epoch, file):
 
 lr,seeds,n_epoch = 1e-2,3,8
 out = Path(__file__).parent
-work = out/'work'
-work.mkdir(exist_ok=True)
+trained = out/'trained'
+trained.mkdir(exist_ok=True)
 keep_freed_memory()
 dls = kd_dataloaders(sys.argv[1], bs=64, train_subset=2500, augment=Augment(flip=True, pad=4))
 student = Learner(dls, create_model('resnet14', dls.c), metrics=accuracy)
 settings = dict(n_epoch=n_epoch, seeds=seeds, lr=lr, model_fn=partial(create_model, 'resnet14', dls.c), out=out)
 
-weak = train(dls, 'resnet8', 2, work/'weak.pth')
+weak = train(dls, 'resnet8', 2, trained/'weak.pth')
 student.reversed_kd(weak, **settings)
 student.fit_tf_kd_self(**settings)
-poor = student.poor_teachers(n_epoch, at_epochs=[1, 3], lr=lr, seed=7, model_fn=settings['model_fn'], out=work/'poor')
-strong = train(dls, 'resnet26_basic', 16, work/'strong.pth')
+poor = student.poor_teachers(n_epoch, at_epochs=[1, 3], lr=lr, seed=7, model_fn=settings['model_fn'], out=trained/'poor')
+strong = train(dls, 'resnet26_basic', 16, trained/'strong.pth')
 teachers = {'KD from resnet26': NetworkTeacher(strong), **{f'De-KD epoch {o.epoch}': o for o in poor}}
 student.defective_kd(teachers, **settings)
 

@@ -1,0 +1,20 @@
+"Networks as tests want them"
+import torch
+from torch import nn
+
+norms = nn.modules.batchnorm._BatchNorm
+
+def lively(model):
+    "Weights as after a training: no norm is trivial, no branch starts at zero"
+    with torch.no_grad():
+        for m in model.modules():
+            if not isinstance(m, norms): continue
+            if m.running_mean is not None:
+                m.running_mean.normal_(0, .2)
+                m.running_var.uniform_(.5, 1.5)
+            if m.affine:
+                m.weight.uniform_(.5, 1.5)
+                m.bias.normal_(0, .2)
+        for n,p in model.named_parameters():
+            if 'gamma' in n or 'layer_scale' in n: p.uniform_(.5, 1.)
+    return model
