@@ -30,7 +30,7 @@ def _check_schedule(name, value, interval):
     for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
     return value
 
-# %% ../nbs/06_distill.ipynb #ba4bad12
+# %% ../nbs/06_distill.ipynb #332a8202
 class Distill(LossTerm):
     "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
     _stateattrs = LossTerm._stateattrs + ('early', 'finite', 'skipped')
@@ -135,6 +135,11 @@ class Distill(LossTerm):
     def load_state_dict(self, state):
         for o,s in zip(self.teachers.values(), state['teachers']): o.load_state_dict(s)
 
+    def _step(self, y, z=None):
+        info = None if self.mixing else batch_info(self.learn.dl)
+        xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.learn.xb)
+        return Step(y, z, xb, idx=info and info.idx, view=info and info.view, tau=self.temperatures(self.learn.pct_train))
+
     def before_batch(self):
         "Ask a teacher that needs no student before the student's graph takes its memory"
         self.early,self.finite = {},None
@@ -142,9 +147,7 @@ class Distill(LossTerm):
         for o in self.teachers.values(): o.before_batch()
         early = {k: o for k,o in self.teachers.items() if o.before_student}
         if not early or not self.weights(self.learn.pct_train)[1]: return
-        info = None if self.mixing else batch_info(self.learn.dl)
-        xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.learn.xb)
-        step = Step(self.learn.y, None, xb, idx=info and info.idx, view=info and info.view, tau=self.temperatures(self.learn.pct_train))
+        step = self._step(self.learn.y)
         with torch.no_grad(), own_autocast(self.learn): self.early = {k: o(step) for k,o in early.items()}
 
     def teacher_logits(self, step:Step, axis:int, key=None):
@@ -166,7 +169,7 @@ class Distill(LossTerm):
         losses = 0.
         for y,part in labels:
             z,y = classification_batch(self.learn.pred, y, axis)
-            step = Step(y, z, self.learn.xb, tau=self.temperatures(pct))
+            step = self._step(y, z)
             step.zt = self.teacher_logits(step, axis)
             step.others = {o: self.teacher_logits(step, axis, o) for o in self._with_teacher}
             loss = self.sample_losses(step, ignore)

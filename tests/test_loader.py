@@ -496,3 +496,23 @@ def test_faster_than_image_files(tmp_path):
         for _ in dl: pass
     times = interleaved_times({'files': lambda: use(byfile), 'ours': lambda: use(ours)}, rounds=7)
     assert median_ratio(times, 'files', 'ours')>=20
+
+
+def test_every_part_of_a_method_knows_the_samples():
+    "Whether it runs before the student or after it"
+    from fastkdtf.distill import Distill
+    from fastkdtf.teachers import Teacher
+    dls = kd_dataloaders('digits', bs=64, augment=Augment(pad=1, views=2))
+    seen = []
+    class Early(Teacher):
+        before_student = True
+        def __call__(self, step):
+            seen.append((step.idx, step.view))
+            return torch.zeros(len(step.idx), 10)
+    def weight(step):
+        idx,view = seen[-1]
+        assert step.idx is not None and torch.equal(step.idx, idx) and torch.equal(step.view, view)
+        return torch.ones(len(step.y))
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), cbs=Distill(Early(), .5, sample_weight=weight))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert len(seen) == len(dls.train) and set(torch.cat([v for _,v in seen]).tolist()) == {0, 1}
