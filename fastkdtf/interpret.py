@@ -41,7 +41,7 @@ def plot_soft_targets(
     axs[-1].legend()
     return axs
 
-# %% ../nbs/10_interpret.ipynb #8e6c209c
+# %% ../nbs/10_interpret.ipynb #760f578b
 class WatchTargets(Callback):
     "After every epoch, look at what the methods teach about one validation image; `plot` shows the last look. Wang et al. 2020, Fig. 1"
     order,run_train = 40,False   # before the copies of a memory teacher go
@@ -58,7 +58,7 @@ class WatchTargets(Callback):
         for cb in self.learn.cbs:
             if not isinstance(cb, Distill) or cb.idle: continue
             step = Step(y, z, (x,), tau=cb.temperatures(self.learn.pct_train))
-            with torch.no_grad(): said = {k: check_teacher_logits(o(step), z) for k,o in cb.teachers.items()}
+            with torch.no_grad(): said = {k: check_teacher_logits(getattr(o, 'teacher', o)(step), z) for k,o in cb.teachers.items()}   # what a cache remembers is asked itself
             step.zt,step.others = said.pop(None),said
             target = cb.target(step)
             target = target.dense(y, z.shape[1]) if isinstance(target, TwoValued) else target

@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/learner.html.md"""
 # %% auto #0
 __all__ = ['compare']
 
-# %% ../nbs/12_learner.ipynb #fbcc9706
+# %% ../nbs/12_learner.ipynb #33ecf06f
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -17,10 +17,12 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
-from fastai.torch_core import default_device, get_random_states, set_random_states, to_device
+from fastai.torch_core import default_device, get_model, get_random_states, set_random_states, to_device
 from fastcore.basics import patch
 
 from .core import *
+from .frozen import copy_model
+from .loader import Gave, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
 from .report import Comparison
 from .terms import LossTerm
@@ -52,7 +54,7 @@ def compare(
     learner = partial(Learner, loss_func=loss_func, opt_func=opt_func)
     return Campaign(entries, dls, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
 
-# %% ../nbs/12_learner.ipynb #81b5aad0
+# %% ../nbs/12_learner.ipynb #9811f6b8
 @patch
 def describe_kd(self:Learner,
     n_batches:int=4, # training batches to measure on
@@ -66,18 +68,18 @@ def describe_kd(self:Learner,
     if not terms: raise ValueError('this learner has no method to describe: learn.add_cb(LsrKD()) adds one')
     check_whole('n_batches', n_batches)
     check_number('pct', pct, '[0,1]')
-    states,training = get_random_states(),self.model.training
+    states,model = get_random_states(),self.model
     order,generator = (vars(self.dls.train).get(o) for o in ('rng', 'generator'))   # fastai's loader has the one, PyTorch's the other
     order,drawn = deepcopy(order),generator and generator.get_state()
-    buffers = {k: b.clone() for k,b in self.model.named_buffers()}
     kept = {k: vars(self).get(k) for k in ('dl', 'xb', 'yb', 'pred', 'pct_train')}
-    params = [p for p in self.model.parameters() if p.requires_grad]
     device = getattr(self.dls, 'device', default_device())
-    self.model.to(device).train()
-    self.dl,self.pct_train = self.dls.train,pct
+    self.model = copy_model(get_model(model)).to(device).train()   # a method may change the network, as stochastic depth does
+    params = [p for p in self.model.parameters() if p.requires_grad]
+    self.pct_train = pct
 
     def losses(batch, term=None):
-        self._split(batch)
+        b,self.dl = batch
+        self._split(b)
         if hasattr(type(term), 'before_batch'): term.before_batch()
         self.pred = self.model(*self.xb)
         base = self.loss_func(self.pred, *self.yb)
@@ -90,7 +92,7 @@ def describe_kd(self:Learner,
 
     try:
         for term in terms: term.before_fit()
-        batches = [to_device(b, device) for b in islice(self.dls.train, n_batches)]
+        batches = [(to_device(b, device), Gave(batch_info(self.dls.train))) for b in islice(self.dls.train, n_batches)]
         rows = []
         for term in terms:
             hard,soft = (torch.stack(g) for g in zip(*[[gradient(o) for o in losses(b, term)] for b in batches]))
@@ -102,8 +104,7 @@ def describe_kd(self:Learner,
         return pd.DataFrame(rows).set_index('method').round(3)
     finally:
         for term in terms: term.after_fit()
-        for k,b in self.model.named_buffers(): b.copy_(buffers[k])
-        self.model.train(training)
+        self.model = model
         for k,v in kept.items(): setattr(self, k, v)
         if order is not None: self.dls.train.rng = order
         if generator is not None: generator.set_state(drawn)

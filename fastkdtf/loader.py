@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/loader.html.md"""
 
 # %% auto #0
 __all__ = ['Records', 'to_records', 'image_tensor', 'CategorizeRecord', 'NormalizeBatch', 'AugmentParams', 'Augment', 'BatchInfo',
-           'batch_info', 'IndexedDL', 'RecordDL', 'with_index', 'loader_identity']
+           'batch_info', 'Gave', 'IndexedDL', 'RecordDL', 'with_index', 'loader_identity']
 
 # %% ../nbs/03b_loader.ipynb #3e68eda6
 import hashlib, operator, re
@@ -169,7 +169,7 @@ def _augmented(x, p, a):
     res = x.reshape(n, c, -1).gather(2, place.expand(-1, c, -1)).view(n, c, h, w)
     return res.mul_(seen[:,None]) if a.rotate else res
 
-# %% ../nbs/03b_loader.ipynb #3d55b881
+# %% ../nbs/03b_loader.ipynb #1368178e
 class BatchInfo(NamedTuple):
     "Which samples a batch holds and which version of each"
     idx:Tensor  # Index in the data set, int64 `[N]`, on the CPU
@@ -181,6 +181,10 @@ def batch_info(
     "The `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
     attrs = getattr(dl, '__dict__', {})
     return getattr(attrs.get('dl', dl), '__dict__', {}).get('_last') # fastai's DistributedDL keeps the user's as `dl`
+
+class Gave:
+    "Stands for a loader that gave the batch of this `BatchInfo` last, for batches that were kept"
+    def __init__(self, info): self._last = info
 
 # %% ../nbs/03b_loader.ipynb #4a73d90a
 class _Tag:

@@ -20,7 +20,10 @@ from fastkdtf.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg
 from fastkdtf.learner import compare
 from fastkdtf.training import make_callbacks, with_controls
 from fastkdtf.report import Comparison
+from fastkdtf.models import create_model
+from fastkdtf.data import kd_dataloaders
 from fastkdtf.runs import Ledger, seed_run
+from fastkdtf.survival import survival_probs
 from fastkdtf.teachers import Teacher, UniformTeacher, VirtualTeacher
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
@@ -644,3 +647,20 @@ def test_describe_kd_bad_input():
     for pct in (-.1, 1.1):
         with pytest.raises(ValueError, match='pct'): learn.describe_kd(pct=pct)
     with pytest.raises(TypeError, match='pct'): learn.describe_kd(pct='end')
+
+
+# ---------------------------------------------------------------- describe_kd and what methods keep
+
+def test_describe_kd_leaves_network_and_cache_alone(tmp_path):
+    "A method may change the network, and a cache must not take one batch's logits for another's"
+    from fastkdtf.cache import CachedTeacher
+    from fastkdtf.distill import KnowledgeDistillation
+    from fastkdtf.selfguide import SelfGuidance
+    dls = kd_dataloaders('digits', bs=64)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    cache = CachedTeacher(teacher, tmp_path/'cache', dtype='float32')
+    learn = Learner(dls, create_model('resnet8', 10), cbs=[KnowledgeDistillation(cache, .5), SelfGuidance()])
+    model,before = learn.model,{k: v.clone() for k,v in learn.model.state_dict().items()}
+    assert list(learn.describe_kd(n_batches=3).index) == ['knowledge_distillation', 'self_guidance']
+    assert learn.model is model and not survival_probs(model) and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+    assert cache.verify(learn).n > 0
