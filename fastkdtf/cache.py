@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/cache.html.md"""
 # %% auto #0
 __all__ = ['pack_logits', 'unpack_logits', 'sample_keys', 'key_samples', 'LogitStore', 'Verified', 'CachedTeacher']
 
-# %% ../nbs/05b_cache.ipynb #355bd195
+# %% ../nbs/05b_cache.ipynb #5816f9a1
 import hashlib, json, math, os, zlib
 import numpy as np, torch
 from dataclasses import replace
@@ -18,6 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 from .core import *
 from .loader import loader_identity
+from .runs import replacing
 from .teachers import EnsembleTeacher, Teacher, as_teacher, class_names
 
 # %% ../nbs/05b_cache.ipynb #aee6e40e
@@ -70,19 +71,6 @@ def key_samples(
     "The samples and views that `keys` stand for"
     return torch.from_numpy(keys & (2**_shift-1)),torch.from_numpy(keys >> _shift)
 
-# %% ../nbs/05b_cache.ipynb #0cb86c4f
-def _replace_text(path, text):
-    tmp = path.with_name(path.name+'.tmp')
-    with open(tmp, 'w', encoding='utf-8') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-    if os.name == 'nt': return
-    fd = os.open(path.parent, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
 # %% ../nbs/05b_cache.ipynb #e35eb694
 _about = dict(format='the format', teacher='the teacher (its weights, classes, normalisation or input size)',
               data='the data (images, classes, transforms or augmentation)', top_k='top_k', dtype='dtype')
@@ -97,7 +85,7 @@ def _read_manifest(path):
         raise ValueError(f"{path} is not the manifest of a teacher's cache: give CachedTeacher another path, or delete this folder")
     return m
 
-# %% ../nbs/05b_cache.ipynb #a37dcb81
+# %% ../nbs/05b_cache.ipynb #bd7811f3
 class LogitStore:
     """Packed logits in a folder: `rows.bin`, which only grows, and `manifest.json`, which says how many of its rows count
 
@@ -233,7 +221,7 @@ class LogitStore:
             os.fsync(f.fileno())
         rows,crc = self.rows+len(new),zlib.crc32(raw, self.crc)
         manifest = dict(about=self.about, n_classes=self.n_classes, rows=rows, crc32=crc)
-        _replace_text(self.path/'manifest.json', json.dumps(manifest, indent=1))
+        with replacing(self.path/'manifest.json') as f: f.write(json.dumps(manifest, indent=1).encode())
         self._take(rows, crc)
 
 # %% ../nbs/05b_cache.ipynb #b01ef636
