@@ -25,6 +25,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
+from networks import CPUAutocast
 from fastkdtf.data import kd_dataloaders
 from fastkdtf.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg, matched_controls
 from fastkdtf.losses import LsrKDLoss, TfKDRegLoss
@@ -553,13 +554,6 @@ def test_one_hot_labels_beside_MixUp():
     value,grad,_ = ref.loss(z, step.y, ref.tf_kd_reg(.3))
     assert step.loss_grad.item() == pytest.approx(value, rel=1e-5)
     assert np.allclose(step.grad, grad, atol=1e-6)
-
-class CPUAutocast(MixedPrecision):
-    "fastai's own does nothing without a GPU; this one is real on CPU"
-    def before_fit(self):
-        self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False),[]
-    def before_step(self): pass
-    def after_step(self): pass
 
 @every_maker
 def test_pitfall_12_half_precision(method):

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_survival import by_hand, close, lively, norms
+from networks import CPUAutocast
 from fastkdtf.cifar_nets import BasicBlock, CifarResNet
 from fastkdtf.data import kd_dataloaders
 from fastkdtf.distill import KnowledgeDistillation, LsrKD, MemoryReplay, matched_controls
@@ -246,12 +247,6 @@ def test_a_resumed_training_goes_on_with_the_same_masks(method):
 
 
 # ---------------------------------------------------------------- beside fastai's other callbacks
-
-class CPUAutocast(MixedPrecision):
-    "fastai's own does nothing without a GPU; this one is real on CPU"
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False),[]
-    def before_step(self): pass
-    def after_step(self): pass
 
 @pytest.mark.parametrize('make', [SelfGuidance, StochasticDepth, partial(SelfGuidance, full_backward=False)], ids=str)
 def test_half_precision(make):

@@ -22,6 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
+from networks import CPUAutocast
 from fastkdtf.core import Step
 from fastkdtf.distill import Distill, KnowledgeDistillation
 from fastkdtf.losses import KDLoss
@@ -1365,13 +1366,6 @@ def test_a_float32_teacher_of_images_of_another_type(dtype, rtol, fast):
 
 
 # ---------------------------------------------------------------- half precision, random numbers
-
-class CPUAutocast(MixedPrecision):
-    "fastai's own does nothing without a GPU; this one is real on CPU"
-    def before_fit(self):
-        self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=bf16),torch.amp.GradScaler('cpu', enabled=False),[]
-    def before_step(self): pass
-    def after_step(self): pass
 
 @pytest.mark.parametrize('order', ['before', 'after'])
 def test_the_teacher_runs_under_the_learners_autocast(recording, order):
