@@ -28,14 +28,14 @@ from .report import Comparison
 from .terms import LossTerm
 from .training import *
 
-# %% ../nbs/12_learner.ipynb #986924c6
+# %% ../nbs/12_learner.ipynb #f596bc21
 def compare(
-    methods:dict, # name → None (the baseline), callback class, function that makes a callback, callback, or a list of these
+    methods:dict, # name → None (the baseline), callback class, function that makes a callback, callback, `Stage`, or a list of these
     dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
     model_fn, # makes the model; called once a run, with the run's seed set
     n_epoch:int, # epochs of each run
     seeds=3, # how many, or a list of seeds
-    fit:str='fit_one_cycle', # training method of the learner: 'fit' | 'fit_one_cycle' | 'fit_flat_cos' | …
+    fit='fit_one_cycle', # training method of the learner: 'fit' | 'fit_one_cycle' | …; or a function `(learn, n_epoch, cbs)`
     controls:bool=True, # train the matched controls too
     out=None, # folder to keep runs in and go on from; None keeps nothing
     lr:float|None=None, # learning rate; None: the learner's own

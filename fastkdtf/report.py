@@ -69,7 +69,7 @@ def last_accuracy(
     "Accuracy after the last epoch; not-a-number if the run has none"
     return _number(record['last']['accuracy'])
 
-# %% ../nbs/11_report.ipynb #5bdf722f
+# %% ../nbs/11_report.ipynb #40dd74bf
 class Comparison:
     "Runs of several methods over the same seeds; shows as a table, draws its plots, saves both"
     def __init__(self,
@@ -156,7 +156,7 @@ class Comparison:
     def caption(self)->str:
         "What was run, and what the columns mean"
         r = self.records[0]
-        return (f"{r['setting']}. Accuracy on the {r['evaluated_on']} set after the last epoch and after the one that was best on validation; mean ± sd over seeds; "
+        return (f"{r['setting']}. Accuracy on the {r['evaluated_on']} set after the last epoch and after the one that was best on {r.get('settings', {}).get('picked_on', 'validation')}; mean ± sd over seeds; "
                 f"Δ: paired difference of the last accuracies to {self.baseline}; seeds needed: to show such a difference (two-sided 5 %, power 80 %).")
 
     def __repr__(self): return f'{self.caption}\n{self.shown.to_string()}'

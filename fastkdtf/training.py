@@ -9,14 +9,14 @@ __all__ = ['make_callbacks', 'with_controls', 'weights_on_cpu', 'KeepBest', 'Epo
            'reported_scores', 'train_run', 'stable_words', 'method_identity', 'settings_digest', 'Entry', 'Awaited',
            'check_seeds', 'Campaign', 'make_folder']
 
-# %% ../nbs/11b_training.ipynb #b591ac60
+# %% ../nbs/11b_training.ipynb #c200a3a7
 import hashlib
 import json
 import re
 import time
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastcore.basics import noop, store_attr
+from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 
 from .core import *
@@ -35,18 +36,22 @@ from .interpret import evaluate
 from .page import write_report
 from .report import Comparison
 from .runs import Checkpoint, Ledger, replacing, run_environment, run_lock, seed_run
+from .stages import Stage
 from .teachers import NetworkTeacher, Teacher
 
-# %% ../nbs/11b_training.ipynb #068bdb34
+# %% ../nbs/11b_training.ipynb #82e4205a
 def make_callbacks(
-    method, # None, a callback, a class or function that makes one or several, or a list of these
+    method, # None, a callback, a `Stage`, a class or function that makes one or several, or a list of these
 )->list:
-    "Fresh callbacks of a method"
+    "Fresh callbacks of a method, or its stages with theirs"
     if method is None: return []
     if isinstance(method, (list, tuple)): return [cb for o in method for cb in make_callbacks(o)]
     if isinstance(method, Callback): return [deepcopy(method)]
+    if isinstance(method, Stage): return [replace(method, cbs=make_callbacks(list(L(method.cbs))))]
     if callable(method): return make_callbacks(method())
-    raise TypeError(f'a method must be None, a callback, or a function that makes one, got {method!r}')
+    raise TypeError(f'a method must be None, a callback, stages, or a function that makes one, got {method!r}')
+
+def _all_callbacks(made): return [cb for o in made for cb in (o.cbs if isinstance(o, Stage) else [o])]
 
 # %% ../nbs/11b_training.ipynb #9f4fb7ee
 def with_controls(
@@ -72,7 +77,7 @@ def weights_on_cpu(
     "A copy of a model's state dict that later training does not change"
     return {k: v.detach().cpu().clone() for k,v in model.state_dict().items()}
 
-# %% ../nbs/11b_training.ipynb #394c21f8
+# %% ../nbs/11b_training.ipynb #3133d559
 class KeepBest(Callback):
     "Keep the weights of the epoch with the best validation accuracy"
     order = 62   # after the recorder
@@ -80,29 +85,35 @@ class KeepBest(Callback):
     def __init__(self): self.epoch_,self.value,self.weights = -1,-1.,None
 
     def after_epoch(self):
-        value = self.recorder.values[-1][self.recorder.metric_names.index('accuracy')-1]
-        if value > self.value: self.epoch_,self.value,self.weights = self.epoch,value,weights_on_cpu(self.model)
+        values = self.recorder.values   # of all stages
+        value = values[-1][self.recorder.metric_names.index('accuracy')-1]
+        if value > self.value: self.epoch_,self.value,self.weights = len(values)-1,value,weights_on_cpu(self.model)
 
     def state_dict(self): return dict(epoch_=self.epoch_, value=self.value, weights=self.weights)
     def load_state_dict(self, state): vars(self).update(state)
 
-# %% ../nbs/11b_training.ipynb #40667d11
+# %% ../nbs/11b_training.ipynb #877ab214
 class EpochTimer(Callback):
-    "Seconds of each training epoch, validation not included"
+    "Seconds of each training epoch, validation not included, and those of them spent waiting for batches"
     order = -20   # before anything else starts
 
-    def __init__(self): self.seconds = []
-    def before_train(self): self.start = time.perf_counter()
-    def after_train(self): self.seconds = self.seconds + [time.perf_counter()-self.start]
-    def state_dict(self): return dict(seconds=self.seconds)
+    def __init__(self): self.seconds,self.waited = [],[]
+    def before_train(self):
+        self.start = self.asked = time.perf_counter()
+        self.waiting = 0.
+    def before_batch(self):
+        if self.training: self.waiting += time.perf_counter()-self.asked
+    def after_batch(self): self.asked = time.perf_counter()
+    def after_train(self): self.seconds,self.waited = self.seconds + [time.perf_counter()-self.start],self.waited + [self.waiting]
+    def state_dict(self): return dict(seconds=self.seconds, waited=self.waited)
     def load_state_dict(self, state): vars(self).update(state)
 
-# %% ../nbs/11b_training.ipynb #8f5457e2
+# %% ../nbs/11b_training.ipynb #2204a4d9
 class EpochBar(Callback):
     "Move a bar that counts the epochs of many runs"
     order = 70
     def __init__(self, bar, done:int): self.bar,self.done = bar,done
-    def after_epoch(self): self.bar.update(self.done+self.epoch+1)
+    def after_epoch(self): self.bar.update(self.done+len(self.recorder.values))
 
 # %% ../nbs/11b_training.ipynb #e13a7fa9
 def evaluation_set(
@@ -117,14 +128,14 @@ def reported_scores(
     "Scores of the learner's weights on the set that is reported"
     with learn.no_bar(), learn.no_logging(): return evaluate(*learn.get_preds(ds_idx=evaluation_set(learn.dls), act=noop))
 
-# %% ../nbs/11b_training.ipynb #51cb9f90
+# %% ../nbs/11b_training.ipynb #4ee76af1
 def train_run(
     method, # as `make_callbacks` takes it
     seed:int, # of initial weights, batch order and augmentation
     dls:DataLoaders, # `.test`, if it has one, is what is reported
     model_fn, # makes the model
     n_epoch:int,
-    fit:str='fit_one_cycle', # which of the learner's training methods
+    fit='fit_one_cycle', # which of the learner's training methods, or a function `(learn, n_epoch, cbs)`; stages have their own
     lr:float|None=None, # learning rate; None: the learner's own
     cbs=(), # further callbacks
     learner=Learner, # makes the learner from loaders, model and `metrics`
@@ -139,15 +150,22 @@ def train_run(
     best,timer = KeepBest(),EpochTimer()
     learn = learner(dls, model, metrics=accuracy)
     seed_run(seed if start is None else seed+2**31, dls)
-    with learn.no_bar(), learn.no_logging():
-        getattr(learn, fit)(n_epoch, *([] if lr is None else [lr]), cbs=[*method, best, timer, *cbs])
+    with learn.no_bar(), learn.no_logging(): _fit(learn, method, n_epoch, fit, lr, [best, timer, *cbs])
     names,values = learn.recorder.metric_names[1:-1],learn.recorder.values
     history = {name: [float(v[i]) for v in values] for i,name in enumerate(names)}
     weights = dict(last=weights_on_cpu(learn.model), best=best.weights or weights_on_cpu(learn.model))
     last = reported_scores(learn)
     learn.model.load_state_dict(weights['best'])
     return dict(last=last, best=dict(epoch=best.epoch_, valid_accuracy=best.value, **reported_scores(learn)), history=history,
-                seconds_per_epoch=float(np.median(timer.seconds)), epoch_seconds=timer.seconds, **({} if keep is None else dict(weights=weights[keep])))
+                seconds_per_epoch=float(np.median(timer.seconds)), epoch_seconds=timer.seconds, loading_seconds=timer.waited,
+                **({} if keep is None else dict(weights=weights[keep])))
+
+def _fit(learn, method, n_epoch, fit, lr, cbs):
+    stages,cbs = [o for o in method if isinstance(o, Stage)],[*[o for o in method if not isinstance(o, Stage)], *cbs]
+    rate = [] if lr is None else [lr]
+    if stages: learn.fit_stages(stages, n_epoch, cbs)
+    elif callable(fit): fit(learn, n_epoch, *rate, cbs=cbs)
+    else: getattr(learn, fit)(n_epoch, *rate, cbs=cbs)
 
 # %% ../nbs/11b_training.ipynb #f360fb36
 def stable_words(
@@ -166,13 +184,17 @@ def stable_words(
     if depth and hasattr(o, '__dict__'): return [type(o).__qualname__, stable_words(vars(o), depth-1)]
     return re.sub(r' at 0x\w+', '', repr(o))
 
-# %% ../nbs/11b_training.ipynb #590aaf0d
+# %% ../nbs/11b_training.ipynb #b3f2b85e
 def method_identity(
     method, # as `make_callbacks` takes it
-)->list: # a dict for each callback
+)->list: # a dict for each callback or stage
     "A method's settings in words"
-    settings = lambda cb: getattr(cb, 'settings', None) or {k: v for k,v in vars(cb).items() if k[0] != '_'}
-    return [dict(callback=type(cb).__name__, **stable_words(settings(cb))) for cb in make_callbacks(method)]
+    return [_identity(o) for o in make_callbacks(method)]
+
+def _identity(o):
+    if isinstance(o, Stage): return {**{f.name: stable_words(getattr(o, f.name)) for f in fields(o)}, 'callback': 'Stage', 'cbs': [_identity(cb) for cb in o.cbs]}
+    settings = getattr(o, 'settings', None) or {k: v for k,v in vars(o).items() if k[0] != '_'}
+    return dict(callback=type(o).__name__, **stable_words(settings))
 
 def settings_digest(
     settings:dict, # of words and numbers
@@ -180,21 +202,28 @@ def settings_digest(
     "Twelve digits that stand for `settings`"
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/11b_training.ipynb #e161c0d6
+# %% ../nbs/11b_training.ipynb #7d638a5a
 @dataclass
 class Entry:
     "One row of a campaign: a method, and what it needs from the runs of other entries"
-    method:object=None # as `make_callbacks` takes it; with `teacher`, a function of a teacher that returns that
+    method:object=None # as `make_callbacks` takes it; with `teacher`, a function of the teachers that returns that
     control_for:list=field(default_factory=list) # names of the methods it controls
-    teacher:str|None=None # the entry whose trained network teaches
+    teacher:object=None # the entry whose trained network teaches, or several
     start:str|None=None # the entry whose trained weights it starts from, for a second full schedule
     keep:str|None=None # weights to keep for other entries and for `Campaign.weights`: 'last' | 'best' (on validation)
     teacher_accuracy:float|None=None # of a teacher that is no entry
+    model_fn:object=None # makes its network; None: the campaign's
+    n_epoch:int|None=None # its epochs; None: the campaign's
+    fit:object=None # how it is trained, as `train_run` takes it; None: the campaign's
+    settings:dict|None=None # what else identifies its runs; None: the campaign's
 
     @property
-    def needs(self)->dict:
-        "Names of other entries, by what they are needed for"
-        return {k: o for k,o in (('teacher', self.teacher), ('start', self.start)) if o is not None}
+    def teachers(self)->list: return list(L(self.teacher))
+
+    @property
+    def needs(self)->list:
+        "Names of other entries"
+        return [*self.teachers, *([] if self.start is None else [self.start])]
 
 # %% ../nbs/11b_training.ipynb #d3dd0734
 class Awaited(Teacher):
@@ -204,7 +233,7 @@ class Awaited(Teacher):
     def __call__(self, step): raise TypeError(f'{self!r} does not exist yet')
     def __repr__(self): return f'{self.keep} weights of {self.entry}'
 
-# %% ../nbs/11b_training.ipynb #2de2e428
+# %% ../nbs/11b_training.ipynb #9af993ee
 def check_seeds(
     seeds, # how many, or a list of them
 )->list:
@@ -218,11 +247,22 @@ def check_seeds(
 
 def _check_entries(entries):
     for i,(name,o) in enumerate(entries.items()):
-        for need in o.needs.values():
+        for need in o.needs:
             if need not in list(entries)[:i]: raise ValueError(f'{name!r} needs {need!r}, which must be an entry before it; the entries are {list(entries)}')
             if entries[need].keep not in ('last', 'best'): raise ValueError(f"{name!r} needs the weights of {need!r}: give that entry keep='last' or keep='best'")
 
-# %% ../nbs/11b_training.ipynb #cc87dc2d
+def _check_fit(fit):
+    if not callable(fit) and not callable(getattr(Learner, str(fit), None)):
+        raise ValueError(f"fit must name a training method of Learner, such as 'fit' or 'fit_one_cycle', or be a function (learn, n_epoch, cbs), got {fit!r}")
+
+def _fit_words(fit):
+    "A training method with its arguments"
+    if isinstance(fit, str): return fit
+    if not isinstance(fit, partial): return stable_words(fit)
+    said = [repr(stable_words(o)) for o in fit.args] + [f'{k}={stable_words(v)!r}' for k,v in fit.keywords.items()]
+    return f"{stable_words(fit.func)}({', '.join(said)})"
+
+# %% ../nbs/11b_training.ipynb #412c2277
 class Campaign:
     """The runs of several entries over the same seeds; with a folder, the same call goes on where the last one stopped
 
@@ -234,7 +274,7 @@ class Campaign:
         model_fn, # makes the model; called once a run, with the run's seed set
         n_epoch:int, # epochs of each run
         seeds=3, # how many, or a list of seeds
-        fit:str='fit_one_cycle', # training method of the learner
+        fit='fit_one_cycle', # training method of the learner, or a function `(learn, n_epoch, cbs)`
         lr:float|None=None, # learning rate; None: the learner's own
         out=None, # folder to keep runs in and go on from; None keeps nothing
         baseline:str='baseline', # the entry that others are held against
@@ -245,36 +285,48 @@ class Campaign:
         check_whole('n_epoch', n_epoch)
         if isinstance(model_fn, torch.nn.Module) or not callable(model_fn):
             raise TypeError(f'model_fn must be a function that makes a model, such as partial(create_model, "resnet20", 10), got {type(model_fn).__name__}')
-        if not callable(getattr(Learner, fit, None)): raise ValueError(f"fit must name a training method of Learner, such as 'fit' or 'fit_one_cycle', got {fit!r}")
+        for o in [fit, *[e.fit for e in entries.values() if e.fit is not None]]: _check_fit(o)
         if lr is not None: check_number('lr', lr, '(0,inf)')
         _check_entries(entries)
-        store_attr('entries,dls,model_fn,n_epoch,seeds,fit,lr,out,baseline,learner')
-        self.settings = self._settings(settings or {})
+        store_attr('dls,model_fn,n_epoch,seeds,fit,lr,out,baseline,learner')
+        own = lambda o: replace(o, model_fn=o.model_fn or model_fn, n_epoch=o.n_epoch or n_epoch, fit=o.fit or fit, settings=o.settings or settings or {})
+        self.entries,self.sizes = {name: own(o) for name,o in entries.items()},{}   # sizes of networks, by what makes them
         self.runs,self.finished = {},{}   # by (name, seed); by key
         for seed in seeds:
             for rank,name in enumerate(entries): self.runs[name, seed] = self._plan(name, seed, rank)
         self.store = _Store(out)
         run_environment()   # notes the commit before a long training sees others
 
-    def _settings(self, given):
-        seed_run(self.seeds[0], self.dls)
-        model,dls,split = self.model_fn(),self.dls,getattr(self.dls, 'split', None)
-        augment = getattr(dls.train, 'augment', None)
-        return {**given, 'n_epoch': self.n_epoch, 'fit': self.fit, 'lr': self.lr, 'bs': dls.bs, 'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds),
-                'n_classes': dls.c, 'model': type(model).__name__, 'n_params': sum(p.numel() for p in model.parameters()),
-                'evaluated_on': ('validation', 'test')[evaluation_set(dls)-1], **(dict(split=stable_words(split)) if isinstance(split, dict) else {}), **(dict(augment=repr(augment)) if augment else {})}
+    def _size(self, model_fn):
+        "Class and number of parameters of a network"
+        if model_fn not in self.sizes:
+            seed_run(self.seeds[0], self.dls)
+            model = model_fn()
+            self.sizes[model_fn] = type(model).__name__,sum(p.numel() for p in model.parameters())
+        return self.sizes[model_fn]
+
+    def _settings(self, entry):
+        dls,split,augment = self.dls,getattr(self.dls, 'split', None),getattr(self.dls.train, 'augment', None)
+        model,n_params = self._size(entry.model_fn)
+        return {**entry.settings, 'n_epoch': entry.n_epoch, 'fit': _fit_words(entry.fit), 'lr': self.lr, 'bs': dls.bs, 'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds),
+                'n_classes': dls.c, 'model': model, 'n_params': n_params, 'evaluated_on': ('validation', 'test')[evaluation_set(dls)-1],
+                **(dict(split=stable_words(split)) if isinstance(split, dict) else {}), **(dict(augment=repr(augment)) if augment else {}),
+                **(dict(picked_on='test') if isinstance(split, dict) and split.get('valid_pct') == 0 else {})}
 
     def _plan(self, name, seed, rank):
         entry = self.entries[name]
-        teacher = entry.teacher and Awaited(entry.teacher, self.entries[entry.teacher].keep)
-        cbs = make_callbacks(entry.method(teacher) if teacher else entry.method)
-        identity = dict(setting=self.settings, method=method_identity(cbs), seed=seed)
-        if entry.needs: identity['needs'] = {k: [self.runs[o, seed]['key'], self.entries[o].keep] for k,o in entry.needs.items()}
-        described = [row for cb in cbs if isinstance(cb, Distill) for d in [cb.describe(self.dls.c)] for row in [('method', d.title), *d.rows()]]
-        described += [(f'{k} from', repr(Awaited(o, self.entries[o].keep))) for k,o in entry.needs.items()]
+        awaited = [Awaited(o, self.entries[o].keep) for o in entry.teachers]
+        made = make_callbacks(entry.method(*awaited) if awaited else entry.method)
+        settings = self._settings(entry)
+        identity = dict(setting=settings, method=method_identity(made), seed=seed)
+        key_of = lambda o: [self.runs[o, seed]['key'], self.entries[o].keep]
+        needs = {k: o for k,o in (('teacher', L(entry.teachers).map(key_of)), ('start', L(entry.start).map(key_of))) if o}
+        if needs: identity['needs'] = {k: o[0] if len(o) == 1 else list(o) for k,o in needs.items()}
+        described = [row for cb in _all_callbacks(made) if isinstance(cb, Distill) for d in [cb.describe(self.dls.c)] for row in [('method', d.title), *d.rows()]]
+        described += [(f'{k} from', repr(Awaited(o, self.entries[o].keep))) for k,names in (('teacher', entry.teachers), ('start', L(entry.start))) for o in names]
         return dict(key=f'{name}/seed{seed}/{settings_digest(identity)}', method=name, rank=rank, control_for=entry.control_for, seed=seed,
-                    baseline=self.baseline, setting=_in_words(self.settings), settings=self.settings, callbacks=identity['method'],
-                    description=[list(o) for o in described], evaluated_on=self.settings['evaluated_on'])
+                    baseline=self.baseline, setting=_in_words(settings), settings=settings, callbacks=identity['method'],
+                    description=[list(o) for o in described], evaluated_on=settings['evaluated_on'])
 
     def weights(self,
         name:str, # an entry that keeps its weights
@@ -284,45 +336,60 @@ class Campaign:
         return self.store.weights(self.runs[name, seed], self.entries[name].keep)
 
     def _teacher(self, name, seed):
-        model = self.model_fn()
+        model = self.entries[name].model_fn()
         model.load_state_dict(self.weights(name, seed))
         return NetworkTeacher(model, teacher_norm=None)
 
     def _train(self, run, cbs):
         entry,seed = self.entries[run['method']],run['seed']
-        method = entry.method if entry.teacher is None else entry.method(self._teacher(entry.teacher, seed))
+        method = entry.method(*[self._teacher(o, seed) for o in entry.teachers]) if entry.teachers else entry.method
         start = None if entry.start is None else self.weights(entry.start, seed)
-        scores = train_run(method, seed, self.dls, self.model_fn, self.n_epoch, self.fit, self.lr, cbs, self.learner, start, entry.keep)
+        scores = train_run(method, seed, self.dls, entry.model_fn, entry.n_epoch, entry.fit, self.lr, cbs, self.learner, start, entry.keep)
         if entry.keep: self.store.keep(run, entry.keep, scores.pop('weights'))
-        taught_by = entry.teacher and self.finished[self.runs[entry.teacher, seed]['key']][self.entries[entry.teacher].keep]['accuracy']
-        known = taught_by if entry.teacher else entry.teacher_accuracy
+        taught_by = [self._known(self.runs[o, seed])[self.entries[o].keep]['accuracy'] for o in entry.teachers]
+        known = taught_by[0] if len(taught_by) == 1 else entry.teacher_accuracy
         return {**run, **scores, **({} if known is None else dict(teacher_accuracy=known)), **run_environment()}
 
-    def _finish(self, i, run, wait=False):
-        "The record of a run; None if another process has it, or what it needs"
-        entry = self.entries[run['method']]
-        if any(self.runs[o, run['seed']]['key'] not in self.finished for o in entry.needs.values()): return None
+    def _known(self, run):
+        "The record of a finished run, if its weights are there where others need them; else None"
+        key,keep = run['key'],self.entries[run['method']].keep
+        if key not in self.finished:
+            done = self.store.find(run)
+            if done is None or keep and not self.store.has_weights(run, keep): return None
+            self.finished[key] = {**done, **{k: run[k] for k in ('rank', 'control_for', 'baseline', 'setting', 'description')}}
+        return self.finished[key]
+
+    def train(self,
+        name:str, # an entry; those that it needs must be finished
+        seed:int,
+        wait:bool=True, # for another process that trains it; False returns None then, or where what it needs is not finished
+        cbs=(), # further callbacks, which change nothing
+    )->dict|None:
+        "The record of one run, trained now if it is not finished"
+        run,entry = self.runs[name, seed],self.entries[name]
+        missing = [o for o in entry.needs if self._known(self.runs[o, seed]) is None]
+        if missing and wait: raise ValueError(f'{name!r}, seed {seed}, needs {missing[0]!r}, which is not finished')
+        if missing: return None
         with self.store.claim(run, wait) as mine:
             if not mine: return None
-            done = self.store.find(run)
-            if done is None or entry.keep and not self.store.has_weights(run, entry.keep):
-                done = self._train(run, [*self.store.checkpoint(run), EpochBar(self.bar, i*self.n_epoch)])
+            if self._known(run) is None:
+                done = self._train(run, [*self.store.checkpoint(run), *cbs])
                 self.store.add(done)
-            self.finished[run['key']] = {**done, **{k: run[k] for k in ('rank', 'control_for', 'baseline', 'setting', 'description')}}
-        return self.finished[run['key']]
+                self.finished[run['key']] = done
+        return self._known(run)
 
     def run(self)->list:
         "Train what is not finished yet, and return all records"
-        runs = list(self.runs.values())
-        self.bar = progress_bar(range(len(runs)*self.n_epoch))
-        self.bar.update(0)
+        ends = np.cumsum([self.entries[name].n_epoch for name,_ in self.runs])
+        bar = progress_bar(range(ends[-1]))
+        bar.update(0)
         for wait in (False, True):   # what another process had claimed is waited for, and done here if that process died
-            for i,run in enumerate(runs):
-                if run['key'] in self.finished: continue
-                self.bar.comment = f"{run['method']}, seed {run['seed']}"
-                self._finish(i, run, wait)
-                self.bar.update((i+1)*self.n_epoch)
-        return [self.finished[run['key']] for run in runs]
+            for (name,seed),end in zip(self.runs, ends.tolist()):
+                if self.runs[name, seed]['key'] in self.finished: continue
+                bar.comment = f'{name}, seed {seed}'
+                self.train(name, seed, wait, [EpochBar(bar, end-self.entries[name].n_epoch)])
+                bar.update(end)
+        return [self.finished[run['key']] for run in self.runs.values()]
 
     def compare(self,
         kind=Comparison, # of the result
@@ -332,11 +399,12 @@ class Campaign:
         if self.out is not None: write_report(comparison, comparison.save(self.out))
         return comparison
 
-# %% ../nbs/11b_training.ipynb #c7e7f385
+# %% ../nbs/11b_training.ipynb #df923d3a
 def _in_words(s):
     data = [str(s[k]) for k in ('data', 'arch') if k in s] or [s['model']]
+    held = 'test images, on which the best epoch is picked too' if s.get('picked_on') == 'test' else 'validation images'
     return (f"{', '.join(data)}: {s['n_epoch']} epochs of {s['fit']}" + ('' if s['lr'] is None else f", learning rate {s['lr']:g}") +
-            f", batch {s['bs']}, {s['n_train']:,} training and {s['n_valid']:,} validation images, {s['n_classes']} classes, {s['n_params']:,} parameters")
+            f", batch {s['bs']}, {s['n_train']:,} training and {s['n_valid']:,} {held}, {s['n_classes']} classes, {s['n_params']:,} parameters")
 
 # %% ../nbs/11b_training.ipynb #6ec6eb46
 def make_folder(
