@@ -51,10 +51,11 @@ dls = kd_dataloaders(ten_classes(sys.argv[1], trained/'ten_classes.npz'), bs=64,
 student = partial(create_model, 'resnet8', dls.c)
 weak,strong = teacher('resnet8', 6),teacher('resnet20', 24)
 
-two = partial(effdstl_stages, n_epoch, weak, stage1=dict(lr=(lr, 1e-5)), stage2=dict(lr=(lr/10, lr/1000)))
+one = partial(effdstl_stages, n_epoch, weak, stage1=dict(lr=(lr, 1e-5)))
+two = partial(one, stage2=dict(lr=(lr/10, lr/1000)))
 methods = {'baseline': None, 'KD, weak teacher': lambda: KnowledgeDistillation(weak, alpha=.5, tau=2.), 'KD, strong teacher': lambda: KnowledgeDistillation(strong, alpha=.5, tau=2.),
            'WSL, weak teacher': lambda: WSL(weak, .5, 2., weight_tau=2.), 'CKM, weak teacher': lambda: CKM(weak), 'CKM, strong teacher': lambda: CKM(strong),
-           'two stages': two(strong), 'two stages, same teacher': two(), 'two stages, no CKM': two(strong, ckm=False), 'one stage': two(two_stages=False)}
+           'two stages': two(strong), 'two stages, same teacher': two(), 'two stages, no CKM': two(strong, ckm=False), 'one stage': one(two_stages=False)}
 entries = {name: Entry(*o) for name,o in with_controls(methods, dls.c).items()}
 for name in ('baseline', 'KD, weak teacher'): entries[name].keep = 'last'
 campaign = Campaign(entries, dls, student, n_epoch, seeds, fit_cosine, out=out/'methods')
