@@ -28,5 +28,5 @@ $(DONE): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info<(3,10) and "fastkdtf needs Python >= 3.10; say which with make PYTHON=...")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
 	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(BIN)/python -m pip install -e '.[dev,docs]'
+	$(BIN)/python -m pip install -e '.[dev,docs,dist]'
 	touch $@

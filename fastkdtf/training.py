@@ -9,7 +9,7 @@ __all__ = ['make_callbacks', 'with_controls', 'weights_on_cpu', 'KeepBest', 'Epo
            'reported_scores', 'train_run', 'stable_words', 'method_identity', 'settings_digest', 'Entry', 'Awaited',
            'check_seeds', 'Campaign', 'make_folder']
 
-# %% ../nbs/11b_training.ipynb #c200a3a7
+# %% ../nbs/11b_training.ipynb #f782dec3
 import hashlib
 import json
 import re
@@ -26,6 +26,7 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
+from fastai.torch_core import get_model
 from fastcore.basics import noop, store_attr
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
@@ -70,12 +71,12 @@ def with_controls(
             out.setdefault(control, (made, []))[1].append(name)
     return out
 
-# %% ../nbs/11b_training.ipynb #aa5dafe3
+# %% ../nbs/11b_training.ipynb #5d04710c
 def weights_on_cpu(
     model,
 )->dict:
     "A copy of a model's state dict that later training does not change"
-    return {k: v.detach().cpu().clone() for k,v in model.state_dict().items()}
+    return {k: v.detach().cpu().clone() for k,v in get_model(model).state_dict().items()}
 
 # %% ../nbs/11b_training.ipynb #3133d559
 class KeepBest(Callback):

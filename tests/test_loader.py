@@ -20,7 +20,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from fastkdtf.data import kd_dataloaders
-from fastkdtf.loader import Augment, BatchInfo, CategorizeRecord, NormalizeBatch, RecordDL, batch_info, image_tensor, loader_identity, to_records, with_index
+from fastkdtf.loader import (Augment, BatchInfo, CategorizeRecord, NormalizeBatch, RecordDL, batch_info, blank_records, image_tensor, loader_identity,
+                             to_records, with_index)
 from fastkdtf.measure import interleaved_times, median_ratio
 
 M = 2**64-1
@@ -105,6 +106,12 @@ def test_distribution_and_independence(idx, view):
     assert uniform(np.bincount(p.flip[:-1]*2+p.flip[1:], minlength=4))
     other = Augment(flip=True, pad=4, rotate=15, seed=1).params(idx, view)
     assert uniform(np.bincount(p.dy*9+other.dy, minlength=81))
+
+def test_records_to_be_filled():
+    recs = blank_records(5, 4, 3)
+    x,y = images(5, 4, 3),np.arange(5)
+    for i in range(5): recs['image'][i],recs['label'][i] = x[i],y[i]
+    assert type(recs) is type(to_records(x.transpose(0,2,3,1), y)) and (recs==to_records(x.transpose(0,2,3,1), y)).all()
 
 def test_padding_is_black_before_normalisation():
     dl = record_dl(Augment(pad=8), bs=60, norm=False)

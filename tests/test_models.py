@@ -36,7 +36,8 @@ def blocks(model): return [o for o in model.modules() if isinstance(o, ResBlock)
     ('timm/mobilenetv2_100', 1000, '3.50'), ('torchvision/shufflenet_v2_x1_0', 1000, '2.28'), ('timm/resnet18', 1000, '11.69'), # Yuan Tab. 12
     ('timm/resnet50', 1000, '25.56'), ('timm/densenet121', 1000, '7.98'), ('timm/resnext101_32x8d', 1000, '88.79'),
     ('timm/mobilenetv3_small_075', 1000, '2.04'), ('timm/resnet18d', 1000, '11.71'), ('timm/skresnet18', 1000, '11.96'),       # Song Tab. 2
-    ('timm/resnet34', 1000, '21.80'), ('timm/resnet34d', 1000, '21.82')])
+    ('timm/resnet34', 1000, '21.80'), ('timm/resnet34d', 1000, '21.82'), ('timm/mobilenetv3_small_100', 1000, '2.54'), ('timm/skresnet34', 1000, '22.28'),
+    ('timm/mobilenetv1_100', 1000, '4.2')])                                                                       # Howard et al. 2017, Tab. 8
 def test_published_parameter_counts(name, n_classes, printed):
     assert f"{n_params(name, n_classes)/1e6:.{len(printed.split('.')[1])}f}"==printed
 
@@ -269,7 +270,7 @@ def test_no_auxiliary_heads_unless_asked(name, recwarn):
     assert not [o for o in recwarn if 'init' in str(o.message)]
 
 @pytest.mark.parametrize('name', [
-    'timm/resnet34', 'timm/resnet34d', 'timm/mobilenetv1_100', 'timm/mobilenetv2_100', 'timm/mobilenetv3_large_100', 'timm/mobilenetv3_small_075',
+    'timm/resnet18', 'timm/resnet18d', 'timm/resnet50', 'timm/resnet34', 'timm/resnet34d', 'timm/mobilenetv1_100', 'timm/mobilenetv2_100', 'timm/mobilenetv3_large_100', 'timm/mobilenetv3_small_075',
     'timm/skresnet18', 'timm/densenet121', 'timm/resnext101_32x8d', 'torchvision/shufflenet_v2_x1_0', 'torchvision/googlenet'])
 def test_the_224_pixel_networks_build(name):
     with torch.device('meta'):
