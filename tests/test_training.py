@@ -1,0 +1,141 @@
+"Campaigns: entries with their own network, schedule and stages; what a run's record says of time"
+import time
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoader, DataLoaders
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from torch import nn
+
+from fastkdtf.distill import Distill, KnowledgeDistillation, LsrKD, TfKDReg
+from fastkdtf.learner import compare
+from fastkdtf.runs import seed_run
+from fastkdtf.stages import Stage
+from fastkdtf.teachers import NetworkTeacher
+from fastkdtf.training import Campaign, Entry, make_callbacks, method_identity, train_run
+from fastkdtf.twostage import effdstl_stages
+
+def loaders(n=48, bs=16, wait=0., seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n+32, 6, generator=g)
+    y = (x[:,:3].argmax(1))
+    class Slow(list):
+        def __getitem__(self, i):
+            time.sleep(wait)
+            return super().__getitem__(i)
+    items = Slow(zip(x, y))
+    train,valid = Slow(items[:n]),Slow(items[n:])
+    dls = DataLoaders(DataLoader(train, bs=bs, shuffle=True, drop_last=True, num_workers=0), DataLoader(valid, bs=32, num_workers=0))
+    for dl in dls.loaders: dl.vocab = list('abc')
+    dls.c = 3
+    return dls
+
+def small(): return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+def large(): return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+def fit_steadily(learn, n_epoch, lr=1e-2, cbs=None): learn.fit(n_epoch, lr, cbs=cbs)
+def learner(*args, **kwargs): return Learner(*args, loss_func=nn.CrossEntropyLoss(), **kwargs)
+
+def campaign(entries, **kwargs): return Campaign(entries, loaders(), small, 2, **{**dict(seeds=2, learner=learner), **kwargs})
+
+class Watch(Callback):
+    def __init__(self, seen): self.seen = seen
+    def before_fit(self): self.seen.append((sum(p.numel() for p in self.model.parameters()), self.n_epoch, float(self.opt.hypers[-1]['lr'])))
+
+def test_an_entry_has_its_own_network_epochs_and_fit():
+    c = campaign({'teacher': Entry(keep='best', model_fn=large, n_epoch=3, fit=partial(fit_steadily, lr=.03)), 'student': Entry(KnowledgeDistillation, teacher='teacher')}, fit='fit')
+    seen = []
+    for name in c.entries: c.train(name, 0, cbs=[Watch(seen)])
+    assert seen == [(32*6+32+32*3+3, 3, .03), (6*8+8+8*3+3, 2, .001)]
+    teacher,student = (c.runs[name, 0]['settings'] for name in c.entries)
+    assert (teacher['n_epoch'], teacher['fit'], teacher['n_params']) == (3, 'fit_steadily(lr=0.03)', 323)
+    assert (student['n_epoch'], student['fit'], student['n_params']) == (2, 'fit', 83)
+
+def test_a_teacher_is_known_by_its_own_settings_only(tmp_path):
+    "The same teacher is found in the folder whoever its student is"
+    teacher = Entry(keep='best', model_fn=large, fit=partial(fit_steadily, lr=.03))
+    one = campaign({'teacher': teacher, 'a': Entry(KnowledgeDistillation, teacher='teacher')}, out=tmp_path, seeds=1)
+    other = Campaign({'teacher': teacher, 'a': Entry(LsrKD)}, loaders(), partial(nn.Linear, 6, 3), 2, 1, out=tmp_path, learner=learner)
+    assert one.runs['teacher', 0]['key'] == other.runs['teacher', 0]['key'] and one.runs['a', 0]['key'] != other.runs['a', 0]['key']
+    one.run()
+    n = len((tmp_path/'results.jsonl').read_text().splitlines())
+    other.run()
+    assert n == 2 and len((tmp_path/'results.jsonl').read_text().splitlines()) == 3
+
+def test_settings_of_an_entry_tell_its_runs_apart():
+    keys = [campaign({'baseline': Entry(**o)}).runs['baseline', 0]['key'] for o in ({}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large), dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2)))]
+    assert len(set(keys)) == len(keys)
+    assert campaign({'baseline': Entry(n_epoch=2, fit='fit_one_cycle', model_fn=small)}).runs['baseline', 0]['key'] == keys[0]
+
+def test_two_teachers():
+    seen = []
+    def method(*teachers):
+        seen.append(teachers)
+        return LsrKD()
+    entries = {'a': Entry(keep='best'), 'b': Entry(keep='last', model_fn=large), 'student': Entry(method, teacher=('a', 'b'))}
+    c = campaign(entries, seeds=1)
+    records = c.run()
+    assert [type(o.model[0]).__name__ for o in seen[-1]] == ['Linear']*2 and [o.model[0].out_features for o in seen[-1]] == [8, 32]
+    for name,keep,t in zip('ab', ('best', 'last'), seen[-1]):
+        assert all(torch.equal(v, t.model.state_dict()[k]) for k,v in c.weights(name, 0).items()), (name, keep)
+    assert 'teacher_accuracy' not in records[2] and [v for k,v in records[2]['description'] if k == 'teacher from'] == ['best weights of a', 'last weights of b']
+
+def test_stages_as_a_method():
+    "A run in stages is the training that `fit_stages` makes"
+    stages = lambda: [Stage(1, [LsrKD(tau=1.)], lr=.02), Stage(2, [TfKDReg()], lr=(.05, .001))]
+    r = train_run(stages, 3, loaders(), small, 3, learner=learner, keep='last')
+    dls = loaders()
+    seed_run(3, dls)
+    learn = learner(dls, small(), metrics=accuracy)
+    seed_run(3, dls)
+    with learn.no_bar(), learn.no_logging(): learn.fit_stages(stages(), 3)
+    assert all(torch.equal(v, r['weights'][k]) for k,v in learn.model.state_dict().items())
+    assert r['history']['accuracy'] == [float(v[2]) for v in learn.recorder.values] and len(r['epoch_seconds']) == len(r['loading_seconds']) == 3
+
+def test_the_best_epoch_of_stages_is_counted_from_the_first():
+    class Rise(Callback):
+        "Accuracies .1, .2, … in place of those measured"
+        order = 61
+        def after_epoch(self): self.recorder.values[-1][self.recorder.metric_names.index('accuracy')-1] = .1*len(self.recorder.values)
+    r = train_run([Stage(1), Stage(2)], 0, loaders(), small, 3, learner=learner, cbs=[Rise()])
+    assert r['best']['epoch'] == 2 and r['best']['valid_accuracy'] == pytest.approx(.3)
+
+def test_compare_takes_stages_beside_callbacks(tmp_path):
+    t = NetworkTeacher(large(), teacher_norm=None)
+    c = compare({'LsrKD': LsrKD, 'two stages': partial(effdstl_stages, 2, t, stage1=dict(lr=(.1, .01)), stage2=dict(lr=(.01, .001)))}, loaders(), small, 2, seeds=2, fit=fit_steadily, controls=False,
+                loss_func=nn.CrossEntropyLoss(), out=tmp_path)
+    assert c.names == ['baseline', 'LsrKD', 'two stages'] and len(c.records) == 6
+    stages = c.runs('two stages')[0]['callbacks']
+    assert [o['callback'] for o in stages] == ['Stage', 'Stage'] and [o['callback'] for o in stages[0]['cbs']] == ['WSL', 'Distill'] and stages[1]['wd'] == 0
+    assert [v for k,v in c.runs('two stages')[0]['description'] if k == 'method'][0].startswith('WSL')
+
+def test_identity_of_stages():
+    make = lambda **kw: [Stage(1, [LsrKD()], **kw), Stage(1)]
+    ids = [method_identity(make()), method_identity(make()), method_identity(make(lr=.1)), method_identity(make(wd=0.)), method_identity([Stage(1, [LsrKD(alpha=.2)]), Stage(1)])]
+    assert ids[0] == ids[1] and all(o != ids[0] for o in ids[2:])
+
+def test_callbacks_in_stages_are_fresh():
+    stage = Stage(1, [LsrKD()])
+    first,second = make_callbacks(stage),make_callbacks([stage])
+    assert first[0].cbs[0] is not second[0].cbs[0] and first[0].cbs[0] is not stage.cbs[0] and isinstance(first[0].cbs[0], Distill)
+
+def test_stages_must_fit_the_epochs():
+    with pytest.raises(ValueError, match='= 2 epochs, not n_epoch=3'): train_run([Stage(1), Stage(1)], 0, loaders(), small, 3, learner=learner)
+
+def test_waiting_for_batches_is_told_from_training():
+    slow,quick = (train_run(None, 0, loaders(wait=w), small, 2, learner=learner) for w in (.01, 0.))
+    assert all(w >= .01*48 and w <= s for w,s in zip(slow['loading_seconds'], slow['epoch_seconds']))
+    assert sum(quick['loading_seconds']) < sum(slow['loading_seconds'])
+
+@pytest.mark.parametrize('fit', ['train', 3, None])
+def test_fits_that_are_none(fit):
+    with pytest.raises(ValueError, match='fit must name a training method'): campaign({'a': Entry()}, fit=fit)
+
+def test_train_says_what_is_missing():
+    c = campaign({'a': Entry(keep='last'), 'b': Entry(start='a')}, seeds=1)
+    assert c.train('b', 0, wait=False) is None
+    with pytest.raises(ValueError, match="'b', seed 0, needs 'a', which is not finished"): c.train('b', 0)
+    c.train('a', 0)
+    assert c.train('b', 0)['method'] == 'b'
