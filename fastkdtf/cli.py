@@ -7,9 +7,10 @@ Docs: https://fastkdtf.github.io/fastkdtf/cli.html.md"""
 # %% auto #0
 __all__ = ['UsageError', 'main']
 
-# %% ../nbs/30_cli.ipynb #fd614d59
+# %% ../nbs/30_cli.ipynb #dad6c8f6
 import argparse
 import ast
+import fnmatch
 import hashlib
 import json
 import math
@@ -18,17 +19,20 @@ import sys
 import time
 import warnings
 from contextlib import redirect_stdout
+from dataclasses import asdict, fields
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-# %% ../nbs/30_cli.ipynb #097d945c
+# %% ../nbs/30_cli.ipynb #a4e62def
 class UsageError(Exception): "A mistake in the arguments, told in one line"
 
-def _number(kind, low):
+def _number(kind, low, high=math.inf):
     def parse(text):
         try: value = kind(text)
         except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole number" if kind is int else "number"}') from None
         if not value >= low or value == float('inf'): raise argparse.ArgumentTypeError(f'must be at least {low}, got {text}')
+        if value > high: raise argparse.ArgumentTypeError(f'must be at most {high}, got {text}')
         return value
     return parse
 
@@ -84,14 +88,104 @@ def _n_records(out):
     ledger = out/'results.jsonl'
     return len(ledger.read_bytes().splitlines()) if ledger.is_file() else 0
 
-# %% ../nbs/30_cli.ipynb #f2710d9c
+# %% ../nbs/30_cli.ipynb #d185876c
+def _matching(ids, known):
+    "The ids of `known` that are named, or fit a pattern, in order and each once"
+    out = {}
+    for o in ids:
+        found = [o] if o in known else [k for k in known if fnmatch.fnmatchcase(k, o)] if set('*?[') & set(o) else []
+        if not found and set('*?[') & set(o): raise UsageError(f'{o}: no recipe fits that can be shown or run; fastkdtf recipes lists all')
+        out |= dict.fromkeys(found or [o])   # `recipe` tells what is close to an unknown one
+    return list(out)
+
+def _listed(table):
+    "Recipes as lines"
+    shown = table[['metric', 'value', 'sd', 'gain']].assign(runnable=['yes' if o else 'no' for o in table.runnable])
+    return f'{shown.to_string(na_rep="")}\n\n{_count(len(table), "recipe")}, {int(table.runnable.sum())} that can be run'
+
+def _recipes(a):
+    from fastkdtf.recipes import recipe, recipes
+    given = {k: getattr(a, k) for k in ('paper', 'table', 'data', 'student', 'method') if getattr(a, k) is not None}
+    table = recipes(**given, runnable=True if a.runnable else None)
+    if a.id is not None and not set('*?[') & set(a.id): return _one_recipe(recipe(a.id))
+    if a.id is not None: table = table.loc[_matching([a.id], table.index)]
+    if not len(table): raise UsageError(f"no recipe with {', '.join(f'{k}={v}' for k,v in given.items())} can be run; without --runnable they are listed")
+    return _listed(table), dict(recipes=table.reset_index().to_dict('records'))
+
+def _one_recipe(r):
+    row = {f.name: getattr(r, f.name) for f in fields(r)}
+    row |= {k: getattr(r, k) for k in ('settings', 'sources', 'missing', 'network', 'teacher_names', 'teacher_networks', 'runnable')}
+    return f'{r}\n\n{r.cite()}', dict(row, schedule=asdict(r.schedule), bibtex=r.cite())
+
+# %% ../nbs/30_cli.ipynb #be8b2f11
+def _run(a):
+    from fastkdtf.experiment import run_recipes
+    from fastkdtf.recipes import recipe, recipes
+    start,out = time.perf_counter(),Path(a.out)
+    ids = _matching(a.ids, recipes(runnable=True).index)
+    for o in ids: recipe(o).method()   # says why, if it cannot be run, before anything is loaded
+    device = a.device if a.engine == 'ray' else _device(a.device)
+    try: found = run_recipes(ids, a.seeds, a.epochs, a.scale, a.data, a.path, out, a.engine, device, not a.no_controls, gpus=a.gpus)
+    except RuntimeError as e:
+        if not hasattr(e, 'failures'): raise
+        return f'{_count(len(ids), "recipe")} in {_took(start)}, none of which has its runs', dict(failed=_failed(e.failures))
+    files = [str(found.save(out).with_suffix(o)) for o in ('.html', '.md', '.csv')] if found.runs else []
+    done = f"{_count(len(ids), 'recipe')} in {_took(start)}: {', '.join(files) or 'no run was finished'}"
+    return f'{found}\n\n{done}', dict(headline=found.headline, caption=found.caption, table=found.table.to_dict('records'), notes=found.notes, files=files, failed=_failed(found.failures))
+
+def _failed(failures): return [f"{o['run']}: {o['error']}" for o in failures]
+
+# %% ../nbs/30_cli.ipynb #0c43eba6
+def _literal(text):
+    "`text` as a number, a fraction of two, or else as it is"
+    try: return float(Fraction(text)) if '/' in text else ast.literal_eval(text)
+    except (ValueError, SyntaxError, ZeroDivisionError): return text
+
+def _grid(words, ranges):
+    "What `sweep` takes as its grid"
+    if words in ('paper', ['paper']): return 'paper'
+    out = {}
+    for o in words:
+        name,eq,values = o.partition('=')
+        if not eq or not name or not all(values.split(',')): raise UsageError(f'--grid {o}: must be paper, or name=value,value,…{", or name=low:high, name=low:high:log" if ranges else ""}')
+        out[name] = tuple(_literal(v) for v in values.split(':')) if ranges and ':' in values else [_literal(v) for v in values.split(',')]
+    return out
+
+def _sweep(a):
+    from fastkdtf.experiment import scaled
+    from fastkdtf.recipes import recipe
+    from fastkdtf.sweep import sweep
+    start,r,grid,device = time.perf_counter(),recipe(a.id),_grid(a.grid, a.tpe is not None),_device(a.device)
+    size = dict(n_epoch=a.epochs)
+    if a.scale < 1:
+        dls = r.dataloaders(a.path, a.data, valid_pct=None, device=device)
+        size = {k: v for k,v in scaled(r, a.scale, a.epochs, len(dls.train_ds), dls.c).items() if k in ('n_epoch', 'train_subset')}
+    found = sweep(r, grid=grid, tpe=a.tpe, seeds=a.seeds, out=a.out, path=a.path, data=a.data, device=device, **size)
+    files = [str(Path(a.out)/o) for o in ('sweep.csv', *(f'{p}.png' for p in found.parameters))]
+    best = found.best_settings if found.table.error.notna().any() else None
+    said = 'no trial was finished' if best is None else 'smallest error with ' + ', '.join(f'{p}={best[p]}' for p in found.parameters if p in best)
+    done = f"{_count(len(found.table), 'trial')} in {_took(start)}, {said}: {', '.join(files)}"
+    return f'{found}\n\n{done}', dict(caption=found.caption, table=found.table.reset_index().to_dict('records'), best=best, files=files)
+
+# %% ../nbs/30_cli.ipynb #ba82b043
 def _report(a):
     from fastkdtf.page import write_report
     from fastkdtf.report import comparisons, read_runs
-    found = comparisons(read_runs(a.runs))
-    path = write_report(found, a.out)
-    n = sum(len(o.records) for o in found)
-    return '\n\n'.join([*map(str, found), f"{_count(n, 'run')} in {_count(len(found), 'setting')}: {path}"]), dict(runs=n, settings=[o.caption for o in found], file=str(path))
+    found,out = comparisons(read_runs(a.runs)),Path(a.out)
+    texts,data = list(map(str, found)),dict(runs=sum(len(o.records) for o in found), settings=[o.caption for o in found])
+    if any(_has_recipes(o) for o in a.runs):
+        from fastkdtf.reproduction import Reproduction
+        rep = Reproduction(a.runs)
+        path = rep.write(out/'report.html' if out.is_dir() else out, found)
+        texts,data = [str(rep), *texts],dict(data, headline=rep.headline, recipes=rep.table.to_dict('records'), notes=rep.notes)
+        files = [path, path.with_suffix('.md'), path.with_suffix('.csv')]
+    else: files = [write_report(found, out)]
+    done = f"{_count(data['runs'], 'run')} in {_count(len(found), 'setting')}: {', '.join(map(str, files))}"
+    return '\n\n'.join([*texts, done]), dict(data, file=str(files[0]), files=list(map(str, files)))
+
+def _has_recipes(path):
+    path = Path(path)
+    return any(path.rglob('recipes.jsonl')) if path.is_dir() else path.with_name('recipes.jsonl').is_file()
 
 # %% ../nbs/30_cli.ipynb #ed8ebc28
 def _settings(pairs):
@@ -151,7 +245,7 @@ def _against_fasterai(a, steps, device):
     ratio = lambda column: float(steps.loc[ours, column]/steps.loc[theirs, column])
     return dict(steps=n, difference=loss_difference(*makes, a.arch, a.bs, a.size, n_steps=n, device=device), time=ratio('time / plain'), memory=ratio('memory / plain'))
 
-# %% ../nbs/30_cli.ipynb #58ba8c50
+# %% ../nbs/30_cli.ipynb #6756e594
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UsageError(message)
 
@@ -178,8 +272,43 @@ def _parser():
     c.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
     c.set_defaults(run=_compare)
 
-    r = sub.add_parser('report', help='one page from finished runs', **style, description='Write the tables and figures of all runs found in folders into one file that needs no other.')
-    r.add_argument('runs', nargs='+', help='folders that compare wrote, or their results.jsonl')
+    l = sub.add_parser('recipes', help="show the papers' printed results", **style, description="List the papers' printed results, or show all that is known about how to get one.")
+    l.add_argument('id', nargs='?', help="a recipe, or a pattern such as 'wang2020/T1/*/MrKD3'")
+    for o,e in dict(paper='yuan2019, wang2020, zheng2022, song2023', table='T1, T8, …', data='cifar100, imagenet, …', student="network, in the paper's spelling", method='baseline, KD, TfKD_reg, MrKD3, …').items():
+        l.add_argument(f'--{o}', help=f'only of this one: {e}')
+    l.add_argument('--runnable', action='store_true', help='only those that can be trained here')
+    l.set_defaults(run=_recipes)
+
+    def add_size(p, seeds, out):
+        "The options of `run` and `sweep`"
+        p.add_argument('--seeds', type=positive, default=seeds, help='how many')
+        p.add_argument('--epochs', type=positive, help="of each run; without it, the paper's, times the scale")
+        p.add_argument('--scale', type=_number(float, 1e-9, 1), default=1., help='share of epochs and training images')
+        p.add_argument('--data', help="another data set than the paper's, as compare takes it")
+        p.add_argument('--path', help='where its files lie; without it they are downloaded where that is possible')
+        p.add_argument('--out', default=out, help='folder for everything; the same command goes on from there')
+        p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
+
+    t = sub.add_parser('run', help="train printed results, and hold them against the paper's numbers", **style,
+        description='Train recipes with the networks that teach them, their baselines and matched controls. What was shrunk says so. Run it again to go on after an interrupt.')
+    t.add_argument('ids', nargs='+', metavar='ID', help="recipes, or patterns such as 'wang2020/T1/ResNet20/*', which take those that can be run")
+    add_size(t, 3, 'kd_runs')
+    t.add_argument('--engine', choices=('local', 'ray'), default='local', help='here, one after the other, or on a Ray cluster')
+    t.add_argument('--gpus', type=_number(float, 0), help='of each run on Ray; may be a fraction')
+    t.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
+    t.set_defaults(run=_run)
+
+    w = sub.add_parser('sweep', help='try settings of a printed result', **style,
+        description='Train a recipe with other settings, judged on images held out from training. Run it again to go on after an interrupt.')
+    w.add_argument('id', metavar='ID', help='a recipe')
+    w.add_argument('--grid', nargs='+', default='paper', help='paper, or name=value,value,… for each parameter; with --tpe also name=low:high and name=low:high:log')
+    w.add_argument('--tpe', type=positive, help='so many trials that Optuna suggests, instead of the grid')
+    add_size(w, 1, 'kd_sweep')
+    w.set_defaults(run=_sweep)
+
+    r = sub.add_parser('report', help='one page from finished runs', **style,
+        description='Write the tables and figures of all runs found in folders into one file that needs no other. Runs of recipes are held against the papers, also in .md and .csv beside it.')
+    r.add_argument('runs', nargs='+', help='folders that compare or run wrote, or their results.jsonl')
     r.add_argument('--out', default='report.html', help='the file to write')
     r.set_defaults(run=_report)
 
@@ -199,10 +328,10 @@ def _parser():
     b.add_argument('--rounds', type=positive, default=20, help='how often each candidate runs')
     b.add_argument('--device', help='cpu, cuda, …; cuda if there is one')
     b.set_defaults(run=_bench)
-    for o in (c, r, d, b): o.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
+    for o in (c, l, t, w, r, d, b): o.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
     return p
 
-# %% ../nbs/30_cli.ipynb #bca377c8
+# %% ../nbs/30_cli.ipynb #4dbcb6b1
 def _plain(o):
     "`o` as JSON has it: no infinities, no NaN"
     if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
@@ -213,7 +342,7 @@ def _plain(o):
 def main(
     argv:list|None=None, # arguments; None: the process's own
 )->int: # exit code
-    "Run the command: 0 when done, 2 for a mistake in the arguments or files, 130 when interrupted"
+    "Run the command: 0 when done, 1 when runs have failed, 2 for a mistake in the arguments or files, 130 when interrupted"
     warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated')   # fastai's import, not the user's business
     try:
         a,rest = _parser().parse_known_args(argv)
@@ -221,10 +350,12 @@ def main(
         elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
         with redirect_stdout(sys.stderr if a.json else sys.stdout): text,data = a.run(a)   # what shows progress is no JSON
         print(json.dumps(_plain(data)) if a.json else text, flush=True)
+        for o in data.get('failed', []): print(f"fastkdtf: failed: {' '.join(o.split())}", file=sys.stderr)
+        if data.get('failed'): return 1
     except BrokenPipeError:   # whoever read our output has stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (UsageError, ValueError, OSError) as e:
+    except (UsageError, ValueError, OSError, ImportError) as e:
         print(f"fastkdtf: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

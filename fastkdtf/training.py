@@ -9,7 +9,7 @@ __all__ = ['make_callbacks', 'with_controls', 'weights_on_cpu', 'KeepBest', 'Epo
            'reported_scores', 'train_run', 'stable_words', 'method_identity', 'settings_digest', 'Entry', 'Awaited',
            'check_seeds', 'Campaign', 'make_folder']
 
-# %% ../nbs/11b_training.ipynb #f782dec3
+# %% ../nbs/11b_training.ipynb #10167232
 import hashlib
 import json
 import re
@@ -37,7 +37,7 @@ from .interpret import evaluate
 from .page import write_report
 from .report import Comparison
 from .runs import Checkpoint, Ledger, replacing, run_environment, run_lock, seed_run
-from .stages import Stage
+from .stages import Stage, with_batch_size
 from .teachers import NetworkTeacher, Teacher
 
 # %% ../nbs/11b_training.ipynb #82e4205a
@@ -93,12 +93,12 @@ class KeepBest(Callback):
     def state_dict(self): return dict(epoch_=self.epoch_, value=self.value, weights=self.weights)
     def load_state_dict(self, state): vars(self).update(state)
 
-# %% ../nbs/11b_training.ipynb #877ab214
+# %% ../nbs/11b_training.ipynb #1af3ebcc
 class EpochTimer(Callback):
-    "Seconds of each training epoch, validation not included, and those of them spent waiting for batches"
+    "Seconds of each training epoch, those of them spent waiting for batches, and those of validation"
     order = -20   # before anything else starts
 
-    def __init__(self): self.seconds,self.waited = [],[]
+    def __init__(self): self.seconds,self.waited,self.validated = [],[],[]
     def before_train(self):
         self.start = self.asked = time.perf_counter()
         self.waiting = 0.
@@ -106,7 +106,9 @@ class EpochTimer(Callback):
         if self.training: self.waiting += time.perf_counter()-self.asked
     def after_batch(self): self.asked = time.perf_counter()
     def after_train(self): self.seconds,self.waited = self.seconds + [time.perf_counter()-self.start],self.waited + [self.waiting]
-    def state_dict(self): return dict(seconds=self.seconds, waited=self.waited)
+    def before_validate(self): self.start = time.perf_counter()
+    def after_validate(self): self.validated = self.validated + [time.perf_counter()-self.start]
+    def state_dict(self): return dict(seconds=self.seconds, waited=self.waited, validated=self.validated)
     def load_state_dict(self, state): vars(self).update(state)
 
 # %% ../nbs/11b_training.ipynb #2204a4d9
@@ -129,7 +131,7 @@ def reported_scores(
     "Scores of the learner's weights on the set that is reported"
     with learn.no_bar(), learn.no_logging(): return evaluate(*learn.get_preds(ds_idx=evaluation_set(learn.dls), act=noop))
 
-# %% ../nbs/11b_training.ipynb #4ee76af1
+# %% ../nbs/11b_training.ipynb #f38778cc
 def train_run(
     method, # as `make_callbacks` takes it
     seed:int, # of initial weights, batch order and augmentation
@@ -158,7 +160,7 @@ def train_run(
     last = reported_scores(learn)
     learn.model.load_state_dict(weights['best'])
     return dict(last=last, best=dict(epoch=best.epoch_, valid_accuracy=best.value, **reported_scores(learn)), history=history,
-                seconds_per_epoch=float(np.median(timer.seconds)), epoch_seconds=timer.seconds, loading_seconds=timer.waited,
+                seconds_per_epoch=float(np.median(timer.seconds)), epoch_seconds=timer.seconds, loading_seconds=timer.waited, validation_seconds=timer.validated,
                 **({} if keep is None else dict(weights=weights[keep])))
 
 def _fit(learn, method, n_epoch, fit, lr, cbs):
@@ -203,7 +205,7 @@ def settings_digest(
     "Twelve digits that stand for `settings`"
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/11b_training.ipynb #7d638a5a
+# %% ../nbs/11b_training.ipynb #7120b173
 @dataclass
 class Entry:
     "One row of a campaign: a method, and what it needs from the runs of other entries"
@@ -216,6 +218,7 @@ class Entry:
     model_fn:object=None # makes its network; None: the campaign's
     n_epoch:int|None=None # its epochs; None: the campaign's
     fit:object=None # how it is trained, as `train_run` takes it; None: the campaign's
+    bs:int|None=None # its batch size in training; None: the campaign's
     settings:dict|None=None # what else identifies its runs; None: the campaign's
 
     @property
@@ -263,7 +266,7 @@ def _fit_words(fit):
     said = [repr(stable_words(o)) for o in fit.args] + [f'{k}={stable_words(v)!r}' for k,v in fit.keywords.items()]
     return f"{stable_words(fit.func)}({', '.join(said)})"
 
-# %% ../nbs/11b_training.ipynb #412c2277
+# %% ../nbs/11b_training.ipynb #5650e84e
 class Campaign:
     """The runs of several entries over the same seeds; with a folder, the same call goes on where the last one stopped
 
@@ -309,7 +312,7 @@ class Campaign:
     def _settings(self, entry):
         dls,split,augment = self.dls,getattr(self.dls, 'split', None),getattr(self.dls.train, 'augment', None)
         model,n_params = self._size(entry.model_fn)
-        return {**entry.settings, 'n_epoch': entry.n_epoch, 'fit': _fit_words(entry.fit), 'lr': self.lr, 'bs': dls.bs, 'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds),
+        return {**entry.settings, 'n_epoch': entry.n_epoch, 'fit': _fit_words(entry.fit), 'lr': self.lr, 'bs': entry.bs or dls.bs, 'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds),
                 'n_classes': dls.c, 'model': model, 'n_params': n_params, 'evaluated_on': ('validation', 'test')[evaluation_set(dls)-1],
                 **(dict(split=stable_words(split)) if isinstance(split, dict) else {}), **(dict(augment=repr(augment)) if augment else {}),
                 **(dict(picked_on='test') if isinstance(split, dict) and split.get('valid_pct') == 0 else {})}
@@ -345,7 +348,7 @@ class Campaign:
         entry,seed = self.entries[run['method']],run['seed']
         method = entry.method(*[self._teacher(o, seed) for o in entry.teachers]) if entry.teachers else entry.method
         start = None if entry.start is None else self.weights(entry.start, seed)
-        scores = train_run(method, seed, self.dls, entry.model_fn, entry.n_epoch, entry.fit, self.lr, cbs, self.learner, start, entry.keep)
+        scores = train_run(method, seed, with_batch_size(self.dls, entry.bs), entry.model_fn, entry.n_epoch, entry.fit, self.lr, cbs, self.learner, start, entry.keep)
         if entry.keep: self.store.keep(run, entry.keep, scores.pop('weights'))
         taught_by = [self._known(self.runs[o, seed])[self.entries[o].keep]['accuracy'] for o in entry.teachers]
         known = taught_by[0] if len(taught_by) == 1 else entry.teacher_accuracy

@@ -1,4 +1,4 @@
-"""The `fastkdtf` command: exit codes 0, 2 and 130, one clear line for each mistake, and nothing lost in `--out`"""
+"""The `fastkdtf` command: exit codes 0, 1, 2 and 130, one clear line for each mistake, and nothing lost in `--out`"""
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -189,7 +189,7 @@ def test_read_only_folder(finished, data, capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('name,defaults', [
     ('compare', dict(data='digits', arch='resnet20', methods='all', seeds=3, epochs=10, bs=128, lr=.01, out='kd_runs')),
-    ('describe', dict(classes=10)), ('bench', dict(samples=128, classes=100, arch='resnet20', bs=128, size=32, rounds=20))])
+    ('run', dict(seeds=3, scale='1.0', out='kd_runs', engine='local')), ('sweep', dict(grid='paper', seeds=1, out='kd_sweep')), ('report', dict(out='report.html')), ('describe', dict(classes=10)), ('bench', dict(samples=128, classes=100, arch='resnet20', bs=128, size=32, rounds=20))])
 def test_help_mentions_defaults(capsys, name, defaults):
     with pytest.raises(SystemExit) as e: main([name, '--help'])
     assert e.value.code == 0
@@ -202,7 +202,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as e: main(['--help'])
     assert e.value.code == 0
     out = capsys.readouterr().out
-    assert all(o in out for o in ('compare', 'describe', 'bench', 'distillation'))
+    assert all(o in out for o in ('compare', 'recipes', 'run', 'sweep', 'report', 'describe', 'bench', 'distillation'))
 
 def test_describe(capsys):
     rc,out,err = call(capsys, 'describe', 'TfKDReg', 'alpha=.95', 'tau=40', 'variant=official', '--classes', 100)
@@ -229,6 +229,182 @@ def test_bench(capsys):
     assert rc == 0 and 'Training steps' not in out
 
 
+# ---------------------------------------------------------------- recipes
+
+def test_list_recipes(capsys):
+    rc,out,err = call(capsys, 'recipes', '--paper', 'yuan2019', '--table', 'T8', '--method', 'TfKD_reg')
+    assert rc == 0 and err == '' and out.splitlines()[-1] == '4 recipes, 4 that can be run'
+    line, = [o for o in out.splitlines() if o.startswith('yuan2019/T8/MobileNetV2/TfKD_reg')]
+    assert line.split()[1:] == ['accuracy', '70.88', '2.50', 'yes']
+
+def test_recipes_by_pattern(capsys):
+    rc,out,_ = call(capsys, 'recipes', 'yuan2019/T8/*/TfKD_reg', '--json')
+    assert rc == 0 and [o['id'] for o in json.loads(out)['recipes']] == [f'yuan2019/T8/{o}/TfKD_reg' for o in ('MobileNetV2', 'ShuffleNetV2', 'ResNet18', 'GoogLeNet')]
+    rc,out,_ = call(capsys, 'recipes', '--runnable', '--json')
+    few,all_ = len(json.loads(out)['recipes']),len(json.loads(call(capsys, 'recipes', '--json')[1])['recipes'])
+    assert 100 < few < all_
+
+def test_one_recipe(capsys):
+    rc,out,_ = call(capsys, 'recipes', 'yuan2019/T1/MobileNetV2/KD/from ResNet18')
+    assert rc == 0 and '71.05 ± 0.16 (+2.67)' in out and 'ResNet18' in out and '@misc{yuan2019' in out
+    rc,out,_ = call(capsys, 'recipes', 'yuan2019/T1/MobileNetV2/KD/from ResNet18', '--json')
+    told = json.loads(out)
+    assert rc == 0 and (told['value'], told['sd'], told['gain'], told['data'], told['runnable'], told['teacher_networks']) == (71.05, .16, 2.67, 'cifar100', True, ['resnet18'])
+    assert told['schedule']['epochs'] == 200 and set(told['sources']) == set(told['settings'])
+
+
+# ---------------------------------------------------------------- run
+
+def recipe_record(**accs):
+    "What `run_recipes` writes of a recipe on digits, with runs by method and seed"
+    id = 'yuan2019/T8/MobileNetV2/TfKD_reg'
+    runs = [dict(key=f'{name}/seed{s}', method=name, rank=0, seed=s, control_for=[], setting='made up', evaluated_on='test', last=dict(accuracy=a, nll=1., ece=.1), best=dict(accuracy=a), seconds_per_epoch=1.,
+                 history=dict(train_loss=[1.], valid_loss=[1.], accuracy=[a]), callbacks=[]) for name,values in accs.items() for s,a in enumerate(values)]
+    record = dict(key=id, recipe=id, data='digits', n_epoch=1, n_train=100, full=False, words='digits instead of cifar100, 1 of 200 epochs', runs={n: [r['key'] for r in runs if r['method'] == n] for n in accs},
+                  method='TfKD_reg', baseline='baseline', controls=[], loading_share=None, full_hours=None)
+    return record,runs
+
+def made_up_reproduction(failures=()):
+    from fastkdtf.reproduction import Reproduction
+    record,runs = recipe_record(baseline=[.5, .6], TfKD_reg=[.6, .71])
+    return Reproduction([record], runs, failures)
+
+@pytest.fixture
+def asked(monkeypatch):
+    "What `run` asks of `run_recipes`, which trains nothing"
+    import fastkdtf.experiment
+    calls = []
+    def run_recipes(ids, seeds=3, epochs=None, scale=1., data=None, path=None, out='kd_runs', engine='local', device=None, controls=True, retries=1, gpus=None):
+        calls.append(dict(locals()))
+        return made_up_reproduction(asked.failures)
+    def asked(): return calls
+    asked.failures = ()
+    monkeypatch.setattr(fastkdtf.experiment, 'run_recipes', run_recipes)
+    return asked
+
+def test_run(asked, capsys, tmp_path):
+    rc,out,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path/'runs', '--device', 'cpu')
+    call1, = asked()
+    assert rc == 0 and err == '' and {k: call1[k] for k in ('ids', 'seeds', 'epochs', 'scale', 'data', 'path', 'out', 'engine', 'device', 'controls', 'gpus')} == dict(
+        ids=['yuan2019/T8/MobileNetV2/TfKD_reg'], seeds=3, epochs=None, scale=1., data=None, path=None, out=tmp_path/'runs', engine='local', device='cpu', controls=True, gpus=None)
+    assert 'shrunk: same sign' in out and re.fullmatch(r'1 recipe in .* s: .*reproduction.html, .*reproduction.md, .*reproduction.csv', out.splitlines()[-1])
+    assert sorted(o.name for o in (tmp_path/'runs').iterdir()) == ['reproduction.csv', 'reproduction.html', 'reproduction.md']
+
+def test_run_options(asked, capsys, tmp_path):
+    rc,out,_ = call(capsys, 'run', 'yuan2019/T8/*/TfKD_reg', 'yuan2019/T8/ResNet18/*', '--seeds', 2, '--epochs', 5, '--scale', .05, '--data', 'digits', '--path', 'there', '--out', tmp_path, '--engine', 'ray', '--gpus', .5,
+                    '--no-controls', '--json')
+    call1, = asked()
+    nets = 'MobileNetV2 ShuffleNetV2 ResNet18 GoogLeNet'.split()
+    assert rc == 0 and call1['ids'][:4] == [f'yuan2019/T8/{o}/TfKD_reg' for o in nets] and len(call1['ids']) == len(set(call1['ids'])) and set(call1['ids'][4:]) == {f'yuan2019/T8/ResNet18/{o}' for o in ('baseline', 'KD/from ResNet50', 'LSR')}
+    assert [call1[k] for k in ('seeds', 'epochs', 'scale', 'data', 'path', 'engine', 'device', 'controls', 'gpus')] == [2, 5, .05, 'digits', 'there', 'ray', None, False, .5]
+    told = json.loads(out, parse_constant=lambda o: pytest.fail(f'{o} is not JSON'))
+    assert told['failed'] == [] and told['table'][0]['recipe'] == 'yuan2019/T8/MobileNetV2/TfKD_reg' and told['table'][0]['full'] is False and abs(told['table'][0]['gain']-10.5) < 1e-6 and 'caption' in told
+
+def test_a_pattern_takes_what_can_be_run(asked, capsys, tmp_path):
+    assert call(capsys, 'run', 'song2023/T2/*', '--out', tmp_path, '--device', 'cpu')[0] == 0
+    ids = asked()[0]['ids']
+    assert ids and all(o.endswith('/EffDstl') for o in ids), 'the networks that are only compared with are left out'
+
+def test_failed_runs_are_told(asked, capsys, tmp_path):
+    asked.failures = [dict(run='TfKD_reg/seed1/0a', recipe='yuan2019/T8/MobileNetV2/TfKD_reg', name='TfKD_reg', seed=1, error='RuntimeError: out of\nmemory')]
+    rc,out,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path, '--device', 'cpu')
+    assert rc == 1 and err == 'fastkdtf: failed: TfKD_reg/seed1/0a: RuntimeError: out of memory\n' and 'shrunk' in out
+    rc,out,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path, '--device', 'cpu', '--json')
+    assert rc == 1 and json.loads(out)['failed'] == ['TfKD_reg/seed1/0a: RuntimeError: out of\nmemory']
+
+def test_all_runs_failed(asked, capsys, tmp_path, monkeypatch):
+    class RunsFailed(RuntimeError): failures = [dict(run='baseline/seed0/0a', recipe='r', error='ValueError: no'), dict(run='KD/seed0/0b', recipe='r', error='needs baseline')]
+    def run_recipes(*args, **kwargs): raise RunsFailed('none')
+    monkeypatch.setattr('fastkdtf.experiment.run_recipes', run_recipes)
+    rc,out,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path, '--device', 'cpu')
+    assert rc == 1 and err.splitlines() == ['fastkdtf: failed: baseline/seed0/0a: ValueError: no', 'fastkdtf: failed: KD/seed0/0b: needs baseline'] and 'Traceback' not in out+err
+
+def test_an_interrupted_run(asked, capsys, tmp_path, monkeypatch):
+    def run_recipes(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr('fastkdtf.experiment.run_recipes', run_recipes)
+    rc,_,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path, '--device', 'cpu')
+    assert rc == 130 and err.splitlines()[-1] == 'fastkdtf: interrupted; the same command goes on from here'
+
+def test_a_bug_is_not_a_mistake_of_the_user(asked, capsys, tmp_path, monkeypatch):
+    def run_recipes(*args, **kwargs): raise RuntimeError('a bug')
+    monkeypatch.setattr('fastkdtf.experiment.run_recipes', run_recipes)
+    with pytest.raises(RuntimeError, match='a bug'): main(['run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', str(tmp_path), '--device', 'cpu'])
+
+def test_run_digits(capsys, tmp_path):
+    args = ['run', 'yuan2019/T8/MobileNetV2/LSR', '--data', 'digits', '--scale', '.05', '--epochs', '1', '--seeds', '2', '--no-controls', '--device', 'cpu', '--out', tmp_path]
+    rc,out,err = call(capsys, *args)
+    assert rc == 0, err
+    assert '1 of 200 epochs' in out and 'digits instead of cifar100' in out and 'shrunk' in out
+    before = (tmp_path/'results.jsonl').read_bytes()
+    accs = {(r['method'], r['seed']): 100*r['best']['accuracy'] for r in lines(tmp_path)}
+    assert set(accs) == {(m, s) for m in ('MobileNetV2 baseline', 'LSR') for s in (0, 1)} and len(lines(tmp_path)) == 4
+    table = pd.read_csv(tmp_path/'reproduction.csv')
+    gains = [accs['LSR', s]-accs['MobileNetV2 baseline', s] for s in (0, 1)]
+    assert table.agree.isna().all() and not table.full.any() and abs(table.gain[0]-np.mean(gains)) < 1e-6 and table.seeds[0] == 2
+    assert call(capsys, *args)[0] == 0 and (tmp_path/'results.jsonl').read_bytes() == before, 'nothing is trained twice'
+    rc,out,_ = call(capsys, 'report', tmp_path, '--out', tmp_path/'page.html')
+    assert rc == 0 and out.startswith('Shrunk (1)') and (tmp_path/'page.csv').read_text() == (tmp_path/'reproduction.csv').read_text()
+
+
+# ---------------------------------------------------------------- sweep
+
+@pytest.fixture
+def swept(monkeypatch):
+    "What `sweep` is asked, which trains nothing"
+    import fastkdtf.sweep
+    calls = []
+    def sweep(recipe, dls=None, **kwargs):
+        calls.append(dict(recipe=recipe.id, **kwargs))
+        table = pd.DataFrame(dict(alpha=[.1, .5], error=[.2, .3]), index=pd.Index([0, 1], name='trial'))
+        return type('Swept', (), dict(table=table, parameters=['alpha'], best_settings=dict(alpha=.1), caption='Swept', __str__=lambda s: 'Swept'))()
+    monkeypatch.setattr(fastkdtf.sweep, 'sweep', sweep)
+    return lambda: calls
+
+def test_sweep(swept, capsys, tmp_path):
+    rc,out,err = call(capsys, 'sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu')
+    assert rc == 0 and err == '' and re.fullmatch(r'2 trials in .* s, smallest error with alpha=0.1: .*sweep.csv, .*alpha.png', out.splitlines()[-1])
+    assert swept() == [dict(recipe='yuan2019/T8/MobileNetV2/LSR', grid='paper', tpe=None, seeds=1, n_epoch=None, out=str(tmp_path), path=None, data=None, device='cpu')]
+
+def test_sweep_options(swept, capsys, tmp_path):
+    base = ['sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu', '--json']
+    rc,out,_ = call(capsys, *base, '--grid', 'alpha=.1,.5', 'scale=tau2,1', 'interval=1/4,25', '--seeds', 2, '--epochs', 7, '--data', 'digits')
+    assert rc == 0 and json.loads(out)['best'] == dict(alpha=.1) and [o['error'] for o in json.loads(out)['table']] == [.2, .3]
+    assert swept()[0]['grid'] == dict(alpha=[.1, .5], scale=['tau2', 1], interval=[.25, 25]) and (swept()[0]['seeds'], swept()[0]['n_epoch'], swept()[0]['data']) == (2, 7, 'digits')
+    assert call(capsys, *base, '--tpe', 9, '--grid', 'alpha=.01:.9:log', 'tau=1:20', 'n_copies=1,3')[0] == 0
+    assert swept()[1]['tpe'] == 9 and swept()[1]['grid'] == dict(alpha=(.01, .9, 'log'), tau=(1, 20), n_copies=[1, 3])
+
+def test_sweep_at_a_scale(swept, capsys, tmp_path, data):
+    rc,*_ = call(capsys, 'sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu', '--data', 'digits', '--scale', .1)
+    from fastkdtf.data import kd_dataloaders
+    n = len(kd_dataloaders('digits', device='cpu').train_ds)
+    assert rc == 0 and swept()[0]['n_epoch'] == 20 and swept()[0]['train_subset'] == max(128, round(.1*n))
+
+
+# ---------------------------------------------------------------- mistakes about recipes
+
+@pytest.mark.parametrize('args,why', [
+    (['recipes', 'yuan2019/T8/MobileNet/LSR'], 'close ones: .*yuan2019/T8/MobileNetV2/LSR'), (['recipes', '--paper', 'hinton2015'], 'hinton2015.*yuan2019'), (['recipes', 'nothing/*'], r'nothing/\*: no recipe fits'),
+    (['recipes', '--paper', 'song2023', '--table', 'T8'], 'T8.*no such result'), (['recipes', '--method', 'RKD', '--runnable'], 'no recipe with method=RKD can be run'), (['run'], 'ID'), (['run', 'yuan2019/T8/MobileNet/LSR'], 'close ones'), (['run', 'yuan2019/T99/*'], 'no recipe fits'),
+    (['run', 'song2023/T2/GhostNet/as published'], 'cannot be run'), *[(['run', 'yuan2019/T8/MobileNetV2/LSR', *o], why) for o,why in (
+        (['--scale', '0'], 'at least'), (['--scale', '1.5'], 'at most 1'), (['--seeds', '0'], 'at least 1'), (['--epochs', '0'], 'at least 1'), (['--engine', 'slurm'], 'slurm'), (['--device', 'abacus'], '--device abacus'),
+        (['--gpus', '1'], 'gpus.*ray'), (['--colour'], '--colour'))],
+    (['sweep', 'yuan2019/T8/MobileNetV2/nothing'], 'close ones'), (['sweep', 'yuan2019/T8/MobileNetV2/LSR', '--grid', 'alpha'], 'name=value'), (['sweep', 'yuan2019/T8/MobileNetV2/LSR', '--grid', 'alpha=.1,'], 'name=value'),
+    (['sweep', 'yuan2019/T8/MobileNetV2/LSR', '--tpe', '0'], 'at least 1'), (['sweep', 'yuan2019/T8/MobileNetV2/baseline'], 'no grid'), (['sweep', 'yuan2019/T8/MobileNetV2/LSR', '--tpe', '3', '--grid', 'alpha=.9:.1'], 'low must be below high')])
+def test_mistakes_about_recipes(finished, capsys, monkeypatch, tmp_path, args, why):
+    monkeypatch.chdir(tmp_path)
+    check_mistake(finished, capsys, monkeypatch, args, why)
+
+def test_help_loads_nothing():
+    code = """import sys
+from fastkdtf.cli import main
+for o in ('', 'recipes', 'run', 'sweep', 'report', 'compare'):
+    try: main([*o.split(), '--help'])
+    except SystemExit as e: assert e.code == 0
+print(sorted({'torch', 'pandas', 'fastai', 'optuna', 'ray', 'matplotlib'} & set(sys.modules)))"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert r.returncode == 0 and r.stdout.splitlines()[-1] == '[]', r.stderr
+
+
 # ---------------------------------------------------------------- report, JSON
 
 def test_report(finished, capsys, tmp_path):
@@ -236,6 +412,19 @@ def test_report(finished, capsys, tmp_path):
     assert rc == 0 and err == '' and out.splitlines()[-1] == f"2 runs in 1 setting: {tmp_path/'page.html'}"
     page = (tmp_path/'page.html').read_text()
     assert 'LsrKD' in page and 'tiny, resnet8' in page
+
+def test_report_of_recipes(capsys, tmp_path, finished):
+    record,runs = recipe_record(baseline=[.5, .6], TfKD_reg=[.6, .71])
+    (tmp_path/'results.jsonl').write_text(''.join(json.dumps(o)+'\n' for o in runs))
+    (tmp_path/'recipes.jsonl').write_text(json.dumps(record)+'\n')
+    rc,out,err = call(capsys, 'report', tmp_path, finished, '--out', tmp_path/'page.html')
+    assert rc == 0 and err == '' and out.startswith('Shrunk (1), where only the sign') and 'LsrKD' in out
+    assert out.splitlines()[-1] == f"6 runs in 2 settings: {', '.join(str(tmp_path/f'page.{o}') for o in ('html', 'md', 'csv'))}"
+    page = (tmp_path/'page.html').read_text()
+    assert page.index('Paper against ours') < page.index('id="s0"') and 'tiny, resnet8' in page and 'yuan2019/T8/MobileNetV2/TfKD_reg' in (tmp_path/'page.md').read_text()
+    assert abs(pd.read_csv(tmp_path/'page.csv').gain[0]-10.5) < 1e-6
+    rc,out,_ = call(capsys, 'report', tmp_path, '--out', tmp_path, '--json')
+    assert rc == 0 and json.loads(out)['file'] == str(tmp_path/'report.html') and len(json.loads(out)['files']) == 3 and json.loads(out)['recipes'][0]['sign'] == 'same'
 
 def test_report_of_nothing(capsys, tmp_path, finished, monkeypatch):
     check_mistake(finished, capsys, monkeypatch, ['report', str(tmp_path)], 'holds no results.jsonl')
