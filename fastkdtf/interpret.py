@@ -88,12 +88,13 @@ def reliability(
     out = torch.zeros(n_bins, 3).index_add_(0, which, sums)
     return torch.cat([out[:,:1], out[:,1:]/out[:,:1].clamp(min=1)], 1)
 
-# %% ../nbs/10_interpret.ipynb #8e194055
+# %% ../nbs/10_interpret.ipynb #e55c809e
 def evaluate(
     logits:Tensor, # `[N,K]`
     y:Tensor, # labels `[N]`
 )->dict: # accuracy, nll, ece (15 bins), reliability; with more than 5 classes accuracy5, the label among the five largest
     "Accuracy, negative log-likelihood and expected calibration error of predictions"
+    y = y.reshape(len(logits)).long()   # tables have labels [N,1]
     bins = reliability(logits, y)
     ece = (bins[:,0]/len(y) * (bins[:,1]-bins[:,2]).abs()).sum()
     five = dict(accuracy5=(logits.topk(5, 1).indices == y[:,None]).any(1).float().mean().item()) if logits.shape[1] > 5 else {}

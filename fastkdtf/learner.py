@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/learner.html.md"""
 # %% auto #0
 __all__ = ['compare']
 
-# %% ../nbs/12_learner.ipynb #33ecf06f
+# %% ../nbs/12_learner.ipynb #2209335c
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from itertools import islice
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import CastToTensor, Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device, get_model, get_random_states, set_random_states, to_device
 from fastcore.basics import patch
@@ -25,10 +25,11 @@ from .frozen import copy_model
 from .loader import Gave, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
 from .report import Comparison
+from .teachers import first_output
 from .terms import LossTerm
 from .training import *
 
-# %% ../nbs/12_learner.ipynb #f596bc21
+# %% ../nbs/12_learner.ipynb #3a58bcbc
 def compare(
     methods:dict, # name → None (the baseline), callback class, function that makes a callback, callback, `Stage`, or a list of these
     dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
@@ -43,6 +44,7 @@ def compare(
     settings:dict|None=None, # anything else that identifies these runs, written into their records: `dict(data=…, arch=…)`
     loss_func=None, # the learner's loss; None: the data's
     opt_func=Adam, # the learner's optimizer
+    learner=Learner, # makes the learner from loaders, model, `metrics`, `loss_func` and `opt_func`
 )->Comparison:
     "Train a network with each method and its matched controls over several seeds, from the same weights on the same batches"
     if not isinstance(methods, dict) or not methods: raise TypeError(f"methods must be a dict from names to methods, such as {{'LsrKD': LsrKD}}, got {methods!r}")
@@ -50,11 +52,11 @@ def compare(
         if o is None and name != baseline: raise ValueError(f'methods: {name!r} is None, which only the baseline may be ({baseline!r})')
     if baseline not in methods: methods = {baseline: None, **methods}
     entries = {name: Entry(*o) for name,o in with_controls(methods, dls.c, controls).items()}
-    settings = {**(settings or {}), 'loss_func': stable_words(loss_func), 'opt_func': stable_words(opt_func)}
-    learner = partial(Learner, loss_func=loss_func, opt_func=opt_func)
+    settings = {**(settings or {}), 'loss_func': stable_words(loss_func), 'opt_func': stable_words(opt_func), **({} if learner is Learner else dict(learner=stable_words(learner)))}
+    learner = partial(learner, loss_func=loss_func, opt_func=opt_func)
     return Campaign(entries, dls, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
 
-# %% ../nbs/12_learner.ipynb #9811f6b8
+# %% ../nbs/12_learner.ipynb #5de5dd39
 @patch
 def describe_kd(self:Learner,
     n_batches:int=4, # training batches to measure on
@@ -81,7 +83,8 @@ def describe_kd(self:Learner,
         b,self.dl = batch
         self._split(b)
         if hasattr(type(term), 'before_batch'): term.before_batch()
-        self.pred = self.model(*self.xb)
+        for cb in self._grab_cbs(CastToTensor): cb.before_batch()
+        self.pred = first_output(self.model(*self.xb))
         base = self.loss_func(self.pred, *self.yb)
         if term is None: return base, None
         hard,weight,soft = term.term(term.labels())

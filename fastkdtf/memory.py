@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/memory.html.md"""
 # %% auto #0
 __all__ = ['is_due', 'MemoryTeacher']
 
-# %% ../nbs/05c_memory.ipynb #d335b0ab
+# %% ../nbs/05c_memory.ipynb #8ae75886
 import math
 import warnings
 from fractions import Fraction
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .core import *
 from .frozen import FrozenCopy, copy_model, untouched
-from .teachers import Teacher
+from .teachers import Teacher, first_output
 
 # %% ../nbs/05c_memory.ipynb #8a98d045
 def is_due(
@@ -63,7 +63,7 @@ def _synchronised(model):
     for b in model.buffers(): dist.broadcast(b, 0)
     return model
 
-# %% ../nbs/05c_memory.ipynb #4cafb8c2
+# %% ../nbs/05c_memory.ipynb #48094c6d
 class MemoryTeacher(Teacher):
     """Past copies of the student, refreshed every `interval`
 
@@ -126,9 +126,9 @@ class MemoryTeacher(Teacher):
 
     def _ask(self, net, xb):
         device = xb[0].device
-        if net.place is None and self.copy_dtype is None: return net(*xb)
+        if net.place is None and self.copy_dtype is None: return first_output(net(*xb))
         move = lambda x: x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
-        with torch.autocast(device.type, enabled=False): return net(*map(move, xb)).to(device, torch.float32)
+        with torch.autocast(device.type, enabled=False): return first_output(net(*map(move, xb))).to(device, torch.float32)
 
     def before_batch(self):
         if self.copies is None: self._begin()
@@ -160,7 +160,7 @@ class MemoryTeacher(Teacher):
         if learn is None: return []
         model,size = get_model(learn.model),lambda t: (self.copy_dtype or t.dtype).itemsize if t.is_floating_point() else t.itemsize
         each = sum(t.numel()*size(t) for t in [*model.parameters(), *model.buffers()])
-        return [f"{self.n_copies} cop{'y' if self.n_copies == 1 else 'ies'} of the network hold {self.n_copies*each/2**20:.1f} MiB"]
+        return [f"{self.n_copies} cop{'y' if self.n_copies == 1 else 'ies'} of the network hold{'s'*(self.n_copies == 1)} {self.n_copies*each/2**20:.1f} MiB"]
 
     def __getstate__(self): return {**vars(self), 'learn': None, 'copies': None, 'resumed': None}
     def __repr__(self):

@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/teachers.html.md"""
 
 # %% auto #0
 __all__ = ['Teacher', 'FunctionTeacher', 'LabelTeacher', 'UniformTeacher', 'VirtualTeacher', 'class_names', 'class_order',
-           'input_stats', 'renormalise', 'NetworkTeacher', 'as_teacher', 'EnsembleTeacher']
+           'input_stats', 'renormalise', 'first_output', 'NetworkTeacher', 'as_teacher', 'EnsembleTeacher']
 
 # %% ../nbs/05_teachers.ipynb #bd7bd25a
 import hashlib
@@ -181,7 +181,7 @@ def _pretrained_stats(model):
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if 'mean' in cfg and getattr(model, 'num_classes', None) == cfg.get('num_classes'): return list(cfg['mean']),list(cfg['std'])
 
-# %% ../nbs/05_teachers.ipynb #b182f73f
+# %% ../nbs/05_teachers.ipynb #730dd58e
 def _check_stats(stats):
     try: mean,std = ([float(v) for v in o] for o in stats)
     except (TypeError, ValueError): raise ValueError(f"teacher_norm must be 'auto', None, or the pair (mean, std) with a number a channel, got {stats!r}") from None
@@ -195,7 +195,13 @@ def _check_size(size):
         return tuple(check_whole('teacher_size', o) for o in size)
     return check_whole('teacher_size', size)
 
-# %% ../nbs/05_teachers.ipynb #154b7d70
+def first_output(
+    out, # of a network
+):
+    "The logits of a network that returns more beside them, as fastai's text classifiers do"
+    return out[0] if isinstance(out, (tuple, list)) and len(out) else out
+
+# %% ../nbs/05_teachers.ipynb #4bd2bf78
 class NetworkTeacher(Teacher):
     """A trained network as teacher
 
@@ -251,7 +257,7 @@ class NetworkTeacher(Teacher):
         if self.rescale is not None: x = x*self.rescale[0].to(x) + self.rescale[1].to(x)
         if self.size is not None: x = F.interpolate(x, self.size, mode='bilinear', antialias=True)
         out = self.copy(x, *rest)
-        z = out[0] if isinstance(out, (tuple, list)) and len(out) else out
+        z = first_output(out)
         if not isinstance(z, Tensor) or z.ndim < 2: raise TypeError(f'{self!r} must return logits [N,K], got {_shown(out)}')
         if self.vocab is not None and z.shape[self.axis] != len(self.vocab):
             raise ValueError(f'{self!r} returned {z.shape[self.axis]} outputs for {len(self.vocab)} classes')

@@ -63,7 +63,7 @@ class RunningMean:
 class TermMetric(ValueMetric):
     "A column that belongs to a `LossTerm`"
 
-# %% ../nbs/05a_terms.ipynb #d41b4808
+# %% ../nbs/05a_terms.ipynb #a0e03fe9
 class LossTerm(Callback):
     """A method that adds a term to the training loss
 
@@ -153,12 +153,12 @@ class LossTerm(Callback):
         "Add every method's term, by name, so that the order of callbacks never matters"
         terms = self.terms
         if self is not terms[0] or not len(self.learn.yb): return
-        base,total,labels,n = self.learn.loss,self.learn.loss_grad,self.labels(),find_bs(self.learn.yb)
+        base,labels,n = self.learn.loss,self.labels(),find_bs(self.learn.yb)
+        total,shown = self.learn.loss_grad,base   # regularisers add to the first only
         for o in terms:
             hard,weight,soft = o.term(labels)
-            if hard != 1: total = total + (hard-1)*base
-            if weight:    total = total + weight*soft
+            for part in [(hard-1)*base]*(hard != 1) + ([weight*soft] if weight else []): total,shown = total+part,shown+part
             if soft is not None: o.soft_mean.add(soft, n)
         self.base_mean.add(base, n)
         self.learn.loss_grad = total
-        self.learn.loss = total.clone()
+        self.learn.loss = shown.clone()

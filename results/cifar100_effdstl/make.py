@@ -2,7 +2,7 @@
 
     python results/cifar100_effdstl/make.py CIFAR100.npz
 
-Eight epochs of resnet8 for each student, three seeds; a weak teacher (resnet8, six epochs) and a strong one (resnet20, 24 epochs). Run again to
+Eight epochs of resnet8 for each student, three seeds, in the exploration two; a weak teacher (resnet8, six epochs) and a strong one (resnet20, 24 epochs). Run again to
 go on after an interrupt."""
 import sys
 from functools import partial
@@ -61,6 +61,8 @@ for name in ('baseline', 'KD, weak teacher'): entries[name].keep = 'last'
 campaign = Campaign(entries, dls, student, n_epoch, seeds, fit_cosine, out=out/'methods')
 campaign.compare()
 
+plain = kd_dataloaders(trained/'ten_classes.npz', bs=64, train_subset=1500)   # not augmented: each teacher is asked once
+weak,strong = (CachedTeacher(o, trained/f'{name} logits') for name,o in (('weak', weak), ('strong', strong)))
 schemes = exploration_schemes(strong, smooth_to=.9, delta=.1)
-subsets = {k: exploration_subsets[k] for k in ('all', 'correct', 'regularization', 'reg & cor')}
-explore(weak, strong, dls, student, n_epoch, schemes, subsets, seeds, fit=fit_cosine, out=out/'exploration')
+subsets = {k: exploration_subsets[k] for k in ('all', 'regularization', 'reg & cor')}
+explore(weak, strong, plain, student, n_epoch, schemes, subsets, 2, fit=fit_cosine, out=out/'exploration')
