@@ -95,7 +95,7 @@ def stratified(
     first = np.argsort(rank/counts[y], kind='stable')[:n]
     return np.sort(order[first])
 
-# %% ../nbs/04_data.ipynb #88df1d9a
+# %% ../nbs/04_data.ipynb #f9087ec7
 def _split(labels, n_classes, seed, has_test, valid_pct, train_subset):
     "Sorted indices, among the training images, of those to train on, to validate with and to test with"
     rng = np.random.default_rng(seed)
@@ -111,6 +111,8 @@ def _split(labels, n_classes, seed, has_test, valid_pct, train_subset):
     if not n_classes<=n<=len(keep):
         raise ValueError(f"train_subset={n} must lie between the number of classes, {n_classes}, and that of the training images, {len(keep)}")
     return keep[stratified(labels[keep], n, rng)],valid,test
+
+def _of_test(test, n, seed): return test if n is None or n>=len(test) else test[stratified(test['label'], n, np.random.default_rng(seed))]
 
 # %% ../nbs/04_data.ipynb #f238ac38
 class KDDataLoaders(DataLoaders):
@@ -157,12 +159,12 @@ def _file_loaders(parts, names, augment, bs, device, num_workers, size):
     for o in dls: o.to(device)
     return dls
 
-# %% ../nbs/04_data.ipynb #256f38c3
+# %% ../nbs/04_data.ipynb #67c0e032
 def kd_dataloaders(
     source:str|Path,       # 'digits', a name from the table above, or the path of an `.npz` (`read_npz`) or a folder or archive (`read_files`)
     bs:int=128,            # Batch size, of all three loaders
     seed:int=0,            # Decides the split and the subset, nothing else
-    valid_pct:float=None,  # Share of the training images kept for validation (None: see above). 0: none, `.valid` is the test set, as in the papers
+    valid_pct:float=None,  # Share of the training images kept for validation (None: see above). 0: none, `.valid` is the test set, as in the papers; with `train_subset`, as many images of it
     train_subset:int=None, # Train on so many images, taken in proportion from every class after the split (None: all)
     device=None,           # Where batches go (None: fastai's default device)
     num_workers:int=None,  # Processes that fetch single items (None: fastai's number for 'imagenet', else 0, since whole batches need none)
@@ -187,7 +189,7 @@ def kd_dataloaders(
     recs = sets['train']
     train = recs if len(keep)==len(recs) else recs[keep]
     test = sets['test'] if 'test' in sets else recs[test]
-    valid = test if pct==0 else sets['valid'] if 'valid' in sets else recs[valid]
+    valid = _of_test(test, train_subset, seed) if pct==0 else sets['valid'] if 'valid' in sets else recs[valid]
     if augment=='auto': augment = files or (_known[source].augment if source in _known else None)
     device = ifnone(device, default_device())
     if files: loaders = _file_loaders((train,valid,test), names, augment, bs, device, num_workers, check_size(size))
@@ -195,5 +197,5 @@ def kd_dataloaders(
     dls = with_index(KDDataLoaders(*loaders, device=device))
     digest = hashlib.blake2b(keep.astype('<i8').tobytes(), digest_size=8).hexdigest()
     dls.split = dict(seed=seed, valid_pct=pct, n_train=len(train), n_valid=len(valid), n_test=len(test), train_digest=digest)
-    if pct==0: dls.split['validated_on'] = 'the test set'
+    if pct==0: dls.split['validated_on'] = 'the test set' if len(valid)==len(test) else f'{len(valid):,} images of the test set'
     return dls

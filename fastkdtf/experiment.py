@@ -149,7 +149,7 @@ def recipe_campaign(
     about = _about(data or recipe.data, recipe.network)
     return RecipeCampaign(entries, dls, recipe.model_fn(dls.c, data), n_epoch, seeds, recipe.fit, None, out, next(iter(entries)), about, learner)
 
-# %% ../nbs/21_experiment.ipynb #3236f712
+# %% ../nbs/21_experiment.ipynb #ebe34706
 @dataclass(frozen=True)
 class Plan:
     "The runs of a recipe, in words: every process makes the same campaign of them"
@@ -206,9 +206,10 @@ class RecipeRuns:
         seconds = {name: float(np.median([known[k]['seconds_per_epoch'] for k in keys])) for name,keys in runs.items() if keys}
         validation = {name: float(np.median([known[k]['validation_seconds'] for k in keys])) for name,keys in runs.items() if keys}
         spent,waited = (sum(sum(known[k][o]) for keys in runs.values() for k in keys) for o in ('epoch_seconds', 'loading_seconds'))
-        n_train,n_full = len(self.dls.train_ds),set_sizes.get(self.data, (self.n_full,))[0]
+        n_train,n_valid,n_test = (len(o.dataset) for o in self.dls.loaders)
+        n_full,n_test = set_sizes.get(self.data, (self.n_full, n_test))
         whole = recipe_entries(r, self.dls.c, r.schedule.epochs, self.plan.data, self.plan.controls).values()
-        hours = {name: (seconds[name]*n_full/n_train + validation[name])*(e.n_epoch or r.schedule.epochs)/3600 for name,e in zip(runs, whole) if name in seconds}
+        hours = {name: (seconds[name]*n_full/n_train + validation[name]*n_test/n_valid)*(e.n_epoch or r.schedule.epochs)/3600 for name,e in zip(runs, whole) if name in seconds}
         same = self.data == r.data   # else a full run is another one
         return dict(key=f'{r.id}/{settings_digest(dict(runs=runs, words=self.words))}', recipe=r.id, data=_about(self.data, '')['data'],
                     n_epoch=size['n_epoch'], epochs=r.schedule.epochs, n_train=n_train, n_train_full=n_full, full=self.full, words=self.words,

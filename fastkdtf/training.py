@@ -111,12 +111,14 @@ class EpochTimer(Callback):
     def state_dict(self): return dict(seconds=self.seconds, waited=self.waited, validated=self.validated)
     def load_state_dict(self, state): vars(self).update(state)
 
-# %% ../nbs/11b_training.ipynb #2204a4d9
+# %% ../nbs/11b_training.ipynb #fe47ac9a
 class EpochBar(Callback):
     "Move a bar that counts the epochs of many runs"
     order = 70
     def __init__(self, bar, done:int): self.bar,self.done = bar,done
-    def after_epoch(self): self.bar.update(self.done+len(self.recorder.values))
+    def after_epoch(self):
+        self.bar.wait_for = 1   # what was there already took no time, from which fastprogress would conclude that nothing does
+        self.bar.update(self.done+len(self.recorder.values))
 
 # %% ../nbs/11b_training.ipynb #e13a7fa9
 def evaluation_set(

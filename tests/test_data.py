@@ -408,10 +408,14 @@ def test_nothing_held_out(pct, save, tmp_path):
     assert 'validated_on' not in usual.split and dls.split['train_digest']!=usual.split['train_digest']
     assert records(dls.train)==records(usual.train)|records(usual.valid) and (items(dls.valid)==items(usual.test)).all()
     for (x,y),(x2,y2) in zip(dls.valid, dls.test, strict=True): assert torch.equal(x, x2) and torch.equal(y, y2)
+    few,other = (kd_dataloaders(save(), bs=16, device='cpu', valid_pct=pct, train_subset=20, seed=s) for s in (0, 1))
+    assert [len(o) for o in loaders(few)]==[20,20,30] and few.split['validated_on']=='20 images of the test set'
+    assert records(few.valid)<records(few.test)==records(dls.test) and records(few.valid)!=records(other.valid)
+    assert [len(o) for o in loaders(kd_dataloaders(save(), bs=16, device='cpu', valid_pct=pct, train_subset=100))]==[100,30,30]
     digits = kd_dataloaders('digits', device='cpu', valid_pct=pct)    # which have no test set of their own
     assert [len(o) for o in loaders(digits)]==[1438,359,359] and not records(digits.train)&records(digits.test)
     sub = kd_dataloaders('digits', device='cpu', valid_pct=pct, train_subset=200)
-    assert [len(o) for o in loaders(sub)]==[200,359,359] and records(sub.train)<records(digits.train)
+    assert [len(o) for o in loaders(sub)]==[200,200,359] and records(sub.train)<records(digits.train)
     assert json.loads(json.dumps(sub.split))==sub.split
 
 def test_nothing_held_out_of_a_set_that_has_validation_images(tmp_path):
