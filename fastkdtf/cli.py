@@ -245,7 +245,7 @@ def _against_fasterai(a, steps, device):
     ratio = lambda column: float(steps.loc[ours, column]/steps.loc[theirs, column])
     return dict(steps=n, difference=loss_difference(*makes, a.arch, a.bs, a.size, n_steps=n, device=device), time=ratio('time / plain'), memory=ratio('memory / plain'))
 
-# %% ../nbs/30_cli.ipynb #6756e594
+# %% ../nbs/30_cli.ipynb #c07d3604
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UsageError(message)
 
@@ -257,9 +257,9 @@ def _parser():
 
     c = sub.add_parser('compare', help='train methods beside their matched controls', **style,
         description='Train one network with each method and its matched controls, per seed from the same weights on the same batches. Run it again to go on after an interrupt.')
-    c.add_argument('--data', default='digits', help="digits, cifar10, cifar100, fashion_mnist, a folder of images, or an .npz file with train_images, train_labels, test_images, test_labels, class_names")
+    c.add_argument('--data', default='digits', help="digits, cifar10, cifar100, cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf, a folder or archive of images, or an .npz file with train_images, train_labels, test_images, test_labels, class_names")
     c.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
-    c.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto', help="of training images; auto: flips and crops for the CIFAR sets")
+    c.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto', help="of training images; auto: what the papers do with sets known by name")
     c.add_argument('--arch', default='resnet20', help='network: resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm knows')
     c.add_argument('--methods', default='all', help='comma-separated: LSR, LsrKD, LsrKD-TC, TfKDReg, TfKDReg-official')
     c.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
