@@ -6,17 +6,26 @@ Docs: https://fastkdtf.github.io/fastkdtf/bench.html.md"""
 
 # %% auto #0
 __all__ = ['bench_losses', 'StepBench', 'Candidate', 'distillation_candidates', 'memory_candidates', 'depth_candidates',
-           'bench_steps', 'loss_difference']
+           'bench_steps', 'loss_difference', 'machine', 'Bench', 'bench']
 
-# %% ../nbs/13_bench.ipynb #fe10b26c
-from copy import deepcopy
+# %% ../nbs/13_bench.ipynb #c04366ea
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
 from functools import partial
+from html import escape
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import fastai, timm
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -24,6 +33,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from .cache import CachedTeacher
 from .core import *
@@ -31,8 +41,9 @@ from .distill import KnowledgeDistillation, MemoryReplay, teacher_free
 from .frozen import FrozenCopy, copy_model
 from .loader import with_index
 from .losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
-from .measure import interleaved_times, median_ratio, peak_memory
+from .measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
 from .models import create_model
+from .peers import TorchStep, fasterai_callback, peer_steps
 from .selfguide import SelfGuidance, StochasticDepth
 from .survival import survival
 
@@ -75,10 +86,15 @@ def bench_losses(
     rows.append({'loss': 'F.cross_entropy', 'time / cross_entropy': 1., 'memory / logits': memory['F.cross_entropy']})
     return pd.DataFrame(rows).set_index('loss').round(3)
 
-# %% ../nbs/13_bench.ipynb #77e59e5b
+# %% ../nbs/13_bench.ipynb #01fc65aa
 class StepBench:
     "A learner in the middle of an epoch, that trains on one batch whenever it is called"
-    def __init__(self, model, batch, n_classes, cbs=()):
+    def __init__(self,
+        model:torch.nn.Module,
+        batch:tuple, # images and labels
+        n_classes:int,
+        cbs:Sequence=(), # callbacks
+    ):
         dls = DataLoaders(*[DataLoader(TensorDataset(*batch), bs=len(batch[1]))]*2, device=batch[0].device)
         dls.c = n_classes
         self.batch = next(iter(with_index(dls).train))   # the loader goes on telling which samples these are
@@ -89,29 +105,38 @@ class StepBench:
         learn.remove_cb(ProgressCallback)
         for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
 
-    def __call__(self): self.learn.one_batch(0, self.batch)
+    def __call__(self)->torch.Tensor: # the loss
+        self.learn.one_batch(0, self.batch)
+        return self.learn.loss.detach()
 
-# %% ../nbs/13_bench.ipynb #7c04254f
+# %% ../nbs/13_bench.ipynb #20c4fdbe
 class Candidate(NamedTuple):
     "A method for `bench_steps`"
-    make:object=None # function that makes its callback; None: the plain step
-    beside:object=None # function of the images: what it must compute beside the plain step
+    make:Callable|None=None # function that makes its callback; None: the plain step
+    beside:Callable|None=None # function of the images: what it must compute beside the plain step
+    step:Callable|None=None # function of student and batch that makes a step without a learner, instead of `make`
+
+    def start(self,
+        student:torch.nn.Module,
+        batch:tuple, # images and labels
+        n_classes:int,
+    )->Callable: # returns its loss
+        "Its step, ready to run"
+        if self.step: return self.step(student, batch)
+        return StepBench(student, batch, n_classes, [] if self.make is None else [self.make()])
 
 def distillation_candidates(
     teacher:torch.nn.Module,
     alpha:float=.9, # soft share
     tau:float=4., # temperature
-    cache=None, # a folder; None leaves out the cached teacher
+    cache:str|Path|None=None, # a folder; None leaves out the cached teacher
 )->dict: # name → `Candidate`
-    "Distillation from a network: live, from a cache, and fasterai's where it is installed"
-    out = {'KD': Candidate(partial(KnowledgeDistillation, teacher, alpha, tau), FrozenCopy(teacher))}
+    "Distillation from a network: live, from a cache, and by the other libraries that are installed"
+    frozen = FrozenCopy(teacher)
+    out = {'KD': Candidate(partial(KnowledgeDistillation, teacher, alpha, tau), frozen)}
     if cache is not None: out['KD, cached'] = Candidate(lambda: KnowledgeDistillation(CachedTeacher(teacher, cache), alpha, tau))
-    try:
-        from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
-        from fasterai.distill.losses import SoftTarget
-    except ImportError: return out
-    peer = lambda: KnowledgeDistillationCallback(deepcopy(teacher), partial(SoftTarget, T=tau), weight=alpha)
-    return {**out, 'KD, fasterai': Candidate(peer, out['KD'].beside)}
+    if find_spec('fasterai'): out['KD, fasterai'] = Candidate(partial(fasterai_callback, teacher, alpha, tau), frozen)
+    return out | {k: Candidate(beside=frozen, step=o) for k,o in peer_steps(teacher, alpha, tau).items()}
 
 # %% ../nbs/13_bench.ipynb #8d1cd608
 def memory_candidates(
@@ -132,7 +157,7 @@ def depth_candidates(
     except ValueError: return {}
     return {o.__name__: Candidate(o) for o in (StochasticDepth, SelfGuidance)}
 
-# %% ../nbs/13_bench.ipynb #395e4846
+# %% ../nbs/13_bench.ipynb #81cede08
 def _batch(bs, size, n_classes, device, seed=None):
     if seed is not None: torch.manual_seed(seed)
     return torch.randn(bs, 3, size, size, device=device),torch.randint(0, n_classes, (bs,), device=device)
@@ -140,6 +165,12 @@ def _batch(bs, size, n_classes, device, seed=None):
 def _network(arch, n_classes, device, seed=0):
     torch.manual_seed(seed)
     return create_model(arch, n_classes).to(device)
+
+def _operations(step, n):
+    "Multiplications and additions of a step's convolutions and matrix products, a mean over `n` steps"
+    with FlopCounterMode(display=False) as counted:
+        for _ in range(n): step()
+    return counted.get_total_flops()/n
 
 def bench_steps(
     arch:str='resnet20', # as `create_model` takes it
@@ -150,29 +181,32 @@ def bench_steps(
     rounds:int=20, # each candidate runs once a round
     device:str='cpu',
 )->pd.DataFrame: # one row a method
-    "Time and peak memory of a training step, as ratios to those of the plain step"
+    "Time, operations and peak memory of a training step, as ratios to those of the plain step"
     for name,v in (('bs', bs), ('size', size), ('rounds', rounds)): check_whole(name, v)
     batch = _batch(bs, size, n_classes, device)
     if methods is None:
         with TemporaryDirectory() as cache:
             network = _network(arch, n_classes, device, 1)
-            methods = {**teacher_free(n_classes), **distillation_candidates(network, cache=cache), **memory_candidates(network), **depth_candidates(network)}
+            methods = {**teacher_free(n_classes), **distillation_candidates(network, cache=cache), **memory_candidates(network), **depth_candidates(network),
+                       'plain, without fastai': Candidate(step=TorchStep)}
             return bench_steps(arch, bs, size, n_classes, methods, rounds, device)
     methods = {'plain': Candidate(), **{k: o if isinstance(o, Candidate) else Candidate(o) for k,o in methods.items()}}
-    steps = {k: StepBench(_network(arch, n_classes, device), batch, n_classes, [] if o.make is None else [o.make()]) for k,o in methods.items()}
+    steps = {k: o.start(_network(arch, n_classes, device), batch, n_classes) for k,o in methods.items()}
     beside = {f: partial(f, batch[0]) for o in methods.values() if (f := o.beside)}
     times = interleaved_times({**steps, **beside}, rounds)
     memory = {k: peak_memory(f, device) for k,f in steps.items()}
+    flops = {k: _operations(f, rounds) for k,f in steps.items()}
     def row(k):
-        f,out = methods[k].beside,{'method': k, 'time / plain': median_ratio(times, k, 'plain')}
-        if f: out['time / (plain + forwards)'] = median_ratio({**times, 'both': times['plain']+times[f]}, k, 'both')
-        return {**out, 'memory / plain': memory[k]/memory['plain']}
+        f = methods[k].beside
+        beyond = median_ratio({**times, 'both': times['plain']+times[f]}, k, 'both') if f else float('nan')
+        return {'method': k, 'time / plain': median_ratio(times, k, 'plain'), 'time / (plain + forwards)': beyond,
+                'operations / plain': flops[k]/flops['plain'], 'memory / plain': memory[k]/memory['plain']}
     return pd.DataFrame([row(k) for k in steps]).set_index('method').round(3)
 
-# %% ../nbs/13_bench.ipynb #76c548d5
+# %% ../nbs/13_bench.ipynb #126322ab
 def loss_difference(
-    a, # function that makes a callback
-    b, # another
+    a:Candidate|Callable, # method, or function that makes a callback
+    b:Candidate|Callable, # another
     arch:str='resnet20', # the student, as `create_model` takes it
     bs:int=128, # images a batch
     size:int=32, # pixels of an image's side
@@ -181,12 +215,85 @@ def loss_difference(
     device:str='cpu',
 )->float:
     "Largest difference between the training losses of two methods, from the same weights on the same batches"
-    def losses(make):
-        step = StepBench(_network(arch, n_classes, device), _batch(bs, size, n_classes, device), n_classes, [make()])
+    def losses(o):
+        o = o if isinstance(o, Candidate) else Candidate(o)
+        step = o.start(_network(arch, n_classes, device), _batch(bs, size, n_classes, device), n_classes)
         out = []
         for i in range(n_steps):
             step.batch = _batch(bs, size, n_classes, device, i)
-            step()
-            out.append(step.learn.loss.detach())
+            out.append(step())
         return torch.stack(out)
     return (losses(a)-losses(b)).abs().max().item()
+
+# %% ../nbs/13_bench.ipynb #d6973eba
+def machine(
+    device:str='cpu',
+)->dict:
+    "What a measurement has to name: processor, cores, threads, versions"
+    try: processor = next(o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
+    except (OSError, StopIteration): processor = platform.processor() or platform.machine()
+    out = dict(processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
+    if torch.device(device).type == 'cuda': out['device'] = torch.cuda.get_device_name(device)
+    return {**out, 'torch': torch.__version__, 'fastai': fastai.__version__, 'timm': timm.__version__, **{k: version(k) for k in ('fasterai', 'torchdistill') if find_spec(k)}}
+
+# %% ../nbs/13_bench.ipynb #f49b0cc9
+class Bench:
+    "What `bench` measured: a table of losses, one of training steps, and how far other libraries' losses are from ours"
+    def __init__(self,
+        machine:dict, # as `machine` tells
+        sizes:dict, # of logits, network and images; rounds, and seconds that it took
+        losses:pd.DataFrame,
+        steps:pd.DataFrame|None=None,
+        differences:dict|None=None, # name → largest difference of training losses
+    ): self.machine,self.sizes,self.losses,self.steps,self.differences = machine,sizes,losses,steps,differences or {}
+
+    def to_dict(self)->dict: # what JSON can hold
+        tables = {k: t.reset_index().to_dict('records') for k in ('losses', 'steps') if (t := getattr(self, k)) is not None}
+        return dict(machine=self.machine, sizes=self.sizes, differences=self.differences, **tables)
+
+    @classmethod
+    def read(cls,
+        path:str|Path, # what `fastkdtf bench --json` printed
+    )->'Bench':
+        "From a file"
+        d = json.loads(Path(path).read_text(encoding='utf-8'))
+        table = lambda k,index: pd.DataFrame(d[k]).set_index(index).astype(float) if k in d else None
+        return cls(d['machine'], d['sizes'], table('losses', 'loss'), table('steps', 'method'), d['differences'])
+
+    def parts(self)->list: # (caption, table or None)
+        "Captions and tables, in order"
+        m,s = self.machine,self.sizes
+        versions = ', '.join(f'{k} {v}' for k,v in m.items() if k not in ('processor', 'cores', 'threads', 'device', 'freed_memory_kept'))
+        out = [(f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['device']}; {versions}{'; freed memory kept (mallopt)' if m.get('freed_memory_kept') else ''}", None),
+               (f"Losses, {s['n']} × {s['n_classes']}: forward and backward", self.losses)]
+        if self.steps is not None: out.append((f"Training steps, {s['arch']}, batch {s['bs']} of {s['size']}×{s['size']}", self.steps))
+        for k,v in self.differences.items():
+            ratio = lambda column: self.steps.loc['KD', column]/self.steps.loc[k, column]
+            out.append((f"{k}: losses of {s['compared']} steps differ from ours by {v:.1e} at most; our step takes {ratio('time / plain'):.2f} of its time and {ratio('memory / plain'):.2f} of its memory", None))
+        if self.steps is not None and (missing := [o for o in ('fasterai', 'torchdistill') if o not in m]): out.append((f"Not installed, and left out: {', '.join(missing)}", None))
+        return out + [(f"Medians of {s['rounds']} interleaved round{'s'*(s['rounds'] != 1)}, in {s['seconds']:.0f} s", None)]
+
+    def __str__(self): return '\n\n'.join(k if t is None else f'{k}\n{t.to_string(na_rep="")}' for k,t in self.parts())
+    def _repr_html_(self): return ''.join(f'<p>{escape(k)}</p>{"" if t is None else t.to_html(na_rep="")}' for k,t in self.parts())
+
+# %% ../nbs/13_bench.ipynb #a19281ef
+def bench(
+    n:int=128, # logits: samples
+    n_classes:int=100, # logits: classes
+    arch:str|None='resnet20', # network of the training step, as `create_model` takes it; None leaves the steps out
+    bs:int=128, # its batch size
+    size:int=32, # its images' side, in pixels
+    rounds:int=20, # each candidate runs once a round
+    device:str='cpu',
+)->Bench:
+    "Losses and training steps beside plain PyTorch, the plain step, and what other libraries do"
+    start = perf_counter()
+    kept = keep_freed_memory()
+    sizes = dict(n=n, n_classes=n_classes, arch=arch, bs=bs, size=size, rounds=rounds)
+    losses,steps,differences = bench_losses(n, n_classes, rounds, device),None,{}
+    if arch:
+        steps = bench_steps(arch, bs, size, rounds=rounds, device=device)
+        sizes['compared'] = min(50, 5*rounds)
+        ours,*peers = distillation_candidates(_network(arch, 10, device, 1)).items()
+        differences = {k: loss_difference(ours[1], o, arch, bs, size, n_steps=sizes['compared'], device=device) for k,o in peers}
+    return Bench({**machine(device), 'freed_memory_kept': kept}, {**sizes, 'seconds': round(perf_counter()-start, 1)}, losses, steps, differences)

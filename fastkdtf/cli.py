@@ -211,39 +211,11 @@ def _describe(a):
     numbers = {k: getattr(d, k) for k in ('name', 'n_classes', 'hard', 'soft', 'tau', 'target', 'soft_gradient', 'scale', 'epsilon', 'exact', 'negligible', 'notes')}
     return f'{d}\n\n{a.method} with {a.classes} classes amounts to {said}', dict(numbers, settings=_settings_of(d), controls=list(d.controls))
 
-# %% ../nbs/30_cli.ipynb #990cf072
+# %% ../nbs/30_cli.ipynb #a91456d5
 def _bench(a):
-    import platform
-    import torch
-    from fastkdtf.bench import bench_losses, bench_steps
-    from fastkdtf.measure import keep_freed_memory
-    start,device = time.perf_counter(),_device(a.device)
-    kept = keep_freed_memory()
-    machine = dict(processor=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=device, torch=torch.__version__, freed_memory_kept=kept)
-    losses = bench_losses(a.samples, a.classes, a.rounds, device)
-    text = [f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {device}, torch {torch.__version__}{', freed memory kept (mallopt)' if kept else ''}",
-            f'Losses, {a.samples} × {a.classes}: forward and backward\n{losses.to_string(na_rep="")}']
-    data = dict(machine=machine, losses=losses.reset_index().to_dict('records'))
-    if not a.losses_only:
-        steps = bench_steps(a.arch, a.bs, a.size, rounds=a.rounds, device=device)
-        text.append(f'Training steps, {a.arch}, batch {a.bs} of {a.size}×{a.size}: time and peak memory\n{steps.to_string(na_rep="")}')
-        data['steps'] = steps.reset_index().to_dict('records')
-        peer = _against_fasterai(a, steps, device)
-        if peer: data['fasterai'] = peer
-        text.append(f"KD and fasterai: the losses of {peer['steps']} steps differ by {peer['difference']:.1e} at most; our step takes {peer['time']:.2f} of its time and {peer['memory']:.2f} of its memory"
-                    if peer else 'fasterai is not installed (pip install fasterai) and was left out')
-    return '\n\n'.join([*text, f"Medians of {_count(a.rounds, 'interleaved round')}, in {_took(start)}"]), data
-
-def _against_fasterai(a, steps, device):
-    "Our distillation beside fasterai's, with the same meaning; None where it is not installed"
-    from fastkdtf.bench import distillation_candidates, loss_difference
-    from fastkdtf.models import create_model
-    ours,theirs = 'KD','KD, fasterai'
-    if theirs not in steps.index: return None
-    n = min(50, 5*a.rounds)
-    makes = [o.make for o in distillation_candidates(create_model(a.arch, 10).to(device)).values()]
-    ratio = lambda column: float(steps.loc[ours, column]/steps.loc[theirs, column])
-    return dict(steps=n, difference=loss_difference(*makes, a.arch, a.bs, a.size, n_steps=n, device=device), time=ratio('time / plain'), memory=ratio('memory / plain'))
+    from fastkdtf.bench import bench
+    b = bench(a.samples, a.classes, None if a.losses_only else a.arch, a.bs, a.size, a.rounds, _device(a.device))
+    return str(b), b.to_dict()
 
 # %% ../nbs/30_cli.ipynb #c07d3604
 class _Parser(argparse.ArgumentParser):
