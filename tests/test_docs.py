@@ -30,6 +30,8 @@ def test_good_site(tmp_path):
     ('index.html', page('<a href="#nowhere">x</a>'), ['index.html: #nowhere (no such anchor)']),
     ('index.html', page('<img src="gone.png">'), ['index.html: gone.png (no such file)']),
     ('index.html', page('', '<link rel="stylesheet" href="https://example.com/a.css">'), ['index.html: https://example.com/a.css (loaded from another host)']),
+    ('a.html', page('<pre>[a](b.html)</pre><a href="index.html">[<code>x</code>](https://example.com/x#x)</a>'),
+     ['a.html: ...](https://example.com/x#x) (Markdown; a link on code is one too many, as nbdev links symbols itself)']),
 ])
 def test_broken_site(tmp_path, name, txt, expected):
     write(tmp_path, {**good, name:txt})
