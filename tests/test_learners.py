@@ -389,3 +389,25 @@ def test_measured_on_its_own_batches(kind):
     learn = fitted(made(kind, [LsrKD(), KnowledgeDistillation(teacher_of(kind))]), 1, RATES[kind])
     rows = learn.describe_kd(n_batches=1)
     assert list(rows.index) == ['knowledge_distillation', 'lsr_kd'] and np.isfinite(rows[['soft/hard gradient', 'cosine']].values).all()
+
+
+# ---------------------------------------------------------------- what the inputs mean
+
+def other_words():
+    text = TextBlock.from_df('text', tok=Characters(), rules=[], min_freq=1, max_vocab=200, n_workers=0)
+    block = DataBlock((text, CategoryBlock), get_x=ColReader('text'), get_y=ColReader('language'), splitter=ColSplitter('valid'))
+    return block.dataloaders(sentences()[::-1].assign(text=lambda d: d.text.str.upper()), bs=8, num_workers=0, device='cpu')
+
+def other_columns():
+    df,names = table('wine')
+    return TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=names[1:]+names[:1], y_names='target', y_block=CategoryBlock(), bs=16, valid_idx=[0, 1], device='cpu')
+
+@pytest.mark.parametrize('learner,own,other', [(text_learner, text_dls, other_words), (partial(table_learner, 'wine'), partial(table_dls, 'wine'), other_columns)],
+                         ids=['words', 'columns'])
+def test_a_teacher_of_other_inputs_is_refused(learner, own, other):
+    teacher = learner(dls=other())
+    with pytest.raises(ValueError, match='other words or columns than the student: number [0-9]+ is'):
+        learner(dls=own(), cbs=KnowledgeDistillation(teacher)).fit(1)
+    teacher.export('teacher.pkl')
+    with pytest.raises(ValueError, match='other words or columns'): learner(dls=own(), cbs=KnowledgeDistillation('teacher.pkl')).fit(1)
+    with learner(dls=own(), cbs=KnowledgeDistillation(learner(dls=own()))).no_bar() as same: same.fit(1)
