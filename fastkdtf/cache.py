@@ -10,12 +10,14 @@ __all__ = ['pack_logits', 'unpack_logits', 'sample_keys', 'key_samples', 'LogitS
 # %% ../nbs/05b_cache.ipynb #5816f9a1
 import hashlib, json, math, os, zlib
 import numpy as np, torch
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 from .core import *
 from .loader import loader_identity
 from .runs import replacing
@@ -94,7 +96,7 @@ class LogitStore:
     chunk = 2**20 # bytes that wait in memory before they are written
 
     def __init__(self,
-        path, # the folder
+        path:str|Path, # the folder
         teacher:str='', # what identifies the teacher
         data:str='', # what identifies the data and its transforms
         top_k:int|None=None, # classes kept; None: all
@@ -260,8 +262,8 @@ class CachedTeacher(Teacher):
     and a folder that holds the logits of another teacher, data set or transform."""
     before_student = True
     def __init__(self,
-        teacher, # as `NetworkTeacher` takes it, or a teacher that needs no student
-        path, # the folder; several trainings may share it
+        teacher:nn.Module|Learner|Callable|str|Path, # as `NetworkTeacher` takes it, or a teacher that needs no student
+        path:str|Path, # the folder; several trainings may share it
         top_k:int|None=None, # keep so many classes, and spread the rest of the mass evenly; None: all
         dtype:str='float16', # 'float16', or 'float32': exactly the live teacher's targets
     ):
@@ -275,7 +277,7 @@ class CachedTeacher(Teacher):
         self.dtype = check_choice('dtype', dtype, ('float16', 'float32'))
         self.learn,self.store,self.hits,self.calls,self.epoch = None,None,0,0,None
 
-    def attach(self, learn):
+    def attach(self, learn:Learner):
         "Open the cache. Raises `ValueError` unless it fits this teacher and this learner's training data"
         try: self.detach()
         except ValueError: self.store = None   # its folder was deleted or changed since
@@ -344,10 +346,10 @@ class CachedTeacher(Teacher):
         return self.hits/self.calls if self.calls else math.nan
 
     @property
-    def columns(self): return {'hit_rate': lambda: self.hit_rate}
+    def columns(self)->dict: return {'hit_rate': lambda: self.hit_rate}
 
     def fill(self,
-        learn, # a learner with the data
+        learn:Learner, # with the data
         bs:int|None=None, # images at a time; None: as the loader has them
     ):
         "Compute all images, in all their views, before the training. Once interrupted, it goes on where it was"
@@ -361,7 +363,7 @@ class CachedTeacher(Teacher):
         finally: self.detach()
 
     def verify(self,
-        learn, # a learner with the data
+        learn:Learner, # with the data
         n:int=64, # rows
         tol:float=2e-3, # allowed difference; float16 alone makes 5e-4, and mixed precision more
         seed:int=0, # which rows

@@ -12,7 +12,7 @@ __all__ = ['ResBlock', 'SumBlock', 'BasicBlock', 'Bottleneck', 'init_he', 'Cifar
 # %% ../nbs/03c_cifar_nets.ipynb #4ae8dbc2
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../nbs/03c_cifar_nets.ipynb #060916f9
 def _conv(ni, nf, ks, stride=1, groups=1): return nn.Conv2d(ni, nf, ks, stride=stride, padding=ks//2, groups=groups, bias=False)
@@ -45,7 +45,7 @@ class BasicBlock(ResBlock):
         self.conv2,self.bn2 = _conv(width, width, 3),      nn.BatchNorm2d(width)
         self.shortcut = _shortcut(ni, width, stride)
 
-    def branch(self, x): return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    def branch(self, x:Tensor)->Tensor: return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
 # %% ../nbs/03c_cifar_nets.ipynb #9b92dd8f
 class Bottleneck(ResBlock):
@@ -66,13 +66,13 @@ class Bottleneck(ResBlock):
         self.conv3,self.bn3 = _conv(inner, nf, 1),                    nn.BatchNorm2d(nf)
         self.shortcut = _shortcut(ni, nf, stride)
 
-    def branch(self, x):
+    def branch(self, x:Tensor)->Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
 
 # %% ../nbs/03c_cifar_nets.ipynb #736115e8
-def init_he(m):
+def init_he(m:nn.Module):
     "He initialisation for convolutions (normal, fan-out; He et al. 2015); their biases start at 0. Use as `model.apply(init_he)`."
     if not isinstance(m, nn.Conv2d): return
     nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
@@ -133,7 +133,7 @@ class PreBasicBlock(SumBlock):
         self.act2,self.conv2 = _act(width), _conv(width, width, 3)
         self.shortcut = _pre_shortcut(ni, width, stride)
 
-    def branch(self, x): return self.conv2(self.act2(self.conv1(self.act1(x))))
+    def branch(self, x:Tensor)->Tensor: return self.conv2(self.act2(self.conv1(self.act1(x))))
 
 # %% ../nbs/03c_cifar_nets.ipynb #8b1324f2
 class PreBottleneck(SumBlock):
@@ -152,7 +152,7 @@ class PreBottleneck(SumBlock):
         self.act3,self.conv3 = _act(width), _conv(width, nf, 1)
         self.shortcut = _pre_shortcut(ni, nf, stride)
 
-    def branch(self, x):
+    def branch(self, x:Tensor)->Tensor:
         x = self.conv2(self.act2(self.conv1(self.act1(x))))
         return self.conv3(self.act3(x))
 

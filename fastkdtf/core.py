@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 # %% ../nbs/00_core.ipynb #ded14153
 def check_number(
     name:str, # the argument, as the user wrote it
-    value, # what was given
+    value:object, # what was given
     interval:str, # where it must lie, in the usual notation: `'[0,1]'`, `'(0,inf)'`
 )->float|int:
     "`value` if it is a number in `interval`. Raises `TypeError` or `ValueError` naming the argument"
@@ -37,7 +37,7 @@ def check_number(
 # %% ../nbs/00_core.ipynb #3626133b
 def check_whole(
     name:str, # the argument, as the user wrote it
-    value, # what was given
+    value:object, # what was given
     least:int=1, # the smallest that makes sense
 )->int:
     "`value` if it is a whole number of at least `least`. Raises `TypeError` or `ValueError` naming the argument"
@@ -48,7 +48,7 @@ def check_whole(
 # %% ../nbs/00_core.ipynb #abd5219e
 def check_choice(
     name:str, # the argument, as the user wrote it
-    value, # what was given
+    value:object, # what was given
     choices:tuple, # what may be given
 ):
     "`value` if it is one of `choices`. Raises `ValueError` naming the argument and the choices"
@@ -57,15 +57,15 @@ def check_choice(
 
 # %% ../nbs/00_core.ipynb #4ca9d657
 def check_scale(
-    scale, # 1 | 'tau' | 'tau2' | a number
-):
+    scale:float|str, # 1 | 'tau' | 'tau2' | a number
+)->float|str:
     "`scale` if it names a factor of the soft term"
     if isinstance(scale, str): return check_choice('scale', scale, ('tau', 'tau2'))
     return check_number('scale', scale, '[0,inf)')
 
 # %% ../nbs/00_core.ipynb #65f40a9e
 def soft_scale(
-    scale, # 1 | 'tau' | 'tau2' | a number
+    scale:float|str, # 1 | 'tau' | 'tau2' | a number
     tau:float, # the student's temperature
     n_classes:int=1,
     variant:str='paper', # 'official': mean over samples **and** classes, as `nn.KLDivLoss()` has it
@@ -115,11 +115,11 @@ def virtual_logits(
 
 # %% ../nbs/00_core.ipynb #535831d3
 def soften(
-    logits, # `[N,K,…]`, `[n,N,K,…]` for `n` teachers, or `TwoValued`
+    logits:Tensor|TwoValued, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
     tau:float, # temperature
     n_classes:int,
     axis:int=1, # the classes' axis of a tensor
-):
+)->Tensor|TwoValued:
     "The distribution `softmax(logits/tau)`, in float32 at least"
     if isinstance(logits, TwoValued): return logits.soften(tau, n_classes)
     z = at_least_float32(logits)
@@ -268,8 +268,8 @@ def soft_target_loss(
 
 # %% ../nbs/00_core.ipynb #fbe21c72
 def classification_batch(
-    pred, # what the model returned
-    targ, # the labels: integers `[N,…]`, also with a class axis of 1, or probabilities of `pred`'s shape
+    pred:Tensor, # what the model returned
+    targ:Tensor, # the labels: integers `[N,…]`, also with a class axis of 1, or probabilities of `pred`'s shape
     axis:int=1, # the classes' axis of `pred`
 )->tuple: # logits `[N,K,…]`, labels `[N,…]` or `[N,K,…]`
     "Both, with the classes on axis 1. Raises `TypeError` or `ValueError` unless they are logits and labels of one classification batch"
@@ -289,10 +289,10 @@ def classification_batch(
 
 # %% ../nbs/00_core.ipynb #e19971d8
 def check_teacher_logits(
-    zt, # what a teacher returned
+    zt:Tensor|TwoValued, # what a teacher returned
     z:Tensor, # the student's logits
     axis:int=1, # the classes' axis of one teacher's logits
-):
+)->Tensor|TwoValued:
     "`zt`, detached, classes on `z`'s axis. Raises unless it is `TwoValued`, or of `z`'s shape, with an axis for several teachers before it or not"
     if isinstance(zt, TwoValued): return zt
     if not isinstance(zt, Tensor): raise TypeError(f'a teacher must return logits as a tensor or TwoValued, got {type(zt).__name__}')
@@ -329,7 +329,7 @@ def at_label(
 def put_confidence(
     logits:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
     y:Tensor, # integer labels `[N,…]`
-    value, # probability of the labelled class: a number, or a tensor with a class axis of 1
+    value:float|Tensor, # probability of the labelled class; a tensor has a class axis of 1
     tau:float=1., # temperature
 )->Tensor: # probabilities, in float32 at least
     "The distribution with `value` on the label and the rest shared as `softmax(logits/tau)` shares it"

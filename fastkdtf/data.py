@@ -7,20 +7,19 @@ Docs: https://fastkdtf.github.io/fastkdtf/data.html.md"""
 # %% auto #0
 __all__ = ['stratified', 'KDDataLoaders', 'channel_stats', 'kd_dataloaders', 'npz_arrays', 'read_files', 'read_npz']
 
-# %% ../nbs/04_data.ipynb #921d4919
+# %% ../nbs/04_data.ipynb #8b3b069a
 import hashlib
 from typing import NamedTuple
 import numpy as np
 from fastai.data.all import *
 from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.core import PILImage, imagenet_stats
-from sklearn.datasets import load_digits
 from .core import check_number, check_whole
 from .loader import Augment, CategorizeRecord, NormalizeBatch, RecordDL, image_tensor, to_records, with_index
 from .readers import check_size, imagenet_files, npz_arrays, read_files, read_npz
 _all_ = ['npz_arrays', 'read_files', 'read_npz']   # what reads the files is at hand here too
 
-# %% ../nbs/04_data.ipynb #1e6cce9f
+# %% ../nbs/04_data.ipynb #8f8c0d60
 class _Set(NamedTuple):
     "A set known by name"
     n_classes:int
@@ -55,6 +54,7 @@ def _download(source):
 
 def _read_digits():
     "scikit-learn's digits: 1,797 grey images of 8×8, values 0 to 16"
+    from sklearn.datasets import load_digits   # a tenth of a second, for one data set
     d = load_digits()
     return dict(train=to_records(np.rint(d.images*255/16).astype(np.uint8), d.target)), [str(o) for o in d.target_names]
 
@@ -119,9 +119,9 @@ class KDDataLoaders(DataLoaders):
     "fastai's `DataLoaders` with a third loader, `test`, which is also `dls[2]` (`learn.get_preds(ds_idx=2)`), and how it was `split`."
     split = None # for a run's record, see `kd_dataloaders`
     @property
-    def test(self): return self.loaders[2]
+    def test(self) -> DataLoader: return self.loaders[2]
     @property
-    def test_ds(self): return self.test.dataset
+    def test_ds(self) -> Datasets: return self.test.dataset
 
 # %% ../nbs/04_data.ipynb #3f17a155
 def channel_stats(
@@ -161,16 +161,16 @@ def _file_loaders(parts, names, augment, bs, device, num_workers, size):
 
 # %% ../nbs/04_data.ipynb #67c0e032
 def kd_dataloaders(
-    source:str|Path,       # 'digits', a name from the table above, or the path of an `.npz` (`read_npz`) or a folder or archive (`read_files`)
-    bs:int=128,            # Batch size, of all three loaders
-    seed:int=0,            # Decides the split and the subset, nothing else
-    valid_pct:float=None,  # Share of the training images kept for validation (None: see above). 0: none, `.valid` is the test set, as in the papers; with `train_subset`, as many images of it
+    source:str|Path, # 'digits', a name from the table above, or the path of an `.npz` (`read_npz`) or a folder or archive (`read_files`)
+    bs:int=128, # Batch size, of all three loaders
+    seed:int=0, # Decides the split and the subset, nothing else
+    valid_pct:float=None, # Share of the training images kept for validation (None: see above). 0: none, `.valid` is the test set, as in the papers; with `train_subset`, as many images of it
     train_subset:int=None, # Train on so many images, taken in proportion from every class after the split (None: all)
-    device=None,           # Where batches go (None: fastai's default device)
-    num_workers:int=None,  # Processes that fetch single items (None: fastai's number for 'imagenet', else 0, since whole batches need none)
-    augment='auto',        # `Augment` of the training images, or None. 'auto': the papers' for sets known by name, else none
-    path:str|Path=None,    # Files of a set known by name (None: fastai or torchvision downloads it, where that is possible)
-    size:int|tuple=None    # Image files are cropped and scaled to it, see `read_files`; for 'imagenet' 224 by default
+    device:str|torch.device|None=None, # Where batches go (None: fastai's default device)
+    num_workers:int=None, # Processes that fetch single items (None: fastai's number for 'imagenet', else 0, since whole batches need none)
+    augment:Augment|str|None='auto', # Of the training images; 'auto': the papers' for sets known by name, else none
+    path:str|Path=None, # Files of a set known by name (None: fastai or torchvision downloads it, where that is possible)
+    size:int|tuple=None # Image files are cropped and scaled to it, see `read_files`; for 'imagenet' 224 by default
 ) -> KDDataLoaders:
     """Loaders `.train` (shuffled, last incomplete batch dropped), `.valid` and `.test` of normalised `[bs,3,H,W]` images and labels.
 

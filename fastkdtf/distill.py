@@ -9,10 +9,14 @@ __all__ = ['Distill', 'LsrKD', 'TfKDReg', 'KnowledgeDistillation', 'MemoryReplay
            'teacher_free']
 
 # %% ../nbs/06_distill.ipynb #4a4a6ae3
+from collections.abc import Callable, Iterable
+from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from fastai.learner import Learner
+from torch import Tensor, nn
 
 from .core import *
 from .describe import Description
@@ -36,13 +40,13 @@ class Distill(LossTerm):
     _stateattrs = LossTerm._stateattrs + ('early', 'finite', 'skipped')
     early,finite,skipped = {},None,False
     def __init__(self,
-        teacher, # where targets come from: `step → logits [N,K]`, `[n,N,K]` or `TwoValued`; or a network as `NetworkTeacher` takes it
-        alpha=.9, # soft share in [0,1], or the pair `(hard, soft)` of weights; numbers or fastai schedules
-        tau=4., # temperature, or the pair (teacher's, student's); numbers or fastai schedules
-        scale='tau2', # factor of the soft term: 1 | 'tau' | 'tau2' (the student's) | a number
-        loss='kl', # 'kl': `D_KL(t, p_τ)` | 'ce': `H(t, p_τ)` | a function of (student logits/τ, target) returning `[N]`
-        rewrite=(), # one or several `(softened target, step) → target`
-        sample_weight=None, # `step → [N]`, factors of the samples' soft losses
+        teacher:nn.Module|Learner|Callable|str|Path, # of targets: `step → logits [N,K]`, `[n,N,K]` or `TwoValued`; or a network as `NetworkTeacher` takes it
+        alpha:float|tuple|Callable=.9, # soft share in [0,1], or the pair `(hard, soft)` of weights; numbers or fastai schedules
+        tau:float|tuple|Callable=4., # temperature, or the pair (teacher's, student's); numbers or fastai schedules
+        scale:float|str='tau2', # factor of the soft term: 1 | 'tau' | 'tau2' (the student's) | a number
+        loss:str|Callable='kl', # 'kl': `D_KL(t, p_τ)` | 'ce': `H(t, p_τ)` | a function of (student logits/τ, target) returning `[N]`
+        rewrite:Callable|Iterable=(), # one or several `(softened target, step) → target`
+        sample_weight:Callable|None=None, # `step → [N]`, factors of the samples' soft losses
         variant:str='paper', # 'official': the soft loss is averaged over classes too, and multiplied
         multiplier:float=1., # that multiplier
         name:str|None=None, # needed for a second callback of the same class
@@ -79,7 +83,7 @@ class Distill(LossTerm):
         "The teacher's temperature and the student's"
         return tuple(_at(o, pct) for o in self.tau)
 
-    def hard_share(self, pct): return self.weights(pct)[0]
+    def hard_share(self, pct:float)->float: return self.weights(pct)[0]
 
     @property
     def idle(self)->bool:
@@ -91,7 +95,7 @@ class Distill(LossTerm):
         "The factor of the soft loss, all in all"
         return self.weights(pct)[1]*soft_scale(self.scale, self.temperatures(pct)[1], n_classes, self.variant, self.multiplier)
 
-    def target(self, step:Step):
+    def target(self, step:Step)->Tensor|TwoValued:
         "The softened target of a batch, rewritten"
         target = step.pt
         for o in self.rewrites: target = o(target, step)
@@ -112,7 +116,7 @@ class Distill(LossTerm):
         return soft_target_loss(step.z, target, tau, entropy=self.divergence == 'kl')
 
     @property
-    def columns(self): return {**super().columns, **self.teacher.columns}
+    def columns(self)->dict: return {**super().columns, **self.teacher.columns}
 
     def before_fit(self):
         super().before_fit()
@@ -131,8 +135,8 @@ class Distill(LossTerm):
             for o in self.teachers.values(): o.after_step()
         self.skipped = False
 
-    def state_dict(self): return dict(teachers=[o.state_dict() for o in self.teachers.values()])
-    def load_state_dict(self, state):
+    def state_dict(self)->dict: return dict(teachers=[o.state_dict() for o in self.teachers.values()])
+    def load_state_dict(self, state:dict):
         for o,s in zip(self.teachers.values(), state['teachers']): o.load_state_dict(s)
 
     def _step(self, y, z=None):
@@ -150,7 +154,7 @@ class Distill(LossTerm):
         step = self._step(self.learn.y)
         with torch.no_grad(), own_autocast(self.learn): self.early = {k: o(step) for k,o in early.items()}
 
-    def teacher_logits(self, step:Step, axis:int, key=None):
+    def teacher_logits(self, step:Step, axis:int, key:Callable|None=None)->Tensor|TwoValued:
         "What a teacher, by its key in `teachers`, says of a batch; zeros, and `finite` unset, if that is no number"
         early = key in self.early
         zt = check_teacher_logits(self.early[key] if early else self.teachers[key](step), step.z, axis if early else 1)
@@ -159,7 +163,7 @@ class Distill(LossTerm):
         self.finite = finite if self.finite is None else self.finite & finite
         return torch.where(finite, zt, 0.)
 
-    def term(self, labels):
+    def term(self, labels:list)->tuple:
         "Weight of the base loss, weight of the soft loss, soft loss; a soft loss without weight is not computed"
         pct,base = self.learn.pct_train,self.base_loss_func
         axis,ignore = getattr(base, 'axis', 1),getattr(getattr(base, 'func', base), 'ignore_index', -100)
@@ -210,8 +214,8 @@ class Distill(LossTerm):
 class LsrKD(Distill):
     "Label smoothing with a temperature. Wang et al. 2020, eq. 10; with `gamma`, LsrKD-TC, eq. 11–12"
     def __init__(self,
-        alpha=.1, # soft share in [0,1], or a schedule
-        tau=3., # the student's temperature, or a schedule; 1 is label smoothing
+        alpha:float|Callable=.1, # soft share in [0,1], or a schedule
+        tau:float|Callable=3., # the student's temperature, or a schedule; 1 is label smoothing
         gamma:float|None=None, # teacher correction: probability of the labelled class, in (0,1); None leaves the teacher uniform
         name:str|None=None, # needed for a second callback of the same class
     ):
@@ -222,10 +226,10 @@ class LsrKD(Distill):
 class TfKDReg(Distill):
     "Distillation from a virtual teacher, Tf-KD_reg. Yuan et al. 2020, eq. 8–9"
     def __init__(self,
-        alpha=.1, # soft share in [0,1], or a schedule
-        tau=20., # temperature, or a schedule
+        alpha:float|Callable=.1, # soft share in [0,1], or a schedule
+        tau:float|Callable=20., # temperature, or a schedule
         correct_prob:float=.99, # the virtual teacher's probability `a` of the labelled class, in (0,1)
-        scale='tau2', # factor of the soft term: 1 (eq. 9 as printed) | 'tau' | 'tau2' | a number
+        scale:float|str='tau2', # factor of the soft term: 1 (eq. 9 as printed) | 'tau' | 'tau2' | a number
         variant:str='paper', # 'paper', or 'official': the authors' CIFAR-100 code, where the student is not softened
         multiplier:float=1., # the authors' factor; only with 'official'
         name:str|None=None, # needed for a second callback of the same class
@@ -238,10 +242,10 @@ class TfKDReg(Distill):
 class KnowledgeDistillation(Distill):
     "Distillation from networks. Hinton et al. 2015; Yuan et al. 2020, eq. 4; Wang et al. 2020, eq. 4"
     def __init__(self,
-        teacher, # as `NetworkTeacher` takes it: a module, a `Learner`, a path, a name that timm knows; or any teacher
-        alpha=.9, # soft share in [0,1], or a schedule
-        tau=4., # temperature of both, or a schedule
-        scale='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number
+        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        alpha:float|Callable=.9, # soft share in [0,1], or a schedule
+        tau:float|Callable=4., # temperature of both, or a schedule
+        scale:float|str='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number
         variant:str='paper', # 'paper', or 'official': Yuan et al.'s code, which averages over classes too
         multiplier:float=1., # the authors' factor; only with 'official'
         name:str|None=None, # needed for a second callback of the same class
@@ -252,13 +256,13 @@ class MemoryReplay(Distill):
     "Distillation from past copies of the student, MrKD. Wang et al. 2020, Algorithm 1; with `gamma`, MrKD-TC, eq. 16–17"
     def __init__(self,
         n_copies:int=3, # how many
-        interval=None, # epochs between refreshes; None: an eighth of the training, as the paper's 25 of 200
-        interval_steps=None, # or steps of the optimizer
-        alpha=.25, # soft share in [0,1], or a schedule; the paper takes .1 for 10 classes
-        tau=3., # temperature of both, or a schedule
+        interval:float|Fraction|None=None, # epochs between refreshes; None: an eighth of the training, as the paper's 25 of 200
+        interval_steps:float|Fraction|None=None, # or steps of the optimizer
+        alpha:float|Callable=.25, # soft share in [0,1], or a schedule; the paper takes .1 for 10 classes
+        tau:float|Callable=3., # temperature of both, or a schedule
         gamma:float|None=None, # teacher correction: probability of the labelled class, in (0,1)
         copy_dtype:torch.dtype|None=None, # precision of the copies; None: the student's
-        copy_device=None, # where they live: a device, a list to take in turn, or 'spread' over all GPUs; None: beside the student
+        copy_device:str|torch.device|list|None=None, # where they live: a device, a list to take in turn, or 'spread' over all GPUs; None: beside the student
         name:str|None=None, # needed for a second callback of the same class
     ):
         teacher = MemoryTeacher(n_copies, interval, interval_steps, copy_dtype, copy_device)

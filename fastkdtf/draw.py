@@ -9,6 +9,7 @@ __all__ = ['page_style', 'Markup', 'el', 'figure', 'Look', 'mark_shapes', 'Axis'
 
 # %% ../nbs/10a_draw.ipynb #56408665
 import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from html import escape
 
 import numpy as np
@@ -54,29 +55,35 @@ _marks = ['M-4.5 0A4.5 4.5 0 1 1 4.5 0A4.5 4.5 0 1 1 -4.5 0Z', 'M-4-4H4V4H-4Z', 
 class Look:
     "Colour, mark and line of each method, the same in every figure; grey for baselines, hollow and dotted for controls"
     def __init__(self,
-        names, # of the methods
-        baselines, # those of them that are grey
-        controls=(), # those that are matched controls
+        names:Iterable, # of the methods
+        baselines:Collection, # those of them that are grey
+        controls:Iterable=(), # those that are matched controls
     ):
         self.index = {n: i for i,n in enumerate(dict.fromkeys(n for n in names if n not in baselines))}
         self.controls = set(controls)
 
-    def colour(self, name): return f'--c:var(--k{self.index[name]%len(_colours)})' if name in self.index else '--c:var(--grey)'
+    def colour(self, name:str)->str: return f'--c:var(--k{self.index[name]%len(_colours)})' if name in self.index else '--c:var(--grey)'
 
-    def stroke(self, name): return 'line dashed' if name in self.controls else 'line'
+    def stroke(self, name:str)->str: return 'line dashed' if name in self.controls else 'line'
 
-    def mark(self, name, x, y, title=None, cls=''):
-        "The method's mark; `title` is what a pointer reads"
+    def mark(self,
+        name:str,
+        x:float|str,
+        y:float|str,
+        title:str|None=None, # what a pointer reads
+        cls:str='',
+    )->Markup:
+        "The method's mark"
         shape = self.index.get(name, 0)//len(_colours)%len(_marks)
         cls = ' '.join(['mark']+[cls]*bool(cls)+['hollow']*(name in self.controls))
         return el('use', title and el('title', title), href=f'#m{shape}', x=x, y=y, cls=cls, style=self.colour(name))
 
-    def named(self, name):
+    def named(self, name:str)->Markup:
         "The method's name after its line and mark"
         sample = el('svg', _line(self.stroke(name), 0, 26, 6, 6, self.colour(name)), self.mark(name, 13, 6), width=26, height=12, aria_hidden='true')
         return el('span', sample, name, cls='named')
 
-    def legend(self, names): return el('ul', [el('li', self.named(o)) for o in names], cls='legend')
+    def legend(self, names:Iterable)->Markup: return el('ul', [el('li', self.named(o)) for o in names], cls='legend')
 
 def mark_shapes()->Markup:
     "What `Look.mark` refers to, once a page"
@@ -87,7 +94,7 @@ def mark_shapes()->Markup:
 class Axis:
     "From values to shares of a length, with round ticks"
     def __init__(self,
-        values, # what it must hold; values that are not finite are passed over
+        values:Sequence|np.ndarray, # what it must hold; values that are not finite are passed over
         n:int=5, # ticks, about
         pad:float=.05, # room at both ends
         high:float|None=None, # cut here
@@ -100,7 +107,7 @@ class Axis:
         ticks = MaxNLocator(n, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(self.low, self.high)
         self.ticks = [(float(t), f'{round(t, 9)+0:.6g}') for t in ticks if self.low <= t <= self.high]
     def __call__(self, value): return (value-self.low)/(self.high-self.low)
-    def pct(self, value):      return f'{100*self(value):.2f}%'
+    def pct(self, value:float)->str: return f'{100*self(value):.2f}%'
 
 # %% ../nbs/10a_draw.ipynb #d9af026d
 def strips(
@@ -123,7 +130,7 @@ def panel(
     xlabel:str,
     ylabel:str,
     said:str, # what is read aloud
-    draw, # `draw(X, Y)` → marks; gets functions from values to places
+    draw:Callable, # `draw(X, Y)` → marks; gets functions from values to places
     width:int=340,
     height:int=230,
 )->Markup:
@@ -137,8 +144,8 @@ def panel(
     return el('svg', _text(2, 13, ylabel, 'start', 'label'), inner, cls='panel', viewBox=f'0 0 {width} {height}', role='img', aria_label=said)
 
 def curve_path(
-    xs, # places
-    ys, # places; not-a-number leaves a gap
+    xs:Iterable, # places
+    ys:Iterable, # places; not-a-number leaves a gap
 )->str:
     "A line as an SVG path"
     out,pen = [],'M'
@@ -150,7 +157,7 @@ def curve_path(
     return ''.join(out)
 
 def spread(
-    places, # of labels
+    places:Sequence, # of labels
     gap:float,
 )->list:
     "Places moved down to stand at least `gap` apart"

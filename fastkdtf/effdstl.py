@@ -8,10 +8,13 @@ Docs: https://fastkdtf.github.io/fastkdtf/effdstl.html.md"""
 __all__ = ['agreement', 'WatchedDistill', 'WSL', 'CKM']
 
 # %% ../nbs/06a_effdstl.ipynb #6c5e9a48
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from fastai.learner import Learner
+from torch import Tensor, nn
 
 from .core import *
 from .distill import Distill
@@ -40,7 +43,7 @@ class WatchedDistill(Distill):
     def _mean(self, name): return self.means[name].value
 
     @property
-    def columns(self): return {**super().columns, **{k: partial(self._mean, k) for k in self.fact_names}}
+    def columns(self)->dict: return {**super().columns, **{k: partial(self._mean, k) for k in self.fact_names}}
 
     def before_fit(self):
         self._new_means()
@@ -50,11 +53,11 @@ class WatchedDistill(Distill):
         super().before_train()
         self._new_means()
 
-    def sample_losses(self, step, ignore_index=-100):
+    def sample_losses(self, step:Step, ignore_index:int=-100)->Tensor:
         if not step.y.is_floating_point(): self.seen.append((step, step.y != ignore_index))
         return super().sample_losses(step, ignore_index)
 
-    def term(self, labels):
+    def term(self, labels:list)->tuple:
         self.seen = []
         out = super().term(labels)
         with torch.no_grad():
@@ -75,9 +78,9 @@ class WSL(WatchedDistill):
     "Distillation weighted sample by sample. Zhou et al. 2021; stage 1 of Song et al. 2023"
     fact_names = 'weight','correct','student_ahead','agreement'
     def __init__(self,
-        teacher, # as `as_teacher` takes it: a network, a `Learner`, a path, a name that timm knows; or any teacher
-        beta=2.5, # weight of the soft term, or a schedule
-        tau=2., # temperature of both, or a schedule
+        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        beta:float|Callable=2.5, # weight of the soft term, or a schedule
+        tau:float|Callable=2., # temperature of both, or a schedule
         weight_tau:float=1., # temperature of the cross-entropies that a sample's weight is made of
         name:str|None=None, # needed for a second callback of the same class
     ):
@@ -88,14 +91,14 @@ class WSL(WatchedDistill):
     @classmethod
     def published(cls,
         setting:str, # a key of `wsl_settings`: 'wsl' | 'wsl-cifar100' | 'effdstl'
-        teacher, # as `as_teacher` takes it
+        teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
         **kwargs # what is to differ
-    ):
+    )->'WSL':
         "The method as it was published, but for the learner's loss"
         given = {k: v for k,v in wsl_settings[check_choice('setting', setting, tuple(wsl_settings))].items() if k != 'smoothing'}
         return cls(teacher, **{**given, **kwargs})
 
-    def facts(self, step):
+    def facts(self, step:Step)->dict:
         return dict(weight=self.sample_weight(step), correct=Correct()(step), student_ahead=StudentAhead()(step), agreement=agreement(step))
 
 # %% ../nbs/06a_effdstl.ipynb #8c73d32e
@@ -103,9 +106,9 @@ class CKM(WatchedDistill):
     "Consistent knowledge mining: what the label says where the teacher is right and the student surer, else what the teacher says. Song et al. 2023, §5.1"
     fact_names = 'mined','correct','student_ahead','agreement'
     def __init__(self,
-        teacher, # as `as_teacher` takes it: a network, a `Learner`, a path, a name that timm knows; or any teacher
-        tau_teacher=.7, # the teacher's temperature, or a schedule
-        tau_student=1., # the student's, or a schedule
+        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        tau_teacher:float|Callable=.7, # the teacher's temperature, or a schedule
+        tau_student:float|Callable=1., # the student's, or a schedule
         smooth_to:float=.99, # probability of the labelled class where the rule applies, in (0,1]
         name:str|None=None, # needed for a second callback of the same class
     ):
@@ -115,6 +118,6 @@ class CKM(WatchedDistill):
         super().__init__(teacher, (0., 1.), (tau_teacher, tau_student), scale=1, loss='ce', rewrite=rule, name=name)
         self.settings = dict(teacher=self.teacher, tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)
 
-    def facts(self, step):
+    def facts(self, step:Step)->dict:
         correct,ahead = Correct()(step),StudentAhead()(step)
         return dict(mined=correct & ahead, correct=correct, student_ahead=ahead, agreement=agreement(step))

@@ -8,10 +8,11 @@ Docs: https://fastkdtf.github.io/fastkdtf/experiment.html.md"""
 __all__ = ['set_sizes', 'scaled', 'RecipeCampaign', 'DistributedLearner', 'distributed_learner', 'recipe_entries',
            'recipe_campaign', 'Plan', 'RecipeRuns', 'Job', 'RunsFailed', 'run_recipes']
 
-# %% ../nbs/21_experiment.ipynb #9466d273
+# %% ../nbs/21_experiment.ipynb #c239bfb2
 import os
 import traceback
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -21,15 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
-from fastai.distributed import num_distrib, rank_distrib
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import noop
 from fastcore.foundation import L
 from fastprogress.fastprogress import progress_bar
 
 from .core import *
 from .measure import keep_freed_memory
-from .recipes import recipe as recipe_of
+from .recipes import Recipe, recipe as recipe_of
 from .reproduction import Reproduction
 from .runs import Ledger, run_environment
 from .stages import with_batch_size
@@ -44,7 +46,7 @@ def _of(n, full, what): return f'{n:,} {what}' if n == full else f'{n:,} of {ful
 def _least(recipe): return 2 if recipe.method_name == 'EffDstl' else 1   # an epoch for each stage
 
 def scaled(
-    recipe, # as `recipe` returns it
+    recipe:Recipe, # as `recipe` returns it
     scale:float=1., # share of epochs and training images, in (0,1]
     epochs:int|None=None, # epochs, whatever `scale` says
     n_train:int=50_000, # training images there are
@@ -65,7 +67,12 @@ class RecipeCampaign(Campaign):
         if rank_distrib(): self.store.keep = noop
         return super()._train(run, cbs)
 
-    def train(self, name, seed, wait=True, cbs=()):
+    def train(self,
+        name:str,
+        seed:int,
+        wait:bool=True,
+        cbs:Iterable=(),
+    )->dict|None:
         "As `Campaign.train`; of several processes of one run the first decides, and alone writes"
         if num_distrib() < 2: return super().train(name, seed, wait, cbs)
         run,first = self.runs[name, seed],not rank_distrib()
@@ -79,14 +86,15 @@ class RecipeCampaign(Campaign):
                 torch.distributed.barrier()
             return self._known(run) if todo[1] else None
 
-# %% ../nbs/21_experiment.ipynb #8dc27bda
+# %% ../nbs/21_experiment.ipynb #a6e3cae0
 class DistributedLearner(Learner):
     "A `Learner` that trains in all processes of `accelerate launch`"
     def fit(self, *args, **kwargs):
+        import fastai.distributed   # brings `distrib_ctx`, and a tenth of a second
         with self.distrib_ctx(sync_bn=False): super().fit(*args, **kwargs)
         if rank_distrib(): self.remove_cb(ProgressCallback)   # which fastai adds when it is done
 
-def distributed_learner(dls, model, **kwargs):
+def distributed_learner(dls:DataLoaders, model:torch.nn.Module, **kwargs)->DistributedLearner:
     "A `DistributedLearner` with an equal share of each batch"
     n = num_distrib()
     if dls.bs%n: raise ValueError(f'batches of {dls.bs} cannot be shared out equally among {n} processes')
@@ -96,7 +104,7 @@ def distributed_learner(dls, model, **kwargs):
 def _about(images, network): return dict(data=images if images in set_sizes else Path(images).stem, arch=network)
 
 def recipe_entries(
-    recipe, # as `recipe` returns it
+    recipe:Recipe, # as `recipe` returns it
     n_classes:int,
     n_epoch:int, # of the recipe's own network; others' are in proportion
     data:str|None=None, # other images than the recipe's
@@ -134,15 +142,15 @@ def recipe_entries(
     return entries
 
 def recipe_campaign(
-    recipe, # as `recipe` returns it
-    dls, # as its `dataloaders` makes them
-    seeds, # how many, or a list of seeds
+    recipe:Recipe, # as `recipe` returns it
+    dls:DataLoaders, # as its `dataloaders` makes them
+    seeds:int|Sequence, # how many, or a list of seeds
     n_epoch:int, # epochs of the recipe's own network
-    out=None, # folder to keep runs in and go on from; None keeps nothing
+    out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
     controls:bool=True, # matched controls, and for Tf-KD_self training twice as long
     settings:dict|None=None, # of the method, to differ from the recipe's
     data:str|None=None, # other images than the recipe's
-    learner=Learner, # makes a learner from loaders, model and `metrics`
+    learner:Callable=Learner, # makes a learner from loaders, model and `metrics`
 )->Campaign:
     "The runs of a recipe. Recipes that need the same network find it trained in the same folder"
     entries = recipe_entries(recipe, dls.c, n_epoch, data, controls, **(settings or {}))
@@ -168,7 +176,7 @@ class RecipeRuns:
     def __init__(self,
         plan:Plan,
         loaders:dict, # those made already
-        learner=Learner,
+        learner:Callable=Learner,
     ):
         self.plan,self.recipe = plan,recipe_of(plan.id)
         r,self.data = self.recipe,plan.data or self.recipe.data
@@ -231,7 +239,7 @@ class Job:
     def train(self,
         retries:int, # how often to try again
         wait:bool=True, # for another process that trains it
-        cbs=(), # further callbacks, which change nothing
+        cbs:Iterable=(), # further callbacks, which change nothing
     )->str|None: # what went wrong; '' if it is finished, None if another process has it or what it needs
         "Train it, going on from its checkpoint, and write down every failure"
         for attempt in range(retries+1):
@@ -242,7 +250,7 @@ class Job:
                 self.failed(why, attempt+1, traceback.format_exc())
         return why
 
-    def failed(self, why, attempt, trace=''):
+    def failed(self, why:str, attempt:int, trace:str=''):
         now = datetime.now(timezone.utc).isoformat()
         Ledger(Path(self.runs.plan.out)/'failures.jsonl').append(dict(key=f"{self.run['key']}/{now}", run=self.run['key'], recipe=self.runs.plan.id,
             name=self.name, seed=self.seed, attempt=attempt, error=why, traceback=trace, date=now))
@@ -322,20 +330,20 @@ def _join(engine):
 
 class RunsFailed(RuntimeError):
     "Nothing can be compared, because of `failures`"
-    def __init__(self, message, failures):
+    def __init__(self, message:str, failures:list):
         super().__init__(message)
         self.failures = failures
 
 def run_recipes(
-    ids, # of recipes, such as 'yuan2019/T8/MobileNetV2/TfKD_reg', or a list of them
-    seeds=3, # how many, or a list of seeds
+    ids:str|Iterable, # of recipes, such as 'yuan2019/T8/MobileNetV2/TfKD_reg', or a list of them
+    seeds:int|Sequence=3, # how many, or a list of seeds
     epochs:int|None=None, # of the recipes' own networks; None: the paper's, times `scale`
     scale:float=1., # share of epochs and training images, in (0,1]
     data:str|None=None, # train on other images than the recipe's, as `kd_dataloaders` takes them
-    path=None, # the data set's files
-    out='kd_runs', # folder to keep runs in and go on from
+    path:str|Path|None=None, # the data set's files
+    out:str|Path='kd_runs', # folder to keep runs in and go on from
     engine:str='local', # 'local': one run after the other, here; 'ray': as many at once as the cluster has room for
-    device=None, # where they are trained; None: the GPU if there is one
+    device:str|torch.device|None=None, # where they are trained; None: the GPU if there is one
     controls:bool=True, # matched controls, and for Tf-KD_self training twice as long
     retries:int=1, # how often a failed run is tried again
     gpus:float|None=None, # of Ray's, for each run: a share lets runs share one; None: 1, or none where there are none

@@ -10,12 +10,15 @@ __all__ = ['exploration_subsets', 'SoftOnly', 'exploration_schemes', 'Exploratio
 
 # %% ../nbs/12c_explore.ipynb #662a9c25
 import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import get_model
 from torch import Tensor, nn
@@ -32,17 +35,17 @@ class SoftOnly(WatchedDistill):
     "Cross-entropy to a teacher's target and nothing else, as in MEAL V2; shows the accuracy on the training batches"
     fact_names = 'train_accuracy',
     def __init__(self,
-        teacher, # as `as_teacher` takes it
-        rewrite=(), # one or several `(softened target, step) → target`
+        teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
+        rewrite:Callable|Iterable=(), # one or several `(softened target, step) → target`
         name:str|None=None, # needed for a second callback of the same class
     ):
         super().__init__(teacher, (0., 1.), 1., scale=1, loss='ce', rewrite=rewrite, name=name)
         self.settings = dict(teacher=self.teacher, rewrite=rewrite)
 
-    def facts(self, step): return dict(train_accuracy=step.z.argmax(1) == step.y)
+    def facts(self, step:Step)->dict: return dict(train_accuracy=step.z.argmax(1) == step.y)
 
 def exploration_schemes(
-    strong=None, # the strong teacher, for 'full', 'partial' and 'confidence'
+    strong:nn.Module|Learner|Callable|str|Path|None=None, # the strong teacher, for 'full', 'partial' and 'confidence'
     smooth_to:float|None=None, # eq. 3's `t`, for 'label smoothing'
     delta:float|None=None, # δ, for 'teacher amplification' and 'student amplification'
 )->dict: # name → function of a subset that makes the rewrite
@@ -94,7 +97,7 @@ class Exploration(Comparison):
         t = pd.DataFrame(rows, columns=['scheme', 'subset', 'normalised'])
         return t.pivot(index='scheme', columns='subset', values='normalised').loc[t.scheme.unique(), t.subset.unique()]
 
-    def plot_schemes(self, ax=None):
+    def plot_schemes(self, ax:plt.Axes|None=None)->plt.Axes:
         "Normalised accuracy by scheme, a dot for each run, coloured by subset. Song et al. 2023, Fig. 5 and 6"
         if ax is None: ax = plt.subplots(figsize=(8, 4), layout='constrained')[1]
         schemes,subsets = list(self.grid.index),list(self.grid.columns)
@@ -108,9 +111,9 @@ class Exploration(Comparison):
         return ax
 
     def plot_overfitting(self,
-        names=None, # which entries; None: all
-        axs=None,
-    ):
+        names:Iterable|None=None, # which entries; None: all
+        axs:np.ndarray|list|None=None,
+    )->np.ndarray|list:
         "Training and validation accuracy by epoch, mean over seeds. Song et al. 2023, Fig. 8"
         if axs is None: axs = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout='constrained')[1]
         for ax,column,title in zip(axs, ('train_accuracy', 'accuracy'), ('training batches', 'validation')):
@@ -121,7 +124,7 @@ class Exploration(Comparison):
         axs[1].legend(fontsize='small')
         return axs
 
-    def save(self, out):
+    def save(self, out:str|Path)->Path:
         "As `Comparison.save`, and `schemes.csv` and `schemes.png`"
         out = super().save(out)
         if self.rewritten:
@@ -133,17 +136,17 @@ class Exploration(Comparison):
 
 # %% ../nbs/12c_explore.ipynb #826ec789
 def explore(
-    weak, # a network, a `Learner`, a path, a name that timm knows; or any teacher
-    strong, # likewise, and better
-    dls, # with a third loader, `.test`, that is what is reported; else the validation set
-    model_fn, # makes the student; called once a run, with the run's seed set
+    weak:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+    strong:nn.Module|Learner|Callable|str|Path, # likewise, and better
+    dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
+    model_fn:Callable, # makes the student; called once a run, with the run's seed set
     n_epoch:int, # epochs of each run
     schemes:dict, # name → function of a subset that makes the rewrite, such as `exploration_schemes` returns
     subsets:dict=exploration_subsets, # name → subset; None for all samples
-    seeds=3, # how many, or a list of seeds
+    seeds:int|Sequence=3, # how many, or a list of seeds
     fit:str='fit_one_cycle', # training method of the learner
     lr:float|None=None, # learning rate; None: the learner's own
-    out=None, # folder to keep runs in and go on from; None keeps nothing
+    out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
 )->Exploration:
     "Train students of a weak teacher, of a strong one, and of the weak one rewritten by each scheme on each subset. Song et al. 2023, §4.1–4.2"
     if not isinstance(schemes, dict) or not schemes: raise TypeError(f'schemes must be a dict such as exploration_schemes(strong) returns, got {schemes!r}')
@@ -160,7 +163,7 @@ def fgsm(
     x:Tensor, # inputs `[N,…]`
     y:Tensor, # integer labels `[N]`
     eps:float, # size of the step, 0 or more
-    norm='inf', # what is `eps` long: 'inf' | 2
+    norm:str|int='inf', # what is `eps` long: 'inf' | 2
 )->Tensor: # inputs, changed
     "Adversarial examples by one step along the gradient of the loss"
     check_number('eps', eps, '[0,inf)')
@@ -182,7 +185,7 @@ class ConfidenceChange:
     def __init__(self,
         changes:pd.DataFrame, # a row a sample and network: `network`, `group`, `change`
         eps:float, # size of the step
-        norm, # in which norm
+        norm:str|int, # in which norm
     ): self.changes,self.eps,self.norm = changes,eps,norm
 
     @property
@@ -191,7 +194,7 @@ class ConfidenceChange:
         t = self.changes.groupby(['network', 'group'], sort=False).change.agg(['mean', 'count']).unstack('group')
         return t.loc[self.changes.network.unique()]
 
-    def plot(self, axs=None):
+    def plot(self, axs:np.ndarray|list|None=None)->np.ndarray|list:
         "Histograms of the change. Song et al. 2023, Fig. 7"
         names = list(self.changes.network.unique())
         if axs is None: axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 3), sharey=True, layout='constrained', squeeze=False)[1][0]
@@ -213,14 +216,14 @@ def _network(o):
     return o
 
 def confidence_change(
-    teacher, # whose gradients are followed: a module, a `Learner` or a `NetworkTeacher`
-    student, # likewise; the subset depends on it
-    dl, # batches of inputs and integer labels
+    teacher:nn.Module|Learner|NetworkTeacher, # whose gradients are followed
+    student:nn.Module|Learner|NetworkTeacher, # likewise; the subset depends on it
+    dl:Iterable, # batches of inputs and integer labels
     eps:float, # size of the step, in units of the networks' inputs
-    norm='inf', # 'inf' | 2
+    norm:str|int='inf', # 'inf' | 2
     others:dict|None=None, # further networks, by name, such as one that was not distilled
     n:int=1000, # samples of each group, at random; fewer if there are not so many
-    on=Regularization() & Correct(), # which samples are manipulated; the others are kept
+    on:Callable=Regularization() & Correct(), # which samples are manipulated; the others are kept
     tau:tuple=(1., 1.), # temperatures of teacher and student in `on`
     seed:int=0, # of the choice
 )->ConfidenceChange:

@@ -8,7 +8,10 @@ Docs: https://fastkdtf.github.io/fastkdtf/interpret.html.md"""
 __all__ = ['plot_soft_targets', 'WatchTargets', 'reliability', 'evaluate']
 
 # %% ../nbs/10_interpret.ipynb #067040fd
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -19,13 +22,13 @@ from .distill import Distill
 
 # %% ../nbs/10_interpret.ipynb #fb65dd2e
 def plot_soft_targets(
-    teacher, # any `step → logits`, `VirtualTeacher()` for one
+    teacher:Callable, # any `step → logits`, `VirtualTeacher()` for one
     n_classes:int=10,
     taus:tuple=(1, 5, 20), # temperatures, a panel each
     y:int=0, # the labelled class
     xb:Tensor|None=None, # one image `[1,…]` for a teacher that looks at it
-    axs=None, # axes to draw on, one a temperature
-): # the axes
+    axs:np.ndarray|list|None=None, # axes to draw on, one a temperature
+)->np.ndarray|list:
     "A teacher's softened distribution at several temperatures, beside the uniform one. Yuan et al. 2020, Fig. 3 and 7"
     if axs is None: axs = plt.subplots(1, len(taus), figsize=(3*len(taus), 2.4), layout='constrained', squeeze=False)[1][0]
     label = torch.tensor([y])
@@ -64,7 +67,7 @@ class WatchTargets(Callback):
             target = target.dense(y, z.shape[1]) if isinstance(target, TwoValued) else target
             self.seen[cb.name] = step.p[0].cpu(),target.reshape(-1, z.shape[1]).mean(0).cpu()
 
-    def plot(self):
+    def plot(self)->np.ndarray:
         "The student's softened distribution above, the target below, a column for each method (orange: the labelled class)"
         if not self.seen: raise ValueError('nothing was seen yet: give this callback to a fit with a method')
         axs = plt.subplots(2, len(self.seen), figsize=(3.2*len(self.seen), 4), layout='constrained', squeeze=False, sharey='col')[1]

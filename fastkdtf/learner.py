@@ -8,9 +8,11 @@ Docs: https://fastkdtf.github.io/fastkdtf/learner.html.md"""
 __all__ = ['compare']
 
 # %% ../nbs/12_learner.ipynb #2209335c
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -33,18 +35,18 @@ from .training import *
 def compare(
     methods:dict, # name → None (the baseline), callback class, function that makes a callback, callback, `Stage`, or a list of these
     dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
-    model_fn, # makes the model; called once a run, with the run's seed set
+    model_fn:Callable, # makes the model; called once a run, with the run's seed set
     n_epoch:int, # epochs of each run
-    seeds=3, # how many, or a list of seeds
-    fit='fit_one_cycle', # training method of the learner: 'fit' | 'fit_one_cycle' | …; or a function `(learn, n_epoch, cbs)`
+    seeds:int|Sequence=3, # how many, or a list of seeds
+    fit:str|Callable='fit_one_cycle', # training method of the learner: 'fit' | 'fit_one_cycle' | …; or a function `(learn, n_epoch, cbs)`
     controls:bool=True, # train the matched controls too
-    out=None, # folder to keep runs in and go on from; None keeps nothing
+    out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
     lr:float|None=None, # learning rate; None: the learner's own
     baseline:str='baseline', # the method that others are held against; added if it is missing
     settings:dict|None=None, # anything else that identifies these runs, written into their records: `dict(data=…, arch=…)`
-    loss_func=None, # the learner's loss; None: the data's
-    opt_func=Adam, # the learner's optimizer
-    learner=Learner, # makes the learner from loaders, model, `metrics`, `loss_func` and `opt_func`
+    loss_func:Callable|None=None, # the learner's loss; None: the data's
+    opt_func:Callable=Adam, # the learner's optimizer
+    learner:Callable=Learner, # makes the learner from loaders, model, `metrics`, `loss_func` and `opt_func`
 )->Comparison:
     "Train a network with each method and its matched controls over several seeds, from the same weights on the same batches"
     if not isinstance(methods, dict) or not methods: raise TypeError(f"methods must be a dict from names to methods, such as {{'LsrKD': LsrKD}}, got {methods!r}")

@@ -10,6 +10,7 @@ __all__ = ['Records', 'blank_records', 'to_records', 'image_tensor', 'Categorize
 
 # %% ../nbs/03b_loader.ipynb #3e68eda6
 import hashlib, operator, re
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from types import FunctionType
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from PIL import Image
 class Records(np.ndarray):
     "An array of records. fastai and fastcore take rows of a table from its `iloc`, which is the array itself."
     @property
-    def iloc(self): return self
+    def iloc(self) -> 'Records': return self
 
 # %% ../nbs/03b_loader.ipynb #ea118bc6
 def blank_records(
@@ -47,7 +48,7 @@ def to_records(
     return recs
 
 # %% ../nbs/03b_loader.ipynb #eb5ee559
-def image_tensor(o:np.void|np.ndarray|Image.Image|Tensor|str|Path):
+def image_tensor(o:np.void|np.ndarray|Image.Image|Tensor|str|Path) -> TensorImage:
     "`TensorImage` (uint8, `[3,H,W]`) of a record, a PIL image, an array or tensor (`[H,W]` or `[H,W,3]`, uint8) or an image file."
     if isinstance(o, np.void): return TensorImage(torch.from_numpy(o['image'].copy()))
     if isinstance(o, TensorImage) and o.ndim==3 and o.shape[0]==3: return o
@@ -60,7 +61,7 @@ def image_tensor(o:np.void|np.ndarray|Image.Image|Tensor|str|Path):
 # %% ../nbs/03b_loader.ipynb #bb47ae94
 class CategorizeRecord(Categorize):
     "fastai's `Categorize` over a fixed list of names, in its order, which also takes the label of a record."
-    def __init__(self, vocab): super().__init__(vocab, sort=False)
+    def __init__(self, vocab:Iterable): super().__init__(vocab, sort=False)
     def encodes(self, o:np.void): return TensorCategory(int(o['label']))
 
 # %% ../nbs/03b_loader.ipynb #879c801b
@@ -125,7 +126,7 @@ class Augment:
     def __repr__(self): return f"Augment(flip={self.flip}, pad={self.pad}, rotate={self.rotate:g}, views={self.views}, seed={self.seed})"
 
     def draw(self,
-        rng, # `random.Random`
+        rng:random.Random,
         n:int # Batch size
     ) -> Tensor: # int64 `[n]`, on the CPU
         "Views for `n` samples"
@@ -133,8 +134,8 @@ class Augment:
         return torch.from_numpy((bits>>np.uint64(2)).astype(np.int64) if self.views is None else _below(bits, self.views))
 
     def params(self,
-        idx,  # Index of each sample in its data set, int64 `[N]`
-        view  # Its view, int64 `[N]`
+        idx:Tensor|np.ndarray, # Index of each sample in its data set, int64 `[N]`
+        view:Tensor|np.ndarray # Its view, int64 `[N]`
     ) -> AugmentParams:
         "What is done to view `view` of sample `idx`"
         key = _bits(self.seed, np.asarray(idx), np.asarray(view))
@@ -183,7 +184,7 @@ class BatchInfo(NamedTuple):
     view:Tensor # View of `Augment`, int64 `[N]`, on the CPU; zeros where nothing is augmented
 
 def batch_info(
-    dl # The loader of a fastai learner (`learn.dl`)
+    dl:DataLoader # Of a fastai learner (`learn.dl`)
 ) -> BatchInfo|None:
     "The `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
     attrs = getattr(dl, '__dict__', {})
@@ -191,7 +192,7 @@ def batch_info(
 
 class Gave:
     "Stands for a loader that gave the batch of this `BatchInfo` last, for batches that were kept"
-    def __init__(self, info): self._last = info
+    def __init__(self, info:BatchInfo|None): self._last = info
 
 # %% ../nbs/03b_loader.ipynb #4a73d90a
 class _Tag:
@@ -225,33 +226,33 @@ class IndexedDL:
         super().before_iter()
         self._last = None
 
-    def do_item(self, s):
+    def do_item(self, s:int|None):
         res = super().do_item(s)
         if res is not None: self.__dict__.setdefault('_fetched', []).append(s or 0)
         return res
 
-    def do_batch(self, b):
+    def do_batch(self, b:list):
         fetched = self.__dict__.pop('_fetched', [])
         self._idx = fetched[-len(b):] if len(fetched)>=len(b) else None
         return super().do_batch(b)
 
-    def create_batches(self, samps):
+    def create_batches(self, samps:Iterable) -> Iterator:
         for b in super().create_batches(samps): yield b, _Tag(self.__dict__.pop('_idx', None))
 
-    def untag(self, b, tag):
+    def untag(self, b:list|tuple, tag:_Tag):
         "The batch without its indices, which `batch_info` gives from now on"
         if type(b) is list and self.pin_memory: b = tuple(b) # PyTorch makes lists of pinned tuples
         idx = None if tag.idx is None else torch.as_tensor(np.asarray(tag.idx, dtype=np.int64))
         return self.keep(b, idx, None)
 
-    def keep(self, b, idx, view):
+    def keep(self, b:list|tuple, idx:Tensor|None, view:Tensor|None):
         self._last = None if idx is None else BatchInfo(idx, torch.zeros_like(idx) if view is None else view)
         return b
 
     def batch_of(self,
-        idx,       # Which samples, int64 `[N]`
-        view=None  # Which view of each, as `batch_info` gave it (None: not augmented)
-    ): # What training gets, on the loader's device
+        idx:Tensor|np.ndarray,           # Which samples, int64 `[N]`
+        view:Tensor|np.ndarray|None=None # Which view of each, as `batch_info` gave it (None: not augmented)
+    ) -> tuple: # What training gets, on the loader's device
         "The batch of samples `idx` again. `batch_info` stays as it is."
         super().before_iter() # sets training or validation for the transforms
         b = self.augmented(self._raw([int(o) for o in idx]), idx, view)
@@ -264,7 +265,7 @@ class IndexedDL:
         b = super().do_batch([super(IndexedDL, self).do_item(i) for i in idx])
         return b if self.device is None else to_device(b, self.device)
 
-    def augmented(self, b, idx, view): return b
+    def augmented(self, b:list|tuple, idx:Tensor|np.ndarray, view:Tensor|np.ndarray|None): return b
 
 # %% ../nbs/03b_loader.ipynb #d361c4ab
 class RecordDL(IndexedDL, TfmdDL):
@@ -274,7 +275,7 @@ class RecordDL(IndexedDL, TfmdDL):
     `after_item` or `before_batch` transform, take fastai's way through single items. On a GPU the images are kept there."""
     max_kept = 2**31 # Bytes: a larger set stays in main memory and sends its batches
     def __init__(self,
-        dataset,              # `Datasets` over `Records`, or over what `image_tensor` accepts
+        dataset:Datasets,     # Over `Records`, or over what `image_tensor` accepts
         augment:Augment=None, # Only where the data set's `split_idx` is 0, as for fastai's own augmentation
         **kwargs              # `TfmdDL`'s
     ):
@@ -282,7 +283,7 @@ class RecordDL(IndexedDL, TfmdDL):
         self.augment = augment
         super().__init__(dataset, **kwargs)
 
-    def new(self, dataset=None, cls=None, **kwargs):
+    def new(self, dataset:Datasets|None=None, cls:type|None=None, **kwargs) -> 'RecordDL':
         augment = kwargs.pop('augment', self.augment)
         res = super().new(dataset, cls, **kwargs)
         res.augment = augment
@@ -291,12 +292,12 @@ class RecordDL(IndexedDL, TfmdDL):
     def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_kept','_last')}
 
     @property
-    def augments(self):
+    def augments(self) -> bool:
         "Does it augment now? Training sets only, and `learn.tta`"
         return bool(self.augment) and getattr(self.dataset, 'split_idx', None)==0
 
     @property
-    def whole(self):
+    def whole(self) -> bool:
         "Are batches cut whole?"
         return isinstance(getattr(self.dataset, 'items', None), Records) and bool(self.bs) and not (self.after_item.fs or self.before_batch.fs)
 
@@ -304,11 +305,11 @@ class RecordDL(IndexedDL, TfmdDL):
         super().before_iter()
         self._view_rng = random.Random(self.rng.getrandbits(64)) if self.augments else None
 
-    def create_batches(self, samps):
+    def create_batches(self, samps:Iterable) -> Iterator:
         if not self.whole: yield from super().create_batches(samps); return
         for idx in map(torch.tensor, chunked(samps, self.bs, self.drop_last)): yield idx, _Tag(idx, cut=True)
 
-    def untag(self, b, tag):
+    def untag(self, b:list|tuple|Tensor, tag:_Tag):
         if tag.idx is None: return super().untag(b, tag)
         idx = torch.as_tensor(tag.idx)
         if tag.cut: b = self._cut(b, idx)
@@ -317,7 +318,7 @@ class RecordDL(IndexedDL, TfmdDL):
         view = None if rng is None else self.augment.draw(rng, len(idx))
         return self.keep(self.augmented(b, idx, view), idx, view)
 
-    def augmented(self, b, idx, view):
+    def augmented(self, b:list|tuple, idx:Tensor|np.ndarray, view:Tensor|np.ndarray|None):
         if view is None or not self.augments: return b
         x,*y = b
         return self.augment(x.as_subclass(Tensor), idx, view).as_subclass(TensorImage), *y
@@ -359,8 +360,8 @@ def _check_indexable(dl, i):
         raise ValueError(f"loader {i} is an LMDataLoader, which cuts its texts anew every epoch: an index doesn't name a sample")
 
 def with_index(
-    dls # fastai `DataLoaders`
-): # `dls` itself
+    dls:DataLoaders
+) -> DataLoaders: # `dls` itself
     "Make `batch_info` work for any fastai `DataLoaders`, in place: with workers, shuffling, weights and several processes. Batches stay what they were."
     for i,dl in enumerate(dls.loaders):
         if isinstance(dl, IndexedDL): continue
@@ -447,8 +448,8 @@ _unrecorded = ("a teacher's outputs for it can't be kept. Take it out (Resize(â€
 
 # %% ../nbs/03b_loader.ipynb #b25582b6
 def loader_identity(
-    dl,       # A `RecordDL`, or a loader after `with_index`
-    n:int=8   # So many samples are fetched, three times, to see that they are the same
+    dl:DataLoader, # A `RecordDL`, or a loader after `with_index`
+    n:int=8        # So many samples are fetched, three times, to see that they are the same
 ) -> str: # 32 hex digits
     """A name for what `dl` gives for an index and a view: data set, transforms, augmentation, normalisation; the same in every process.
 

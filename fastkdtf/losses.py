@@ -70,7 +70,7 @@ class LabelSmoothingKDLoss(LabelOnlyLoss):
         self.settings = dict(alpha=alpha, variant=variant)
         self.cross_entropy = variant == 'official'
 
-    def parts(self, n_classes):
+    def parts(self, n_classes:int)->tuple:
         if self.variant == 'official': return 0., 1., 1., TwoValued(1-self.alpha, self.alpha/(n_classes-1))
         return 1-self.alpha, self.alpha, 1., TwoValued(1/n_classes, 1/n_classes)
 
@@ -88,7 +88,7 @@ class LsrKDLoss(LabelOnlyLoss):
         self.gamma = gamma if gamma is None else check_number('gamma', gamma, '(0,1)')
         self.settings = dict(alpha=alpha, tau=tau, gamma=gamma)
 
-    def parts(self, n_classes):
+    def parts(self, n_classes:int)->tuple:
         on = 1/n_classes if self.gamma is None else self.gamma
         return 1-self.alpha, self.alpha*self.tau, self.tau, TwoValued(on, (1-on)/(n_classes-1))
 
@@ -99,7 +99,7 @@ class TfKDRegLoss(LabelOnlyLoss):
         alpha:float=.1, # weight of the soft term, in [0,1]
         tau:float=20., # temperature
         correct_prob:float=.99, # the virtual teacher's probability `a` of the labelled class, in (0,1)
-        scale='tau2', # factor of the soft term: 1 (eq. 9 as printed) | 'tau' | 'tau2' | a number
+        scale:float|str='tau2', # factor of the soft term: 1 (eq. 9 as printed) | 'tau' | 'tau2' | a number
         variant:str='paper', # 'paper', or 'official': the authors' CIFAR-100 code
         multiplier:float=1., # the authors' factor; only with 'official'
         **kwargs # `axis`, `reduction`, `ignore_index`
@@ -110,7 +110,7 @@ class TfKDRegLoss(LabelOnlyLoss):
         self.variant,self.multiplier = check_variant(variant, multiplier)
         self.settings = dict(alpha=alpha, tau=tau, correct_prob=correct_prob, scale=scale, variant=variant, multiplier=multiplier)
 
-    def parts(self, n_classes):
+    def parts(self, n_classes:int)->tuple:
         tau = 1. if self.variant == 'official' else self.tau
         soft = self.alpha*soft_scale(self.scale, tau, n_classes, self.variant, self.multiplier)
         return 1-self.alpha, soft, tau, virtual_logits(self.correct_prob, n_classes, self.variant).soften(self.tau, n_classes)
@@ -137,7 +137,7 @@ class KDLoss(TeacherLoss):
     def __init__(self,
         alpha:float=.9, # weight of the soft term, in [0,1]
         tau:float=4., # temperature of both
-        scale='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number
+        scale:float|str='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number
         variant:str='paper', # 'paper', or 'official': Yuan et al.'s code, which averages over classes too
         multiplier:float=1., # the authors' factor; only with 'official'
         **kwargs # `axis`, `reduction`, `ignore_index`
@@ -151,7 +151,7 @@ class KDLoss(TeacherLoss):
         "The factor of the soft loss, all in all"
         return self.alpha*soft_scale(self.scale, self.tau, n_classes, self.variant, self.multiplier)
 
-    def sample_losses(self, step):
+    def sample_losses(self, step:Step)->Tensor:
         loss = self.soft_weight(step.n_classes)*soft_target_loss(step.z, step.pt, self.tau)
         return loss + label_loss(step.z, step.y, hard=1-self.alpha, soft=0., ignore_index=self.ignore_index) if self.alpha < 1 else loss
 
@@ -186,11 +186,11 @@ class WSLLoss(TeacherLoss):
     def published(cls,
         setting:str, # a key of `wsl_settings`: 'wsl' | 'wsl-cifar100' | 'effdstl'
         **kwargs # what is to differ; `axis`, `reduction`, `ignore_index`
-    ):
+    )->'WSLLoss':
         "The loss as it was published"
         return cls(**{**wsl_settings[check_choice('setting', setting, tuple(wsl_settings))], **kwargs})
 
-    def sample_losses(self, step):
+    def sample_losses(self, step:Step)->Tensor:
         soft = self.weight(step)*soft_target_loss(step.z, step.pt, self.tau, entropy=False)
         uniform = TwoValued(1/step.n_classes, 1/step.n_classes)
         hard = label_loss(step.z, step.y, uniform, hard=1-self.smoothing, soft=self.smoothing, entropy=False, ignore_index=self.ignore_index)
@@ -218,7 +218,7 @@ class CKMLoss(TeacherLoss):
         self.rewrite = SmoothTo(check_number('smooth_to', smooth_to, '(0,1]'), on=Correct() & StudentAhead())
         self.settings = dict(tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)
 
-    def sample_losses(self, step): return soft_target_loss(step.z, self.rewrite(step.pt, step), self.tau[1], entropy=False)
+    def sample_losses(self, step:Step)->Tensor: return soft_target_loss(step.z, self.rewrite(step.pt, step), self.tau[1], entropy=False)
 
     def describe(self,
         n_classes:int, # number of classes

@@ -11,6 +11,7 @@ __all__ = ['interleaved_times', 'median_ratio', 'peak_memory', 'keep_freed_memor
 import ctypes
 import os
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
@@ -57,7 +58,7 @@ def _silent_stderr():
 
 # %% ../nbs/00b_measure.ipynb #cac5647c
 def peak_memory(
-    f, # function without arguments
+    f:Callable, # without arguments
     device:str|torch.device='cpu',
 )->int: # bytes
     "Largest amount of memory that tensors allocated during `f` held at once, beyond what was held before"

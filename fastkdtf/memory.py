@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/memory.html.md"""
 # %% auto #0
 __all__ = ['is_due', 'MemoryTeacher']
 
-# %% ../nbs/05c_memory.ipynb #8ae75886
+# %% ../nbs/05c_memory.ipynb #15bce598
 import math
 import warnings
 from fractions import Fraction
@@ -15,11 +15,12 @@ from fractions import Fraction
 import torch
 import torch.distributed as dist
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model
 from torch import Tensor
 
 from .core import *
-from .frozen import FrozenCopy, copy_model, untouched
+from .frozen import FrozenCopy, copy_model
 from .teachers import Teacher, first_output
 
 # %% ../nbs/05c_memory.ipynb #8a98d045
@@ -71,10 +72,10 @@ class MemoryTeacher(Teacher):
     before_student = True
     def __init__(self,
         n_copies:int=3, # how many, `n`
-        interval=None, # epochs between refreshes, `κ`: a number or a `Fraction`; None: an eighth of the training
-        interval_steps=None, # or steps of the optimizer
+        interval:float|Fraction|None=None, # epochs between refreshes, `κ`; None: an eighth of the training
+        interval_steps:float|Fraction|None=None, # or steps of the optimizer
         copy_dtype:torch.dtype|None=None, # precision of the copies; None: the student's
-        copy_device=None, # where they live: a device, a list to take in turn, or 'spread' over all GPUs; None: beside the student
+        copy_device:str|torch.device|list|None=None, # where they live: a device, a list to take in turn, or 'spread' over all GPUs; None: beside the student
     ):
         self.n_copies = check_whole('n_copies', n_copies)
         if interval is not None and interval_steps is not None: raise ValueError('give interval, in epochs, or interval_steps, not both')
@@ -85,7 +86,7 @@ class MemoryTeacher(Teacher):
         self.copy_dtype,self.copy_device = copy_dtype,_check_device(copy_device)
         self.detach()
 
-    def attach(self, learn):
+    def attach(self, learn:Learner):
         self.detach()
         self.learn = learn
 
@@ -155,7 +156,7 @@ class MemoryTeacher(Teacher):
         "Memory that the copies hold"
         return sum(o.n_bytes for o in set(self.copies or ()))
 
-    def notes(self, n_classes:int, learn=None)->list:
+    def notes(self, n_classes:int, learn:Learner|None=None)->list:
         "What `describe` says of it"
         if learn is None: return []
         model,size = get_model(learn.model),lambda t: (self.copy_dtype or t.dtype).itemsize if t.is_floating_point() else t.itemsize

@@ -7,9 +7,9 @@ Docs: https://fastkdtf.github.io/fastkdtf/models.html.md"""
 # %% auto #0
 __all__ = ['model_names', 'small_stem', 'create_model']
 
-# %% ../nbs/03_models.ipynb #c2af2f30
+# %% ../nbs/03_models.ipynb #c456d2c6
 import difflib, operator, re
-import timm, torch, torchvision
+import timm, torchvision
 from functools import partial
 from torch import nn
 from .cifar_nets import BasicBlock, Bottleneck, CifarResNet, PlainCNN, PreActResNet, PreBasicBlock, PreBottleneck

@@ -10,6 +10,7 @@ __all__ = ['headline', 'failures', 'pooled_reliability', 'report_html', 'write_w
 # %% ../nbs/11a_page.ipynb #d32e3518
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,15 @@ import numpy as np
 from .draw import *
 from .report import Comparison, comparisons, last_accuracy, paired_difference
 
-# %% ../nbs/11a_page.ipynb #28381fc1
+# %% ../nbs/11a_page.ipynb #8e2ea040
 def _points(mean, low, high):
     if math.isnan(mean): return 'not known'
     return f'{100*mean:+.2f} points' + ('' if math.isnan(low) else f' [{100*low:+.2f}, {100*high:+.2f}]')
 
 def _judged(c):
-    "The methods, without those that were run as controls only"
-    return [n for n in c.names if n != c.baseline and (not c.control_for(n) or c.controls(n))]
+    "The methods, without those that were run as controls only, whoever named them"
+    plain = lambda cbs: cbs and all(o['callback'] in ('ScaledCE', 'ScaledLS') for o in cbs)
+    return [n for n in c.names if n != c.baseline and (not c.control_for(n) or c.controls(n)) and not plain(c.runs(n)[0].get('callbacks'))]
 
 def _rivals(c, name): return [*c.controls(name), *[c.baseline]*(c.baseline in c.names)]
 
@@ -186,7 +188,7 @@ def _cost(c, look):
     drawn = panel(x, y, 'time per epoch, ratio to the baseline', 'difference in accuracy to the baseline, points', said, draw, 400, 290)
     return figure('Cost against gain', note, look.legend([n for n,_,_ in points]), drawn, cls='cost')
 
-# %% ../nbs/11a_page.ipynb #a6a1c663
+# %% ../nbs/11a_page.ipynb #3c3896a6
 def _shown(v):
     "A setting as text"
     if isinstance(v, bool):  return 'yes' if v else 'no'
@@ -195,8 +197,8 @@ def _shown(v):
     if isinstance(v, list):  return ', '.join(map(_shown, v)) or 'none'
     return str(v)
 
-_plain_names = dict(arch='network', n_epoch='epochs', fit='training method', lr='learning rate', bs='batch size', n_train='training images',
-    n_valid='validation images', n_classes='classes', n_params='parameters', loss_func='loss', opt_func='optimizer', evaluated_on='evaluated on',
+_plain_names = dict(arch='network', n_epoch='epochs', fit='training method', lr='learning rate', bs='batch size', n_train='training samples',
+    n_valid='validation samples', n_classes='classes', n_params='parameters', loss_func='loss', opt_func='optimizer', evaluated_on='evaluated on',
     dirty='uncommitted changes', date='finished')
 
 def _pairs(rows): return el('dl', [el('div', el('dt', _plain_names.get(k, k)), el('dd', _shown(v))) for k,v in rows])
@@ -259,7 +261,7 @@ _head = """<meta charset="utf-8"><meta name="viewport" content="width=device-wid
 """
 
 def report_html(
-    runs, # records as `read_runs` returns them, a `Comparison`, or several
+    runs:Comparison|Iterable, # records as `read_runs` returns them, a `Comparison`, or several
     title:str='Do they beat their controls?', # of the page
     before:str='', # HTML that comes before the sections
 )->str: # one HTML page, which loads nothing
@@ -290,8 +292,8 @@ def write_whole(
     return path
 
 def write_report(
-    runs, # as `report_html` takes them
-    path='report.html', # the file, or a folder for `report.html`
+    runs:Comparison|Iterable, # as `report_html` takes them
+    path:str|Path='report.html', # the file, or a folder for `report.html`
     title:str='Do they beat their controls?', # of the page
 )->Path: # the file
     "Write the report of a set of runs into one file that needs no other"

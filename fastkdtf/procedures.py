@@ -7,10 +7,11 @@ Docs: https://fastkdtf.github.io/fastkdtf/procedures.html.md"""
 # %% auto #0
 __all__ = ['Taught', 'own_callbacks', 'teacher_accuracy', 'Reversed', 'KeepEpochs', 'PoorTeacher', 'PoorTeachers']
 
-# %% ../nbs/12a_procedures.ipynb #ed210677
+# %% ../nbs/12a_procedures.ipynb #099125e8
 import json
 import math
 import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import deepcopy
 from functools import partial
 from html import escape
@@ -34,7 +35,7 @@ from .frozen import copy_model
 from .interpret import evaluate
 from .report import Comparison, last_accuracy
 from .runs import Checkpoint, replacing, run_lock
-from .teachers import NetworkTeacher, Teacher, as_teacher, class_names, input_stats
+from .teachers import NetworkTeacher, as_teacher, class_names, input_stats
 from .training import *
 
 # %% ../nbs/12a_procedures.ipynb #6339480f
@@ -63,7 +64,7 @@ class Taught(Comparison):
         "What was run, and what the columns mean"
         return super().caption + ' Teacher: accuracy of the network that teaches, on the same set.'
 
-    def plot_teachers(self, ax=None):
+    def plot_teachers(self, ax:plt.Axes|None=None)->plt.Axes:
         "Student accuracy against teacher accuracy: a dot for each seed, mean ± sd; lines without a teacher. Yuan et al. 2020, Fig. 2"
         if ax is None: ax = plt.subplots(figsize=(6, 4), layout='constrained')[1]
         accs = {n: 100*np.array([last_accuracy(r) for r in self.runs(n)]) for n in self.names}
@@ -81,7 +82,7 @@ class Taught(Comparison):
         return ax
 
     def save(self,
-        out, # folder
+        out:str|Path, # folder
     )->Path:
         "As `Comparison.save`, and `teachers.png`"
         out = super().save(out)
@@ -136,7 +137,7 @@ class _Student:
 
 # %% ../nbs/12a_procedures.ipynb #8f3948ab
 def teacher_accuracy(
-    teacher, # as `as_teacher` takes it
+    teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
     learn:Learner, # of a student
 )->float:
     "A teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"
@@ -160,18 +161,18 @@ def teacher_accuracy(
 @patch
 def fit_tf_kd_self(self:Learner,
     n_epoch:int, # of each training
-    seeds=1, # how many, or a list of seeds
+    seeds:int|Sequence=1, # how many, or a list of seeds
     fit:str='fit_one_cycle', # training method of the learner
     lr:float|None=None, # learning rate; None: the learner's own
-    alpha=.9, # soft share in [0,1], or a schedule; the paper's ImageNet setting is .1
-    tau=4., # temperature, or a schedule; the paper's ImageNet setting is 20
-    scale='tau2', # factor of the soft term
+    alpha:float|Callable=.9, # soft share in [0,1], or a schedule; the paper's ImageNet setting is .1
+    tau:float|Callable=4., # temperature, or a schedule; the paper's ImageNet setting is 20
+    scale:float|str='tau2', # factor of the soft term
     variant:str='paper', # 'official': the authors' code
     multiplier:float=1., # the authors' factor; only with 'official'
     teacher:str='best', # the first training's weights that teach: 'best' on validation (the authors: on test) | 'last'
     controls:bool=True, # train the matched control, and twice as long
-    model_fn=None, # makes the model, with fresh weights for each seed; None: the weights that the learner holds
-    out=None, # folder to keep runs in and go on from; None keeps nothing
+    model_fn:Callable|None=None, # makes the model, with fresh weights for each seed; None: the weights that the learner holds
+    out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
 )->Taught:
     """Train, then train again with the trained network as teacher: Tf-KD_self. Yuan et al. 2020, §4
 
@@ -207,19 +208,19 @@ class Reversed(Taught):
 
 @patch
 def reversed_kd(self:Learner,
-    weak, # the teacher: a module, a `Learner`, a path or a name, as `NetworkTeacher` takes it, or such a teacher
+    weak:nn.Module|Learner|Callable|str|Path, # the teacher: a network, its path or a name that timm knows; or such a teacher
     n_epoch:int, # of each training
-    seeds=1, # how many, or a list of seeds
+    seeds:int|Sequence=1, # how many, or a list of seeds
     fit:str='fit_one_cycle', # training method of the learner
     lr:float|None=None, # learning rate; None: the learner's own
-    alpha=.9, # soft share in [0,1], or a schedule
-    tau=4., # temperature, or a schedule
-    scale='tau2', # factor of the soft term
+    alpha:float|Callable=.9, # soft share in [0,1], or a schedule
+    tau:float|Callable=4., # temperature, or a schedule
+    scale:float|str='tau2', # factor of the soft term
     variant:str='paper', # 'official': the authors' code
     multiplier:float=1., # the authors' factor; only with 'official'
     controls:bool=True, # train the matched control
-    model_fn=None, # makes the model, with fresh weights for each seed; None: the weights that the learner holds
-    out=None, # folder to keep runs in and go on from; None keeps nothing
+    model_fn:Callable|None=None, # makes the model, with fresh weights for each seed; None: the weights that the learner holds
+    out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
 )->Reversed:
     """Train the learner's network with a weaker one as teacher: Re-KD. Yuan et al. 2020, §2.1
 
@@ -233,8 +234,8 @@ class KeepEpochs(Callback):
     "Keep the weights after some epochs, and of the first epoch to reach each of some validation accuracies; then end the training"
     order = 63   # after the recorder
     def __init__(self,
-        at_epochs=(), # counted from 1
-        at_accuracies=(), # shares
+        at_epochs:Iterable=(), # counted from 1
+        at_accuracies:Iterable=(), # shares
     ): self.at_epochs,self.at_accuracies,self.kept = set(at_epochs),sorted(at_accuracies),[]
 
     @property
@@ -249,20 +250,20 @@ class KeepEpochs(Callback):
         if asked: self.kept = self.kept + [dict(epoch=epoch, valid_accuracy=value, asked=asked, weights=weights_on_cpu(self.model))]
         if not self.missing and epoch >= max(self.at_epochs, default=0) and epoch < self.n_epoch: raise CancelFitException
 
-    def state_dict(self): return dict(kept=self.kept)
-    def load_state_dict(self, state): self.kept = state['kept']
+    def state_dict(self)->dict: return dict(kept=self.kept)
+    def load_state_dict(self, state:dict): self.kept = state['kept']
 
 # %% ../nbs/12a_procedures.ipynb #e56c0561
 class PoorTeacher(NetworkTeacher):
     "A checkpoint of an unfinished training, for use as a teacher"
     def __init__(self,
-        model, # the network, with its weights
+        model:nn.Module, # the network, with its weights
         epoch:int, # after which it was taken
         valid_accuracy:float,
         accuracy:float|None=None, # on the test set, if there was one
-        asked=(), # what it was taken for
-        vocab=None, # what its outputs are called
-        stats=None, # (mean, std) of its inputs; None for the student's
+        asked:Iterable=(), # what it was taken for
+        vocab:Iterable|None=None, # what its outputs are called
+        stats:tuple|list|None=None, # (mean, std) of its inputs; None for the student's
     ):
         super().__init__(model, vocab=vocab, teacher_norm=stats)
         self.epoch,self.valid_accuracy,self.accuracy,self.asked = epoch,valid_accuracy,accuracy,list(asked)
@@ -274,9 +275,9 @@ class PoorTeacher(NetworkTeacher):
 class PoorTeachers(list):
     "The checkpoints of one unfinished training; shows as a table, saves, and goes to `learn.defective_kd` as it is"
     def __init__(self,
-        teachers=(), # each a `PoorTeacher`
+        teachers:Iterable=(), # each a `PoorTeacher`
         setting:str='', # how they were trained
-        missing=(), # accuracies that were asked for and not reached
+        missing:Iterable=(), # accuracies that were asked for and not reached
         key:str='', # of the training
     ):
         super().__init__(teachers)
@@ -303,7 +304,7 @@ class PoorTeachers(list):
     def _repr_html_(self): return f'<p>{escape(self.caption)}</p>{self.shown.to_html()}'
 
     def save(self,
-        folder, # made if needed
+        folder:str|Path, # made if needed
     )->Path:
         "Write `teachers.json`, and the weights beside it"
         folder = Path(folder)
@@ -316,9 +317,9 @@ class PoorTeachers(list):
 
     @classmethod
     def load(cls,
-        folder, # as `save` wrote it
-        model_fn, # makes the network that the weights belong to
-    ):
+        folder:str|Path, # as `save` wrote it
+        model_fn:Callable, # makes the network that the weights belong to
+    )->'PoorTeachers':
         "The teachers in a folder. Raises `FileNotFoundError` or `ValueError` if there are none, or of another network"
         folder = Path(folder)
         if not (folder/'teachers.json').is_file(): raise FileNotFoundError(f'{folder} holds no teachers.json: give a folder that PoorTeachers.save wrote')
@@ -348,13 +349,13 @@ def _check_checkpoints(n_epoch, at_epochs, at_accuracies, fit):
 @patch
 def poor_teachers(self:Learner,
     n_epoch:int|None=None, # of the full schedule; None: up to the last of `at_epochs`
-    at_epochs=(1, 50), # take the network after these epochs, counted from 1
-    at_accuracies=None, # and after the first epoch to reach each of these validation accuracies, in [0,1]
+    at_epochs:Collection|None=(1, 50), # take the network after these epochs, counted from 1
+    at_accuracies:Collection|None=None, # and after the first epoch to reach each of these validation accuracies, in [0,1]
     seed:int=0, # of the order and augmentation of batches
     fit:str='fit_one_cycle', # training method of the learner
     lr:float|None=None, # learning rate; None: the learner's own
-    model_fn=None, # makes the model, with fresh weights for the seed; None: the weights that the learner holds
-    out=None, # folder to save them in, and to go on from; None keeps nothing
+    model_fn:Callable|None=None, # makes the model, with fresh weights for the seed; None: the weights that the learner holds
+    out:str|Path|None=None, # folder to save them in, and to go on from; None keeps nothing
 )->PoorTeachers:
     """Checkpoints of one unfinished training on the schedule of `n_epoch`, which ends with the last one taken. Yuan et al. 2020, §2.2
 
@@ -402,19 +403,19 @@ def _named_teachers(teachers):
 
 @patch
 def defective_kd(self:Learner,
-    teachers, # as `poor_teachers` returns them; or a list of teachers and what `NetworkTeacher` takes, or a dict from rows' names to these
+    teachers:dict|Iterable, # as `poor_teachers` returns them; or a list of teachers and what `NetworkTeacher` takes, or a dict from rows' names to these
     n_epoch:int, # of each training
-    seeds=1, # how many, or a list of seeds
+    seeds:int|Sequence=1, # how many, or a list of seeds
     fit:str='fit_one_cycle', # training method of the learner
     lr:float|None=None, # learning rate; None: the learner's own
-    alpha=.9, # soft share in [0,1], or a schedule
-    tau=4., # temperature, or a schedule
-    scale='tau2', # factor of the soft term
+    alpha:float|Callable=.9, # soft share in [0,1], or a schedule
+    tau:float|Callable=4., # temperature, or a schedule
+    scale:float|str='tau2', # factor of the soft term
     variant:str='paper', # 'official': the authors' code
     multiplier:float=1., # the authors' factor; only with 'official'
     controls:bool=True, # train the matched control
-    model_fn=None, # makes the model, with fresh weights for each seed; None: the weights that the learner holds
-    out=None, # folder to keep runs in and go on from; None keeps nothing
+    model_fn:Callable|None=None, # makes the model, with fresh weights for each seed; None: the weights that the learner holds
+    out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
 )->Taught:
     """Train a student of each of several unfinished teachers, beside the baseline: De-KD. Yuan et al. 2020, §2.2
 

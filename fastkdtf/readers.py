@@ -153,7 +153,7 @@ def _read_idx(files):
 
 # %% ../nbs/03e_readers.ipynb #514520ac
 def check_size(
-    size # Pixels, or `(height, width)`, or None
+    size:int|tuple|None # Pixels, or `(height, width)`
 ) -> tuple|None: # `(height, width)`
     "`size` as a pair of whole numbers"
     if size is None: return None

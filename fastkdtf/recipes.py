@@ -13,20 +13,24 @@ import difflib
 import html
 import inspect
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cache, cached_property, partial
 from pathlib import Path
 
 import pandas as pd
-from fastai.learner import Learner
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Callback, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastcore.foundation import L
+from torch import nn
 
 import fastkdtf
 from .core import *
-from .data import kd_dataloaders
+from .data import KDDataLoaders, kd_dataloaders
 from .distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from .effdstl import CKM, WSL
 from .loader import Augment
@@ -123,7 +127,7 @@ def _schedule(row):
 def fit_stages_of(
     learn:Learner, # with `stages`, a function of `n_epoch`
     n_epoch:int,
-    cbs=None, # further callbacks
+    cbs:Callback|Iterable|None=None, # further callbacks
 ):
     "Train a learner that `Recipe.learner` made for a method in stages"
     learn.fit_stages(learn.stages(n_epoch), n_epoch, cbs)
@@ -237,7 +241,7 @@ class Recipe:
         n_classes:int|None=None, # None: the recipe's data
         data:str|None=None, # other images than the recipe's
         name:str|None=None, # another network, such as one of `teacher_networks`
-    ):
+    )->Callable:
         "A function that makes the network; one for 224 pixels gets a small stem for small images"
         return _model_fn(name or self.network, n_classes or image_sets[self.data][0], (data or self.data) != 'imagenet')
 
@@ -251,7 +255,7 @@ class Recipe:
         n_classes:int|None=None, # None: the recipe's data
         n_epoch:int|None=None, # epochs of the training, which the interval of replay and the stages shrink with; None: the paper's
         **settings # to differ from the recipe's
-    ):
+    )->Callable|None:
         "None for a baseline; a function of the teachers for methods that have some; else a function that makes the callback"
         self._runnable_or_error()
         name,k = self.method_name,n_classes or image_sets[self.data][0]
@@ -268,20 +272,20 @@ class Recipe:
         return {**settings, 'interval': float(Fraction(settings['interval']).limit_denominator(10**6)*n_epoch/self.schedule.epochs)}
 
     @property
-    def fit(self):
+    def fit(self)->Callable:
         "A function `(learn, n_epoch, cbs)` that trains by the recipe's schedule"
         if self.method_name == 'EffDstl': return fit_stages_of
         return self.schedule.fit if self.stop is None else partial(fit_start, stop=self.stop, **self.schedule.fit.keywords)
 
     def dataloaders(self,
-        path=None, # the data set's files, as `kd_dataloaders` takes it
-        data=None, # other images than the recipe's, as `kd_dataloaders` takes them; they have their own usual augmentation
+        path:str|Path|None=None, # the data set's files, as `kd_dataloaders` takes it
+        data:str|Path|None=None, # other images than the recipe's, as `kd_dataloaders` takes them; they have their own usual augmentation
         train_subset:int|None=None, # train on so many images
         valid_pct:float|None=0, # share of the training images that is held out; 0 validates on the test set, as the papers do
         bs:int|None=None, # None: the recipe's
-        device=None,
+        device:str|torch.device|None=None,
         seed:int=0, # of the split
-    ):
+    )->KDDataLoaders:
         "The recipe's data, with its batch size and augmentation"
         words = self.schedule.augment
         turn = next((float(o[6:]) for o in words if o.startswith('rotate')), 0.)
@@ -290,8 +294,8 @@ class Recipe:
         return kd_dataloaders(data or self.data, bs, seed, valid_pct, train_subset, device, augment=augment, path=path)
 
     def learner(self,
-        dls,
-        teacher=None, # trained network, or a list of them, for methods that have teachers
+        dls:DataLoaders,
+        teacher:nn.Module|Learner|Callable|str|Path|list|None=None, # trained network, or a list of them, for methods that have teachers
         n_epoch:int|None=None, # as `method` takes it
         **settings # to differ from the recipe's
     )->Learner:
@@ -366,11 +370,11 @@ def recipe(
     return Recipe(id, **{**row, **{k: _number(row[k]) for k in ('value', 'sd', 'gain')}})
 
 def recipes(
-    paper=None, # one, or a list of them; likewise those below
-    table=None,
-    data=None,
-    student=None,
-    method=None,
+    paper:str|list|None=None, # one, or a list of them; likewise those below
+    table:str|list|None=None,
+    data:str|list|None=None,
+    student:str|list|None=None,
+    method:str|list|None=None,
     runnable:bool|None=None, # those that can be trained here, or those that can't
 )->pd.DataFrame: # by `id`
     "The printed results. Raises `ValueError` for a value that no result has"

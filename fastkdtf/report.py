@@ -10,6 +10,7 @@ __all__ = ['paired_difference', 'seeds_needed', 'last_accuracy', 'Comparison', '
 # %% ../nbs/11_report.ipynb #69001025
 import json
 import math
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from .runs import Ledger
 
 # %% ../nbs/11_report.ipynb #98dd07aa
 def paired_difference(
-    values, # one number a seed
-    baseline, # the baseline's, in the same order
+    values:Sequence|np.ndarray, # one number a seed
+    baseline:Sequence|np.ndarray, # the baseline's, in the same order
     confidence:float=.95, # of the interval
 )->tuple: # mean, low, high; an interval needs two seeds
     "Mean of the paired differences and its Student-t interval"
@@ -34,8 +35,8 @@ def paired_difference(
 
 # %% ../nbs/11_report.ipynb #0daf4f31
 def seeds_needed(
-    values, # one number a seed
-    baseline, # the baseline's, in the same order
+    values:Sequence|np.ndarray, # one number a seed
+    baseline:Sequence|np.ndarray, # the baseline's, in the same order
     power:float=.8, # chance to find a difference of this size
     level:float=.05, # of the two-sided paired t-test
     most:int=10_000, # beyond this, infinity
@@ -96,7 +97,7 @@ class Comparison:
     def paired(self,
         name:str, # a method
         other:str|None=None, # the one it is held against; None: the baseline
-        value=last_accuracy, # what is taken from a record
+        value:Callable=last_accuracy, # what is taken from a record
     )->tuple: # its values and the other's, for the seeds that both have
         "A value of two methods, seed by seed"
         ours,base = ({r['seed']: value(r) for r in self.runs(n)} for n in (name, self.baseline if other is None else other))
@@ -162,7 +163,7 @@ class Comparison:
     def __repr__(self): return f'{self.caption}\n{self.shown.to_string()}'
     def _repr_html_(self): return f'<p>{escape(self.caption)}</p>{self.shown.to_html()}'
 
-    def plot_accuracy(self, ax=None):
+    def plot_accuracy(self, ax:plt.Axes|None=None)->plt.Axes:
         "Last-epoch accuracy: a dot for each seed, the mean as a bar"
         if ax is None: ax = plt.subplots(figsize=(7, .9+.32*len(self.names)), layout='constrained')[1]
         base = _mean([last_accuracy(r) for r in self.runs(self.baseline)])
@@ -176,7 +177,7 @@ class Comparison:
         ax.invert_yaxis()
         return ax
 
-    def plot_curves(self, axs=None):
+    def plot_curves(self, axs:np.ndarray|list|None=None)->np.ndarray|list:
         "Validation loss and accuracy by epoch, mean over seeds"
         if axs is None: axs = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')[1]
         for name in self.names:
@@ -189,15 +190,15 @@ class Comparison:
         axs[1].legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5))
         return axs
 
-    def draw_baseline(self, ax, mean:float, sd:float):
+    def draw_baseline(self, ax:plt.Axes, mean:float, sd:float):
         "The baseline as a line with its band"
         ax.axhline(mean, color='black', lw=1.5, label=self.baseline)
         ax.axhspan(mean-sd, mean+sd, color='black', alpha=.1, lw=0)
 
     def plot_setting(self,
         setting:str, # of a callback: 'alpha', 'tau', 'interval', 'gamma', 'lam', …
-        ax=None, # axes to draw on
-    ): # the axes
+        ax:plt.Axes|None=None, # axes to draw on
+    )->plt.Axes:
         """Error after the last epoch against one setting, mean ± sd over seeds; a line for methods that differ in nothing else
 
         Wang et al. 2020, Fig. 2–4. Raises `ValueError` where no two methods do."""
@@ -220,7 +221,7 @@ class Comparison:
         return ax
 
     def save(self,
-        out, # folder
+        out:str|Path, # folder
     )->Path:
         "Write `table.csv`, `accuracy.png` and `curves.png` into a folder"
         out = Path(out)
@@ -234,7 +235,7 @@ class Comparison:
 
 # %% ../nbs/11_report.ipynb #315bcc7b
 def read_runs(
-    paths, # a ledger (`results.jsonl`), a folder that holds some at any depth, or a list of these
+    paths:str|Path|Iterable, # a ledger (`results.jsonl`), a folder that holds some at any depth, or a list of these
 )->list: # records, each run once
     "The finished runs in folders and files. Raises `FileNotFoundError` for a path that does not exist, `ValueError` where there is no run"
     files = []

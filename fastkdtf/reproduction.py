@@ -11,6 +11,7 @@ __all__ = ['t_interval', 'intervals_agree', 'same_sign', 'paper_gain', 'reported
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,8 +21,8 @@ from scipy import stats
 
 from .draw import *
 from .page import report_html, write_whole
-from .recipes import paper_table, recipe
-from .report import paired_difference
+from .recipes import Recipe, paper_table, recipe
+from .report import Comparison, paired_difference
 from .runs import Ledger
 
 # %% ../nbs/21a_reproduction.ipynb #3bb098f9
@@ -67,7 +68,7 @@ def _baseline(r):
     return cases.get(r.case, cases.get(''))
 
 def paper_gain(
-    r, # a `Recipe`
+    r:Recipe,
 )->tuple: # the gain, not-a-number if there is none; and where it comes from: 'printed' | 'value − baseline' | ''
     "A row's gain in points, positive for better"
     if not math.isnan(_float(r.gain)): return _float(r.gain),'printed'
@@ -92,7 +93,7 @@ def _files(out):
     return [f for path in paths for f in (sorted(path.rglob('recipes.jsonl')) if path.is_dir() else [path.with_name('recipes.jsonl')]) if f.is_file()]
 
 def has_recipes(
-    out, # a folder that holds some at any depth, a ledger, or a list of these
+    out:str|Path|Iterable, # a folder that holds some at any depth, a ledger, or a list of these
 )->bool:
     "Whether runs of recipes lie there"
     return bool(_files(out))
@@ -189,9 +190,9 @@ def _notes(rec, row):
 class Reproduction:
     "The papers' numbers against ours, a row for each recipe and scale; shows as a table, draws its plot, saves both"
     def __init__(self,
-        out, # what `run_recipes` wrote: a folder, its `recipes.jsonl`, or a list of these; or records of recipes, with `runs`
+        out:str|Path|Iterable, # what `run_recipes` wrote: a folder, its `recipes.jsonl`, or a list of these; or records of recipes, with `runs`
         runs:list|None=None, # records of their runs
-        failures=(), # runs that failed: dicts with `run`, its key, `recipe` and `error`
+        failures:Iterable=(), # runs that failed: dicts with `run`, its key, `recipe` and `error`
     ):
         self.records,self.runs,self.failures = _read(out) if runs is None else map(list, (out, runs, failures))
         if not self.records: raise ValueError('out holds no record of a recipe that was run')
@@ -261,7 +262,7 @@ class Reproduction:
         t = self.table[np.isfinite(self.table.paper_gain) & np.isfinite(self.table.gain)]
         return t.assign(paper_half=((t.paper_high-t.paper_low)/2).fillna(0.), low=t.gain_low.fillna(t.gain), high=t.gain_high.fillna(t.gain), colour=[_colour(o) for o in t.itertuples()])
 
-    def plot(self, ax=None):
+    def plot(self, ax:plt.Axes|None=None)->plt.Axes:
         "The paper's gain against ours, a dot for each recipe, hollow where it was shrunk"
         if ax is None: ax = plt.subplots(figsize=(5, 4.6), layout='constrained')[1]
         t,colours = self.gains,dict(yes='#0072B2', no='#D55E00', open='grey')
@@ -310,8 +311,8 @@ class Reproduction:
         return '\n\n'.join(filter(None, ['# Paper against ours', self.headline, rows, notes, failed, self.caption])) + '\n'
 
     def write(self,
-        page, # the file; `.md` and `.csv` of its name come to lie beside it
-        runs=None, # what follows on the page, as `report_html` takes it; None: the runs of these recipes
+        page:str|Path, # the file; `.md` and `.csv` of its name come to lie beside it
+        runs:Comparison|Iterable|None=None, # what follows on the page, as `report_html` takes it; None: the runs of these recipes
     )->Path: # the page
         "Write page, Markdown and CSV"
         page = Path(page)
@@ -321,7 +322,7 @@ class Reproduction:
         return write_whole(page, report_html(self.runs if runs is None else runs, 'Paper against ours', self.html()))
 
     def save(self,
-        out, # folder
+        out:str|Path, # folder
     )->Path: # the page
         "Write `reproduction.html`, `.md` and `.csv` into a folder"
         return self.write(Path(out)/'reproduction.html')

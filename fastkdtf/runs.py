@@ -10,6 +10,7 @@ __all__ = ['seed_run', 'replacing', 'Checkpoint', 'Ledger', 'run_environment', '
 # %% ../nbs/09_runs.ipynb #0ce90ff2
 import json, math, os, platform, random, subprocess, zipfile
 import numpy as np, torch
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
@@ -24,6 +25,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
 from fastai.learner import Recorder
 from fastai.torch_core import get_model, get_random_states, num_distrib, set_random_states, set_seed, to_device
 import fastkdtf
@@ -40,7 +42,7 @@ def _set_state(rng, state): (rng.setstate if isinstance(rng, random.Random) else
 # %% ../nbs/09_runs.ipynb #b73cb42d
 def seed_run(
     seed:int, # any whole number; the same one gives the same run
-    dls=None, # the `DataLoaders` of this run
+    dls:DataLoaders|None=None, # of this run
 ):
     "Seed Python, NumPy, PyTorch and the loaders of `dls`. Raises `TypeError` if `seed` is no whole number"
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)): raise TypeError(f'seed must be a whole number, got {seed!r}')
@@ -59,7 +61,7 @@ def _sync_folder(path):
 @contextmanager
 def replacing(
     path:Path, # the file to write
-):
+)->Iterator:
     "A binary file that takes `path`'s place when the block ends without an error; an interrupt leaves the old file"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,7 @@ class Checkpoint(Callback):
     order,_only_train_loop = 1000,True   # after every other callback has reset itself, logged, tracked and saved
 
     def __init__(self,
-        path, # the file; one training and one process per file
+        path:str|Path, # the file; one training and one process per file
         every:int=1, # epochs between two saves; the start and the end of a fit are always saved
     ):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -232,7 +234,7 @@ def _json_ready(o):
 class Ledger:
     "Finished runs in a file with one JSON object per line, each with its own `key`; safe under interrupts and several writers"
     def __init__(self,
-        path, # the file, by habit `results.jsonl`; it need not exist yet
+        path:str|Path, # the file, by habit `results.jsonl`; it need not exist yet
     ):
         self.path = Path(path)
         if self.path.is_dir(): raise ValueError(f'path must be a file, but {self.path} is a folder: give a file in it')
@@ -329,9 +331,9 @@ def run_environment()->dict:
 # %% ../nbs/09_runs.ipynb #3efe53a7
 @contextmanager
 def run_lock(
-    path, # what is claimed, for example the run's checkpoint file; the lock is a file beside it
+    path:str|Path, # what is claimed, for example the run's checkpoint file; the lock is a file beside it
     timeout:float=0, # seconds to wait for another process; -1: as long as it takes
-):
+)->Iterator:
     "Claim a run. The block gets True, or False if another process has it; the claim ends with the block or its process"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,13 @@ __all__ = ['optimizers', 'learning_rate', 'ScheduledRate', 'make_optimizer', 'fi
 
 # %% ../nbs/08a_schedules.ipynb #ab2b1186
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from fastai.callback.schedule import ParamScheduler
-from fastai.learner import Learner
+from fastai.learner import Callback, Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 
@@ -26,7 +27,7 @@ def learning_rate(
     n_steps:int, # of the whole schedule
     lr:float=.1, # where it starts, or where the warm-up ends
     schedule:str='step', # 'step' | 'cosine'
-    milestones=(), # epochs, of `epochs`, after which the rate is multiplied
+    milestones:Sequence=(), # epochs, of `epochs`, after which the rate is multiplied
     factor:float=.1, # by this
     lr_end:float=0., # where the cosine ends
     warmup:float=0., # epochs, of `epochs`, in which the rate rises to `lr` by the same amount each step
@@ -56,7 +57,7 @@ def make_optimizer(
     momentum:float=.9, # of SGD
     nesterov:bool=False, # of SGD
     wd:float=0., # weight decay, on all parameters
-): # what a `Learner` takes as `opt_func`
+)->Callable: # what a `Learner` takes as `opt_func`
     "PyTorch's optimizer for fastai"
     own = dict(momentum=momentum, nesterov=nesterov) if check_choice('optimizer', optimizer, tuple(optimizers)) == 'sgd' else {}
     return partial(OptimWrapper, opt=optimizers[optimizer], weight_decay=wd, **own)
@@ -68,7 +69,7 @@ def fit_schedule(
     lr:float=.1, # as `learning_rate` takes it; likewise those below
     optimizer:str='sgd', # 'sgd' | 'adam', PyTorch's
     schedule:str='step',
-    milestones=(),
+    milestones:Sequence=(),
     factor:float=.1,
     lr_end:float=0.,
     warmup:float=0.,
@@ -77,7 +78,7 @@ def fit_schedule(
     wd:float=0., # weight decay, on all parameters
     epochs:float|None=None, # epochs for which milestones and warm-up are written; None: `of`
     of:int|None=None, # epochs that the whole schedule takes here; more than `n_epoch` stops early; None: `n_epoch`
-    cbs=None, # further callbacks; with a `Checkpoint` the same call goes on where it stopped
+    cbs:Callback|Iterable|None=None, # further callbacks; with a `Checkpoint` the same call goes on where it stopped
 ):
     "Train with a paper's optimizer and learning rates. The learner has its own `opt_func` again afterwards"
     of = check_whole('n_epoch', n_epoch) if of is None else check_whole('of', of, n_epoch)
@@ -96,7 +97,7 @@ def fit_start(
     n_epoch:int, # epochs that the whole schedule takes here
     stop:float, # epochs, of `epochs`, after which it stops; here at least one
     epochs:float, # of the whole schedule as it is written
-    cbs=None, # further callbacks
+    cbs:Callback|Iterable|None=None, # further callbacks
     **schedule # what `fit_schedule` takes
 ):
     "Train only the first part of a schedule"
@@ -128,7 +129,7 @@ class Schedule:
         return self._given('optimizer', 'momentum', 'nesterov', 'wd')
 
     @property
-    def fit(self):
+    def fit(self)->Callable:
         "`fit_schedule` with these settings, for any number of epochs"
         return partial(fit_schedule, **self._given('lr', 'optimizer', 'schedule', 'milestones', 'factor', 'lr_end', 'warmup', 'momentum', 'nesterov', 'wd', 'epochs'))
 

@@ -9,6 +9,7 @@ __all__ = ['StochasticDepth', 'SelfGuidance', 'TrainAccuracy', 'plot_errors', 's
 
 # %% ../nbs/07_selfguide.ipynb #6a3c9658
 import random
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -114,10 +115,10 @@ class SelfGuidance(_Draws, LossTerm):
         if not (detach or full_backward): raise ValueError('detach=False teaches the full network too, full_backward=False leaves it untaught: choose one')
         self.detach,self.full_backward = detach,full_backward
 
-    def hard_share(self, pct): return float(self.full_backward)
+    def hard_share(self, pct:float)->float: return float(self.full_backward)
 
     @property
-    def columns(self): return {**super().columns, 'student_loss': lambda: self.student_mean.value, 'divergence': lambda: self.kl_mean.value}
+    def columns(self)->dict: return {**super().columns, 'student_loss': lambda: self.student_mean.value, 'divergence': lambda: self.kl_mean.value}
 
     def before_fit(self):
         super().before_fit()
@@ -139,7 +140,7 @@ class SelfGuidance(_Draws, LossTerm):
     def after_pred(self):
         if not self.full_backward: self.learn.pred = self.learn.pred.detach()
 
-    def term(self, labels):
+    def term(self, labels:list)->tuple:
         "Weight of the base loss, 1, and the loss of the sub-network"
         base,z = self.base_loss_func,at_least_float32(self.z)
         loss = self.learn.loss_func(z, *self.learn.yb)
@@ -181,8 +182,8 @@ class TrainAccuracy(Callback):
 # %% ../nbs/07_selfguide.ipynb #dde52260
 def plot_errors(
     histories:dict, # name → a finished `Learner`, or the `history` of a run's record
-    ax=None,
-):
+    ax:plt.Axes|None=None,
+)->plt.Axes:
     "Test errors (solid) and, where `train_accuracy` was recorded, training errors (dashed) by epoch. Zheng and Peng 2022, Fig. 2–4"
     if ax is None: ax = plt.subplots(figsize=(5, 3.2), layout='constrained')[1]
     for i,(name,h) in enumerate(histories.items()):
@@ -207,7 +208,7 @@ def _evaluating(model):
 
 def subnetwork_outputs(
     model:nn.Module, # with survival probabilities
-    bits, # one for each residual addition, as `subnetwork` takes them; None: the full network
+    bits:str|Sequence|None, # one for each residual addition, as `subnetwork` takes them; None: the full network
     *xb, # a batch of inputs
 )->tuple: # logits `[N,K]`, features `[N,F]`
     "Logits, and what the last linear layer sees, in evaluation mode and without a graph. Raises `ValueError` for a model without a linear layer"
@@ -225,9 +226,9 @@ def plot_subnetworks(
     xb:Tensor, # a batch of inputs, some hundred
     yb:Tensor, # their labels; one colour each
     subnetworks:dict, # name → bits
-    axs=None, # an axis for the full network and one for each sub-network
+    axs:np.ndarray|list|None=None, # an axis for the full network and one for each sub-network
     seed:int=0, # of t-SNE
-):
+)->np.ndarray|list:
     "Features of the full network and of named sub-networks in one t-SNE map, a panel each. Zheng and Peng 2022, Fig. 5"
     from sklearn.manifold import TSNE
     names = {'full network': None, **subnetworks}

@@ -9,6 +9,7 @@ __all__ = ['Stage', 'scale_epochs', 'OneHistory', 'OneDisplay', 'with_batch_size
 
 # %% ../nbs/08_stages.ipynb #bbf4487b
 import math
+from collections.abc import Iterable
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos
-from fastai.learner import Learner
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, Recorder
 from fastcore.basics import patch
 from fastcore.foundation import L
 
@@ -59,7 +61,7 @@ class Stage:
 
 # %% ../nbs/08_stages.ipynb #cd831180
 def scale_epochs(
-    shares, # numbers that stand in proportion to the stages' epochs
+    shares:Iterable, # numbers that stand in proportion to the stages' epochs
     n_epoch:int, # in all
 )->list: # whole numbers, at least 1 each, that sum to `n_epoch`
     "`n_epoch` shared out over stages"
@@ -82,10 +84,10 @@ class OneHistory(Callback):
     "Let the recorder go on from fit to fit; a column that a stage does not have is not-a-number there"
     order = 51   # after the recorder, before progress and trackers
     def __init__(self,
-        columns=(), # of methods, in the order in which they are shown
+        columns:Iterable=(), # of methods, in the order in which they are shown
     ): self.names,self.past = list(columns),None
 
-    def keep(self, recorder):
+    def keep(self, recorder:Recorder):
         "Remember a fit that ended"
         self.past = {k: getattr(recorder, k) for k in ('lrs', 'iters', 'losses', 'values', 'metric_names')}
         self.past['smooth'] = recorder.smooth_loss.count,recorder.smooth_loss.val
@@ -144,9 +146,9 @@ def _one_display(learn, n_epoch):
 
 # %% ../nbs/08_stages.ipynb #7a2cb994
 def with_batch_size(
-    dls, # `DataLoaders`
+    dls:DataLoaders,
     bs:int|None, # None: as it is
-):
+)->DataLoaders:
     "`dls` with another batch size in training"
     if bs is None or bs == dls.train.bs: return dls
     new = copy(dls)
@@ -174,9 +176,9 @@ def _check_stages(stages, n_epoch):
 
 @patch
 def fit_stages(self:Learner,
-    stages, # `Stage` objects, in their order
+    stages:Stage|Iterable, # in their order
     n_epoch:int|None=None, # what their epochs must sum to; None: whatever they do
-    cbs=None, # callbacks of all stages; with a `Checkpoint` the same call goes on in the stage and epoch where it stopped
+    cbs:Callback|Iterable|None=None, # callbacks of all stages; with a `Checkpoint` the same call goes on in the stage and epoch where it stopped
 ):
     """Train in stages, as one training with one history
 

@@ -11,6 +11,7 @@ __all__ = ['register_block', 'residual_blocks', 'survival_probs', 'survival', 's
 # %% ../nbs/03d_survival.ipynb #956cab8c
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -185,7 +186,7 @@ def _set_bits(model, bits, name):
 
 def set_drawn(
     model:nn.Module, # with survival probabilities
-    bits, # one for each addition; None: the full network again
+    bits:Sequence|None, # one for each addition; None: the full network again
 ):
     "From now on, training passes run the sub-network that `bits` name; evaluation stays the full network's"
     _set_bits(model, bits, '_drawn')
@@ -193,8 +194,8 @@ def set_drawn(
 @contextmanager
 def subnetwork(
     model:nn.Module, # with survival probabilities
-    bits, # `b_1 … b_L`: a string such as `'1101'`, or a sequence; 1: the block survives
-):
+    bits:str|Sequence, # `b_1 … b_L`, such as `'1101'`; 1: the block survives
+)->Iterator:
     "Within the block, `model` is the sub-network that `bits` name: eq. 3. Raises `ValueError` unless there is a bit for every addition"
     chosen = [int(o) for o in bits]
     n = len(survival_probs(model))
@@ -217,7 +218,7 @@ def draw_bits(
 @contextmanager
 def fixed_statistics(
     model:nn.Module,
-):
+)->Iterator:
     "Within the block, batch norms in training mode normalise with the batch's statistics, and leave the running ones and their count alone"
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for m in norms: m.track_running_stats = False

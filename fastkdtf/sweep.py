@@ -9,6 +9,7 @@ __all__ = ['paper_grid', 'search_space', 'ReportEpochs', 'StopDiverged', 'Sweep'
 
 # %% ../nbs/22_sweep.ipynb #c4ac4fb9
 import math
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from html import escape
@@ -18,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.core import DataLoaders
@@ -25,7 +27,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .core import *
 from .experiment import recipe_campaign
-from .recipes import recipe as find_recipe
+from .recipes import Recipe, recipe as find_recipe
 from .report import last_accuracy
 from .runs import run_lock
 from .training import EpochBar, check_seeds, make_folder, settings_digest, stable_words
@@ -38,7 +40,7 @@ _grids = {'LSR': dict(alpha=[i/100 for i in range(1, 100, 2)]), 'SelfGuidance': 
           **{name: {p: _wang[p] for p in o.split()} for name,o in _wang_grids.items()}}
 
 def paper_grid(
-    recipe, # its id, or as `recipe` returns it
+    recipe:Recipe|str, # or its id
 )->dict: # name of the parameter → its values
     """The values that the paper tried. Raises `ValueError` where it states none
 
@@ -172,14 +174,14 @@ class ReportEpochs(Callback):
     "Tell a trial the validation error of each epoch, and end the training where the study has seen enough"
     order = 63   # after `KeepBest`, before `Checkpoint`: no epoch is saved that the study has not heard of
     def __init__(self,
-        trial, # of Optuna
+        trial:object, # Optuna's
         first:int, # steps of the trial before this training
         n_steps:int, # steps of the whole trial, the last of which is not pruned
     ):
         self.trial,self.first,self.n_steps = trial,first,n_steps
         self.known = set(trial.study.get_trials()[trial.number].intermediate_values)
 
-    def report(self, epoch, accuracy):
+    def report(self, epoch:int, accuracy:float|None)->int:
         step = self.first+epoch
         if step not in self.known: self.trial.report(1-accuracy if accuracy is not None and math.isfinite(accuracy) else 1., step)
         self.known.add(step)
@@ -226,9 +228,9 @@ def _per_cent(mean, sd): return '–' if math.isnan(mean) else f'{100*mean:.2f}'
 class Sweep:
     "Trials of a recipe's settings; shows as a table, draws the error against each parameter, saves both"
     def __init__(self,
-        recipe, # as `recipe` returns it
+        recipe:Recipe, # as `recipe` returns it
         own:dict, # its settings, around which the parameters vary
-        parameters, # their names
+        parameters:Iterable, # their names
         trials:list, # of Optuna, finished
         baseline:list, # errors of the recipe's baseline, by seed
         words:str, # how it was trained
@@ -286,8 +288,8 @@ class Sweep:
 
     def plot(self,
         parameter:str, # one of `parameters`
-        ax=None, # axes to draw on
-    ): # the axes
+        ax:plt.Axes|None=None, # axes to draw on
+    )->plt.Axes:
         "Error against one parameter, mean ± sd over seeds; the baseline as a band. Wang et al. 2020, Fig. 2–4"
         check_choice('parameter', parameter, tuple(self.parameters))
         if ax is None: ax = plt.subplots(figsize=(6, 3.6), layout='constrained')[1]
@@ -309,7 +311,7 @@ class Sweep:
         return ax
 
     def save(self,
-        out, # folder
+        out:str|Path, # folder
     )->Path:
         "Write `sweep.csv`, and a figure for each parameter"
         out = make_folder(out)
@@ -329,20 +331,20 @@ def _held_out(dls):
     return two
 
 def sweep(
-    recipe, # its id, or as `recipe` returns it
+    recipe:Recipe|str, # or its id
     dls:DataLoaders|None=None, # only training and validation are looked at; None: the recipe's own data
-    grid='paper', # `paper_grid`, or a dict: parameter → list of values; with `tpe` → (low, high), (low, high, 'log') or list of choices
+    grid:str|dict='paper', # `paper_grid`, or a dict: parameter → list of values; with `tpe` → (low, high), (low, high, 'log') or list of choices
     tpe:int|None=None, # so many trials that Optuna suggests, instead of the grid
-    seeds=1, # of each trial: how many, or a list of them
+    seeds:int|Sequence=1, # of each trial: how many, or a list of them
     n_epoch:int|None=None, # epochs of each run; None: the recipe's
-    out='kd_sweep', # folder; the same call goes on where the last one stopped, and several processes may work on it
+    out:str|Path='kd_sweep', # folder; the same call goes on where the last one stopped, and several processes may work on it
     settings:dict|None=None, # to differ from the recipe's, in every trial
     prune:bool|None=None, # end trials that are worse than the median of others; None: those of a search
     seed:int=0, # of the suggestions and of the split
-    path=None, # files of the data, as `kd_dataloaders` takes it
+    path:str|Path|None=None, # files of the data, as `kd_dataloaders` takes it
     data:str|None=None, # another data set than the recipe's
     train_subset:int|None=None, # train on so many images
-    device=None, # None: fastai's default device
+    device:str|torch.device|None=None, # None: fastai's default device
 )->Sweep:
     """Train a recipe with other settings, and compare errors on images held out from training
 

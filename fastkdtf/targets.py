@@ -10,7 +10,9 @@ __all__ = ['Regularization', 'log_odds', 'Subset', 'Correct', 'StudentAhead', 'W
 
 # %% ../nbs/02_targets.ipynb #52f9ea6e
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +132,7 @@ def _substep(step, pt, **changes):
 class Rewrite:
     "Base of rewrites; a subclass defines `rewrite(target, step)`, which returns another target"
     def __init__(self,
-        on=None, # `step → bool[N]`, or `[n,N]` for `n` teachers: the samples whose target is rewritten; None: all
+        on:Callable|None=None, # `step → bool[N]`, or `[n,N]` for `n` teachers: the samples whose target is rewritten; None: all
     ):
         if on is not None and not callable(on): raise TypeError(f'on must be a function of a Step that says which samples, such as Correct(), got {on!r}')
         self.on = on
@@ -163,12 +165,12 @@ class TeacherCorrection(Rewrite):
     "Give the labelled class the probability `gamma` and share the rest as the teacher does. Wang et al. 2020, eq. 11 and 16"
     def __init__(self,
         gamma:float, # probability of the labelled class, in (0,1)
-        on=None, # `step → bool[N]`: the samples whose target is corrected; None: all
+        on:Callable|None=None, # `step → bool[N]`: the samples whose target is corrected; None: all
     ):
         super().__init__(on)
         self.gamma = check_number('gamma', gamma, '(0,1)')
 
-    def rewrite(self, target, step):
+    def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor|TwoValued:
         if isinstance(target, TwoValued): return TwoValued(self.gamma, (1-self.gamma)/(step.n_classes-1))
         if step.y.is_floating_point(): raise TypeError("TeacherCorrection of a network's target needs integer labels, got probabilities")
         logits,tau = softened_logits(target, step)
@@ -183,12 +185,12 @@ class SmoothTo(Rewrite):
     "The label with probability `confidence`, the others alike. Song et al. 2023, eq. 3"
     def __init__(self,
         confidence:float=.99, # probability of the labelled class, in (0,1]
-        on=None, # `step → bool[N]`: the samples whose target is replaced; None: all
+        on:Callable|None=None, # `step → bool[N]`: the samples whose target is replaced; None: all
     ):
         super().__init__(on)
         self.confidence = check_number('confidence', confidence, '(0,1]')
 
-    def rewrite(self, target, step): return TwoValued(self.confidence, (1-self.confidence)/(step.n_classes-1))
+    def rewrite(self, target:Tensor|TwoValued, step:Step)->TwoValued: return TwoValued(self.confidence, (1-self.confidence)/(step.n_classes-1))
 
 # %% ../nbs/02_targets.ipynb #fce3a845
 class Amplify(Rewrite):
@@ -196,12 +198,12 @@ class Amplify(Rewrite):
     def __init__(self,
         delta:float, # in (0,1]
         who:str='teacher', # whose distribution is raised: the 'teacher''s target, or the 'student''s own, which replaces it
-        on=None, # `step → bool[N]`: the samples whose target is raised; None: all
+        on:Callable|None=None, # `step → bool[N]`: the samples whose target is raised; None: all
     ):
         super().__init__(on)
         self.delta,self.who = check_number('delta', delta, '(0,1]'),check_choice('who', who, ('teacher', 'student'))
 
-    def rewrite(self, target, step):
+    def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor|TwoValued:
         if self.who == 'teacher' and isinstance(target, TwoValued):
             on = min(target.on+self.delta, 1.)
             return TwoValued(on, (1-on)/(step.n_classes-1))
@@ -217,9 +219,9 @@ class Replace(Rewrite):
 
     `Distill` asks that teacher before the student, as it asks its own; its logits are `step.others[this rewrite]`."""
     def __init__(self,
-        teacher, # the strong one, as `as_teacher` takes it
+        teacher:Callable|str|Path, # the strong one, as `as_teacher` takes it
         what:str='confidence', # 'full' | 'partial': all but the label's probability | 'confidence': the label's probability alone
-        on=None, # `step → bool[N]`: the samples whose target is replaced; None: all
+        on:Callable|None=None, # `step → bool[N]`: the samples whose target is replaced; None: all
     ):
         super().__init__(on)
         if teacher is None: raise TypeError('teacher must be a strong teacher, such as a network, got None')
@@ -234,7 +236,7 @@ class Replace(Rewrite):
         elif zt.ndim > step.z.ndim: raise ValueError(f'Replace takes one strong teacher, got {len(zt)}: make them one with EnsembleTeacher')
         return _dense(zt, step).to(target.dtype).expand(target.shape)
 
-    def rewrite(self, target, step):
+    def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor:
         if self.what != 'full': _check_integers(step, self)
         target,tau = _dense(target, step),step.tau[0]
         strong = self._logits(target, step)

@@ -9,11 +9,12 @@ __all__ = ['check_classification', 'own_autocast', 'known_classes', 'RunningMean
 
 # %% ../nbs/05a_terms.ipynb #65adc9b6
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.learner import Callback, ValueMetric
+from fastai.learner import Callback, Learner, ValueMetric
 from fastai.torch_core import find_bs
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ _not_classification = {
     nn.BCELoss: 'multi-label classification', nn.BCEWithLogitsLoss: 'multi-label classification', nn.MultiLabelSoftMarginLoss: 'multi-label classification'}
 
 def check_classification(
-    loss_func, # a learner's
+    loss_func:Callable, # a learner's
 ):
     "Raises `TypeError` when `loss_func` says that the learner does not put each sample in one of several classes"
     for f in (loss_func, getattr(loss_func, 'func', None)):
@@ -36,8 +37,8 @@ def check_classification(
 
 # %% ../nbs/05a_terms.ipynb #45e49afd
 def own_autocast(
-    learn, # a learner in a fit
-):
+    learn:Learner, # in a fit
+)->AbstractContextManager:
     "The context of the learner's half precision; one that does nothing without it"
     return next((o.autocast for o in learn.cbs if isinstance(o, MixedPrecision)), nullcontext())
 
@@ -57,7 +58,7 @@ class RunningMean:
     def add(self, value:Tensor, n:int): self.total,self.n = self.total + value.detach()*n, self.n+n
 
     @property
-    def value(self): return self.total/self.n if self.n else math.nan
+    def value(self)->float|Tensor: return self.total/self.n if self.n else math.nan
 
 # %% ../nbs/05a_terms.ipynb #68e7f042
 class TermMetric(ValueMetric):
@@ -77,12 +78,12 @@ class LossTerm(Callback):
     ): self._name = name
 
     @property
-    def name(self): return self._name or super().name
+    def name(self)->str: return self._name or super().name
 
     @property
-    def learn(self): return self.__dict__.get('_learn')
+    def learn(self)->Learner|None: return self.__dict__.get('_learn')
     @learn.setter
-    def learn(self, learn):
+    def learn(self, learn:Learner|None):
         if learn is None and self.learn is not None: self._drop_columns()
         self.__dict__['_learn'] = learn
 
@@ -98,7 +99,7 @@ class LossTerm(Callback):
         return owner if isinstance(owner, MixHandler) else None
 
     @property
-    def base_loss_func(self):
+    def base_loss_func(self)->Callable:
         "The learner's own loss function, under MixUp too"
         return self.mixing.old_lf if self.mixing else self.learn.loss_func
 
@@ -113,7 +114,7 @@ class LossTerm(Callback):
         return {'loss': self._soft_value}
 
     @staticmethod
-    def all_columns(terms)->dict:
+    def all_columns(terms:Iterable)->dict:
         "The columns of terms that train together: name → function; a name that two share gets the term's as a prefix"
         terms = sorted(terms, key=lambda o: o.name)
         keys = [k for o in terms for k in o.columns]

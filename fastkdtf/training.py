@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -29,7 +30,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import get_model
 from fastcore.basics import noop, store_attr
 from fastcore.foundation import L
-from fastprogress.fastprogress import progress_bar
+from fastprogress.fastprogress import ProgressBar, progress_bar
 
 from .core import *
 from .distill import Distill, matched_controls
@@ -42,7 +43,7 @@ from .teachers import NetworkTeacher, Teacher
 
 # %% ../nbs/11b_training.ipynb #82e4205a
 def make_callbacks(
-    method, # None, a callback, a `Stage`, a class or function that makes one or several, or a list of these
+    method:Callback|Stage|Callable|list|tuple|None, # callbacks or stages, or classes and functions that make one or several
 )->list:
     "Fresh callbacks of a method, or its stages with theirs"
     if method is None: return []
@@ -73,7 +74,7 @@ def with_controls(
 
 # %% ../nbs/11b_training.ipynb #5d04710c
 def weights_on_cpu(
-    model,
+    model:torch.nn.Module,
 )->dict:
     "A copy of a model's state dict that later training does not change"
     return {k: v.detach().cpu().clone() for k,v in get_model(model).state_dict().items()}
@@ -90,8 +91,8 @@ class KeepBest(Callback):
         value = values[-1][self.recorder.metric_names.index('accuracy')-1]
         if value > self.value: self.epoch_,self.value,self.weights = len(values)-1,value,weights_on_cpu(self.model)
 
-    def state_dict(self): return dict(epoch_=self.epoch_, value=self.value, weights=self.weights)
-    def load_state_dict(self, state): vars(self).update(state)
+    def state_dict(self)->dict: return dict(epoch_=self.epoch_, value=self.value, weights=self.weights)
+    def load_state_dict(self, state:dict): vars(self).update(state)
 
 # %% ../nbs/11b_training.ipynb #1af3ebcc
 class EpochTimer(Callback):
@@ -108,14 +109,14 @@ class EpochTimer(Callback):
     def after_train(self): self.seconds,self.waited = self.seconds + [time.perf_counter()-self.start],self.waited + [self.waiting]
     def before_validate(self): self.start = time.perf_counter()
     def after_validate(self): self.validated = self.validated + [time.perf_counter()-self.start]
-    def state_dict(self): return dict(seconds=self.seconds, waited=self.waited, validated=self.validated)
-    def load_state_dict(self, state): vars(self).update(state)
+    def state_dict(self)->dict: return dict(seconds=self.seconds, waited=self.waited, validated=self.validated)
+    def load_state_dict(self, state:dict): vars(self).update(state)
 
 # %% ../nbs/11b_training.ipynb #fe47ac9a
 class EpochBar(Callback):
     "Move a bar that counts the epochs of many runs"
     order = 70
-    def __init__(self, bar, done:int): self.bar,self.done = bar,done
+    def __init__(self, bar:ProgressBar, done:int): self.bar,self.done = bar,done
     def after_epoch(self):
         self.bar.wait_for = 1   # what was there already took no time, from which fastprogress would conclude that nothing does
         self.bar.update(self.done+len(self.recorder.values))
@@ -135,15 +136,15 @@ def reported_scores(
 
 # %% ../nbs/11b_training.ipynb #f38778cc
 def train_run(
-    method, # as `make_callbacks` takes it
+    method:Callback|Stage|Callable|list|tuple|None, # as `make_callbacks` takes it
     seed:int, # of initial weights, batch order and augmentation
     dls:DataLoaders, # `.test`, if it has one, is what is reported
-    model_fn, # makes the model
+    model_fn:Callable, # makes the model
     n_epoch:int,
-    fit='fit_one_cycle', # which of the learner's training methods, or a function `(learn, n_epoch, cbs)`; stages have their own
+    fit:str|Callable='fit_one_cycle', # which of the learner's training methods, or a function `(learn, n_epoch, cbs)`; stages have their own
     lr:float|None=None, # learning rate; None: the learner's own
-    cbs=(), # further callbacks
-    learner=Learner, # makes the learner from loaders, model and `metrics`
+    cbs:Iterable=(), # further callbacks
+    learner:Callable=Learner, # makes the learner from loaders, model and `metrics`
     start:dict|None=None, # weights to start from, for a second schedule: its batches are others than the first one's
     keep:str|None=None, # return these `weights` too: 'last' | 'best'
 )->dict:
@@ -174,7 +175,7 @@ def _fit(learn, method, n_epoch, fit, lr, cbs):
 
 # %% ../nbs/11b_training.ipynb #f360fb36
 def stable_words(
-    o, # settings of a method or a learner
+    o:object, # settings of a method or a learner
     depth:int=8, # of objects in objects
 ):
     "`o` in words that are the same in every process"
@@ -191,7 +192,7 @@ def stable_words(
 
 # %% ../nbs/11b_training.ipynb #b3f2b85e
 def method_identity(
-    method, # as `make_callbacks` takes it
+    method:Callback|Stage|Callable|list|tuple|None, # as `make_callbacks` takes it
 )->list: # a dict for each callback or stage
     "A method's settings in words"
     return [_identity(o) for o in make_callbacks(method)]
@@ -241,7 +242,7 @@ class Awaited(Teacher):
 
 # %% ../nbs/11b_training.ipynb #9af993ee
 def check_seeds(
-    seeds, # how many, or a list of them
+    seeds:int|Sequence, # how many, or a list of them
 )->list:
     "`seeds` as a list. Raises `TypeError` or `ValueError` saying what they must be"
     if isinstance(seeds, bool) or not isinstance(seeds, (int, list, tuple, range)): raise TypeError(f'seeds must be how many, or a list of them, got {seeds!r}')
@@ -277,15 +278,15 @@ class Campaign:
     def __init__(self,
         entries:dict, # name → `Entry`; an entry comes after those it needs
         dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
-        model_fn, # makes the model; called once a run, with the run's seed set
+        model_fn:Callable, # makes the model; called once a run, with the run's seed set
         n_epoch:int, # epochs of each run
-        seeds=3, # how many, or a list of seeds
-        fit='fit_one_cycle', # training method of the learner, or a function `(learn, n_epoch, cbs)`
+        seeds:int|Sequence=3, # how many, or a list of seeds
+        fit:str|Callable='fit_one_cycle', # training method of the learner, or a function `(learn, n_epoch, cbs)`
         lr:float|None=None, # learning rate; None: the learner's own
-        out=None, # folder to keep runs in and go on from; None keeps nothing
+        out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
         baseline:str='baseline', # the entry that others are held against
         settings:dict|None=None, # anything else that identifies these runs, in words and numbers
-        learner=Learner, # makes a learner from loaders, model and `metrics`
+        learner:Callable=Learner, # makes a learner from loaders, model and `metrics`
     ):
         seeds = check_seeds(seeds)
         check_whole('n_epoch', n_epoch)
@@ -369,7 +370,7 @@ class Campaign:
         name:str, # an entry; those that it needs must be finished
         seed:int,
         wait:bool=True, # for another process that trains it; False returns None then, or where what it needs is not finished
-        cbs=(), # further callbacks, which change nothing
+        cbs:Iterable=(), # further callbacks, which change nothing
     )->dict|None:
         "The record of one run, trained now if it is not finished"
         run,entry = self.runs[name, seed],self.entries[name]
@@ -398,23 +399,23 @@ class Campaign:
         return [self.finished[run['key']] for run in self.runs.values()]
 
     def compare(self,
-        kind=Comparison, # of the result
+        kind:type=Comparison, # of the result
     )->Comparison:
         "`run`, and what came out; table, plots and `report.html` go into the folder"
         comparison = kind(self.run(), self.baseline)
         if self.out is not None: write_report(comparison, comparison.save(self.out))
         return comparison
 
-# %% ../nbs/11b_training.ipynb #df923d3a
+# %% ../nbs/11b_training.ipynb #552347bb
 def _in_words(s):
     data = [str(s[k]) for k in ('data', 'arch') if k in s] or [s['model']]
-    held = 'test images, on which the best epoch is picked too' if s.get('picked_on') == 'test' else 'validation images'
+    held = 'test samples, on which the best epoch is picked too' if s.get('picked_on') == 'test' else 'validation samples'
     return (f"{', '.join(data)}: {s['n_epoch']} epochs of {s['fit']}" + ('' if s['lr'] is None else f", learning rate {s['lr']:g}") +
             f", batch {s['bs']}, {s['n_train']:,} training and {s['n_valid']:,} {held}, {s['n_classes']} classes, {s['n_params']:,} parameters")
 
 # %% ../nbs/11b_training.ipynb #6ec6eb46
 def make_folder(
-    out, # a path
+    out:str|Path,
 )->Path:
     "`out` as a folder that exists. Raises `ValueError` if it is a file"
     out = Path(out)

@@ -8,14 +8,17 @@ Docs: https://fastkdtf.github.io/fastkdtf/twostage.html.md"""
 __all__ = ['effdstl_stages']
 
 # %% ../nbs/12b_twostage.ipynb #fd66b78d
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import torch
-from fastai.learner import Learner
+from fastai.learner import Callback, Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
+from torch import nn
 
 from .core import *
 from .distill import Distill
@@ -35,14 +38,14 @@ def _overrides(name, given, defaults):
 
 def effdstl_stages(
     n_epoch:int, # in all; the paper: 300
-    teacher, # as `as_teacher` takes it
-    second_teacher=None, # of stage 2: a better one; None: the same
+    teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
+    second_teacher:nn.Module|Learner|Callable|str|Path|None=None, # of stage 2: a better one; None: the same
     stage1:dict|None=None, # settings of `Stage` that are to differ from the paper's
     stage2:dict|None=None, # likewise
-    beta=.5, # weight of the soft term in stage 1
+    beta:float|Callable=.5, # weight of the soft term in stage 1
     tau:float=2., # temperature in stage 1, of the weights too
     smoothing:float=.1, # label smoothing of the hard term in stage 1, in [0,1]
-    tau_teacher=.7, # the teacher's temperature in stage 2
+    tau_teacher:float|Callable=.7, # the teacher's temperature in stage 2
     smooth_to:float=.99, # probability of the labelled class where the rule of stage 2 applies
     ckm:bool=True, # False: stage 2 without the rule, as the teacher has it
     two_stages:bool=True, # False: stage 1 for all epochs
@@ -66,18 +69,18 @@ def effdstl_stages(
 @patch
 def fit_effdstl(self:Learner,
     n_epoch:int, # in all; the paper: 300
-    teacher, # a network, a `Learner`, a path, a name that timm knows; or any teacher
-    second_teacher=None, # of stage 2: a better one; None: the same (Tab. 4c)
+    teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+    second_teacher:nn.Module|Learner|Callable|str|Path|None=None, # of stage 2: a better one; None: the same (Tab. 4c)
     stage1:dict|None=None, # settings of `Stage` that are to differ from the paper's, such as `dict(lr=(.1, 1e-5))`
     stage2:dict|None=None, # likewise
-    beta=.5, # weight of the soft term in stage 1
+    beta:float|Callable=.5, # weight of the soft term in stage 1
     tau:float=2., # temperature in stage 1, of the weights too
     smoothing:float=.1, # label smoothing of the hard term in stage 1, in [0,1]
-    tau_teacher=.7, # the teacher's temperature in stage 2 (Tab. 4d: .8 and 1)
+    tau_teacher:float|Callable=.7, # the teacher's temperature in stage 2 (Tab. 4d: .8 and 1)
     smooth_to:float=.99, # probability of the labelled class where the rule of stage 2 applies
     ckm:bool=True, # False: stage 2 without the rule, as the teacher has it (Tab. 4e)
     two_stages:bool=True, # False: stage 1 for all epochs
-    cbs=None, # callbacks of both stages; with a `Checkpoint` the same call goes on where it stopped
+    cbs:Callback|Iterable|None=None, # callbacks of both stages; with a `Checkpoint` the same call goes on where it stopped
 ):
     """Train by Efficient Distillation: `WSL`, then `CKM` with a better teacher. Song et al. 2023, §5.2
 

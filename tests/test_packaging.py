@@ -16,7 +16,7 @@ notebooks = sorted(p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoin
 
 # A module imports from lower floors only; half floors are steps within one
 floors = {1: 'core', 1.5: 'describe measure', 1.6: 'frozen', 1.8: 'loader', 1.85: 'readers', 1.9: 'cifar_nets', 1.95: 'targets', 2: 'losses models data', 2.2: 'survival', 2.9: 'runs', 3: 'teachers', 3.2: 'cache memory', 3.5: 'terms', 4: 'distill selfguide', 4.2: 'effdstl', 4.3: 'stages', 4.4: 'schedules',
-          5: 'interpret report draw', 5.5: 'page', 5.7: 'training', 6: 'learner bench', 6.5: 'procedures twostage explore', 6.7: 'recipes', 6.9: 'reproduction', 7: 'experiment', 7.2: 'sweep', 8: 'cli', 9: 'all'}
+          5: 'interpret report draw', 5.5: 'page', 5.7: 'training', 5.9: 'peers', 6: 'learner bench', 6.5: 'procedures twostage explore', 6.7: 'recipes', 6.9: 'reproduction', 7: 'experiment', 7.2: 'sweep', 8: 'cli', 9: 'all'}
 floor = {m:f for f,ms in floors.items() for m in ms.split()}
 
 def run(*args, cwd):
@@ -42,6 +42,8 @@ def differing(a, b): return sorted(k for k in a.keys()|b.keys() if a.get(k)!=b.g
 def test_settings_agree():
     import fastkdtf
     assert ini['version']==read_version(cfg.lib_path)==fastkdtf.__version__==version('fastkdtf')
+    assert re.search(r'^version: (.+)$', (root/'CITATION.cff').read_text(encoding='utf-8'), re.M)[1]==ini['version']
+    assert re.search(r'^## (\S+)', (root/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[1]==ini['version']
     assert ini['lib_name']==cfg.lib_name=='fastkdtf'
     for o in ('nbs_path', 'lib_path', 'doc_path'): assert ini[o]==cfg[o].name if isinstance(cfg[o], Path) else ini[o]==cfg[o], o
     for o in ('tst_flags', 'branch', 'git_url', 'doc_host', 'doc_baseurl', 'title'): assert ini[o]==cfg[o], o
@@ -100,6 +102,32 @@ def test_imports(path):
         if dep in ('__version__', '_modidx'): continue
         assert path.stem in floor, f'give {path.stem} a floor'
         assert floor[dep]<floor[path.stem], f'{where}: imports only point down'
+
+def public_functions(path):
+    "(name, node) of a module's public functions, and of public classes' public methods and `__init__`"
+    for o in ast.parse(path.read_text(encoding='utf-8')).body:
+        for f,cls in [(f, f'{o.name}.') for f in o.body] if isinstance(o, ast.ClassDef) else [(o, '')]:
+            if isinstance(f, ast.FunctionDef) and not cls.startswith('_') and (f.name=='__init__' or f.name[0]!='_'): yield cls+f.name, f
+
+@pytest.mark.parametrize('path', modules, ids=lambda p: p.stem)
+def test_public_signatures_have_types(path):
+    from fastai.callback.core import event
+    overrides = {*vars(event), 'forward', 'encodes', 'decodes', 'activation'}    # fastai's and PyTorch's, who give the types
+    missing = [f'{name}({a.arg})' for name,f in public_functions(path) if f.name not in overrides
+               for i,a in enumerate(f.args.posonlyargs+f.args.args+f.args.kwonlyargs) if a.annotation is None and not (i==0 and a.arg in ('self', 'cls'))]
+    assert not missing, f'no type in {path.name}: {", ".join(missing)}'
+
+def test_import_adds_no_package_and_no_warning(tmp_path):
+    "What `fastkdtf.all` costs beyond fastai is its own files"
+    code = """
+import json, sys, warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter('always')
+    import fastai.vision.all
+    before = set(sys.modules)
+    import fastkdtf.all
+print(json.dumps([sorted({o.split('.')[0] for o in set(sys.modules)-before}), [str(o.message) for o in seen if 'fastkdtf' in o.filename]]))"""
+    assert json.loads(run(sys.executable, '-c', code, cwd=tmp_path).splitlines()[-1])==[['fastkdtf'], []]
 
 def test_every_notebook_module_is_exported():
     exps = {re.search(r'#\|\s*default_exp (\w+)', p.read_text(encoding='utf-8')) for p in notebooks}
