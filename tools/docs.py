@@ -47,7 +47,8 @@ def output_md(o, save):
     if 'text/markdown' in d: return d['text/markdown']
     if d.get('text/html', '').strip(): return raw(d['text/html'])
     if 'text/latex' in d: return d['text/latex']
-    return fence(d['text/plain']) if d.get('text/plain', '').strip() else ''
+    txt = d.get('text/plain', '').strip()
+    return fence(txt) if txt and not re.match('<(Axes|Figure)', txt) else ''    # what a plot returns, not what it shows
 
 def code_md(cell, save):
     "A code cell: its source without `#|` lines, then its saved outputs"
