@@ -1,7 +1,9 @@
 "Everything a notebook needs: `from fastkdtf.all import *`"
+from fastkdtf.augment import Augment
 from fastkdtf.cache import CachedTeacher
 from fastkdtf.core import Step, TwoValued
 from fastkdtf.data import *
+from fastkdtf.defective import *
 from fastkdtf.describe import Description
 from fastkdtf.distill import *
 from fastkdtf.effdstl import CKM, WSL
@@ -9,12 +11,12 @@ from fastkdtf.experiment import run_recipes
 from fastkdtf.explore import Exploration, confidence_change, exploration_schemes, exploration_subsets, explore, fgsm
 from fastkdtf.interpret import *
 from fastkdtf.learner import *
-from fastkdtf.loader import Augment, batch_info, with_index
+from fastkdtf.loader import batch_info, with_index
 from fastkdtf.losses import *
 from fastkdtf.memory import MemoryTeacher
 from fastkdtf.models import *
 from fastkdtf.page import report_html, write_report
-from fastkdtf.procedures import *
+from fastkdtf.procedures import Reversed, Taught, own_callbacks, teacher_accuracy
 from fastkdtf.recipes import recipe, recipes
 from fastkdtf.report import *
 from fastkdtf.reproduction import Reproduction

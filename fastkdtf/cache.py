@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from torch import Tensor, nn
 from .core import *
-from .loader import loader_identity
+from .identity import loader_identity
 from .runs import replacing
 from .teachers import EnsembleTeacher, Teacher, as_teacher, class_names
 

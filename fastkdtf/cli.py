@@ -64,10 +64,10 @@ def _took(start):
 def _count(n, what): return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 def _compare(a):
+    from fastkdtf.augment import Augment
     from fastkdtf.data import kd_dataloaders
     from fastkdtf.distill import teacher_free
     from fastkdtf.learner import compare
-    from fastkdtf.loader import Augment
     from fastkdtf.measure import keep_freed_memory
     from fastkdtf.models import create_model
     start,device,out = time.perf_counter(),_device(a.device),Path(a.out)

@@ -14,8 +14,9 @@ import numpy as np
 from fastai.data.all import *
 from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.core import PILImage, imagenet_stats
+from .augment import Augment
 from .core import check_number, check_whole
-from .loader import Augment, CategorizeRecord, NormalizeBatch, RecordDL, image_tensor, to_records, with_index
+from .loader import CategorizeRecord, NormalizeBatch, RecordDL, image_tensor, to_records, with_index
 from .readers import check_size, imagenet_files, npz_arrays, read_files, read_npz
 _all_ = ['npz_arrays', 'read_files', 'read_npz']   # what reads the files is at hand here too
 

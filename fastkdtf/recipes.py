@@ -29,11 +29,11 @@ from fastcore.foundation import L
 from torch import nn
 
 import fastkdtf
+from .augment import Augment
 from .core import *
 from .data import KDDataLoaders, kd_dataloaders
 from .distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from .effdstl import CKM, WSL
-from .loader import Augment
 from .models import create_model
 from .schedules import Schedule, fit_start, make_optimizer
 from .selfguide import SelfGuidance, StochasticDepth

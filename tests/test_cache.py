@@ -10,11 +10,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 import fastkdtf.cache as cache
+from fastkdtf.augment import Augment
 from fastkdtf.cache import CachedTeacher, LogitStore, key_samples, pack_logits, sample_keys, unpack_logits
 from fastkdtf.core import Step, TwoValued, soften
 from fastkdtf.data import kd_dataloaders
 from fastkdtf.distill import KnowledgeDistillation
-from fastkdtf.loader import Augment, loader_identity, with_index
+from fastkdtf.identity import loader_identity
+from fastkdtf.loader import with_index
 from fastkdtf.runs import seed_run
 from fastkdtf.teachers import EnsembleTeacher, NetworkTeacher, Teacher, UniformTeacher
 

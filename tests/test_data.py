@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastkdtf import data
+from fastkdtf.augment import Augment
 from fastkdtf.data import channel_stats, image_tensor, kd_dataloaders, npz_arrays, read_files, read_npz, stratified, to_records
-from fastkdtf.loader import Augment
 
 
 def items(dl): return dl.dataset.items

@@ -19,9 +19,10 @@ from fastai.vision.all import (Callback, CropPad, CrossEntropyLossFlat, FlipItem
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from fastkdtf.augment import Augment
 from fastkdtf.data import kd_dataloaders
-from fastkdtf.loader import (Augment, BatchInfo, CategorizeRecord, NormalizeBatch, RecordDL, batch_info, blank_records, image_tensor, loader_identity,
-                             to_records, with_index)
+from fastkdtf.identity import loader_identity
+from fastkdtf.loader import BatchInfo, CategorizeRecord, NormalizeBatch, RecordDL, batch_info, blank_records, image_tensor, to_records, with_index
 from fastkdtf.measure import interleaved_times, median_ratio
 
 M = 2**64-1

@@ -15,8 +15,8 @@ modules = sorted(cfg.lib_path.rglob('*.py'))
 notebooks = sorted(p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 # A module imports from lower floors only; half floors are steps within one
-floors = {1: 'core', 1.5: 'describe measure', 1.6: 'frozen', 1.8: 'loader', 1.85: 'readers', 1.9: 'cifar_nets', 1.95: 'targets', 2: 'losses models data', 2.2: 'survival', 2.9: 'runs', 3: 'teachers', 3.2: 'cache memory', 3.5: 'terms', 4: 'distill selfguide', 4.2: 'effdstl', 4.3: 'stages', 4.4: 'schedules',
-          5: 'interpret report draw', 5.5: 'page', 5.7: 'training', 5.9: 'peers', 6: 'learner bench', 6.5: 'procedures twostage explore', 6.7: 'recipes', 6.9: 'reproduction', 7: 'experiment', 7.2: 'sweep', 8: 'cli', 9: 'all'}
+floors = {1: 'core', 1.5: 'describe measure', 1.6: 'frozen', 1.7: 'augment', 1.8: 'loader', 1.82: 'identity', 1.85: 'readers', 1.9: 'cifar_nets', 1.95: 'targets', 2: 'losses models data', 2.2: 'survival', 2.9: 'runs', 3: 'teachers', 3.2: 'cache memory', 3.5: 'terms', 4: 'distill selfguide', 4.2: 'effdstl', 4.3: 'stages', 4.4: 'schedules',
+          5: 'interpret report draw', 5.5: 'page', 5.7: 'training', 5.9: 'peers', 6: 'learner bench', 6.5: 'procedures twostage explore', 6.6: 'defective', 6.7: 'recipes', 6.9: 'reproduction', 7: 'experiment', 7.2: 'sweep', 8: 'cli', 9: 'all'}
 floor = {m:f for f,ms in floors.items() for m in ms.split()}
 
 def run(*args, cwd):

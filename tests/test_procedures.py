@@ -14,11 +14,12 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-import fastkdtf.procedures
+import fastkdtf.defective
 import fastkdtf.training
+from fastkdtf.defective import PoorTeacher, PoorTeachers
 from fastkdtf.distill import KnowledgeDistillation, LsrKD
 from fastkdtf.learner import compare
-from fastkdtf.procedures import PoorTeacher, PoorTeachers, Taught, teacher_accuracy
+from fastkdtf.procedures import Taught, teacher_accuracy
 from fastkdtf.report import Comparison, comparisons, read_runs
 from fastkdtf.runs import run_lock, seed_run
 from fastkdtf.teachers import EnsembleTeacher, NetworkTeacher, UniformTeacher
@@ -299,7 +300,7 @@ def test_poor_teachers_resume(tmp_path, monkeypatch):
     poor = learner(model=Fragile()).poor_teachers(4, at_epochs=[1, 3], out=tmp_path)
     for a,b in zip(poor, expected): assert same({k.removeprefix('net.'): v for k,v in a.weights.items()}, b.weights) and (a.epoch, a.accuracy) == (b.epoch, b.accuracy)
     assert len(list(tmp_path.glob('*.pt'))) == 2 and not list(tmp_path.glob('unfinished*.pt'))
-    monkeypatch.setattr(fastkdtf.procedures, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.defective, 'train_run', forbidden)
     again = learner(model=Fragile()).poor_teachers(4, at_epochs=[1, 3], out=tmp_path)
     assert repr(again) == repr(poor)
     with pytest.raises(ValueError, match='teachers of another training'): learner(model=Fragile()).poor_teachers(4, at_epochs=[1, 2], out=tmp_path)
@@ -449,7 +450,7 @@ def test_keys_of_dependent_runs():
     (lambda o: o.poor_teachers(1, [1], out=__file__), ValueError, 'out must be a folder'), (lambda o: o.reversed_kd(weak_net(), 1, out=__file__), ValueError, 'out must be a folder')])
 def test_bad_input(call, error, message, monkeypatch):
     monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
-    monkeypatch.setattr(fastkdtf.procedures, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.defective, 'train_run', forbidden)
     with pytest.raises(error, match=message): call(learner())
 
 def test_an_optimizer_of_this_very_network():

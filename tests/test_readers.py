@@ -13,8 +13,9 @@ from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, nn
 from PIL import Image
 
 from fastkdtf import readers
+from fastkdtf.augment import Augment
 from fastkdtf.data import kd_dataloaders
-from fastkdtf.loader import Augment, RecordDL, batch_info
+from fastkdtf.loader import RecordDL, batch_info
 from fastkdtf.readers import check_size, imagenet_files, read_files
 
 cpu = dict(bs=4, device='cpu')
