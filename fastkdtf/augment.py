@@ -52,7 +52,7 @@ class Augment:
         flip:bool=False, # Mirror every second image, at random
         pad:int=0,       # Crop to the old size after adding so many black pixels on each side
         rotate:float=0., # Turn by an angle uniform in ±`rotate` degrees; nearest pixel, black outside
-        views:int=None,  # A sample has so many versions (None: a new one every time)
+        views:int|None=None,  # A sample has so many versions (None: a new one every time)
         seed:int=0       # Other numbers give other versions
     ):
         if not isinstance(flip, (bool,np.bool_)): raise TypeError(f"flip must be True or False, not {flip!r}")

@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/bench.html.md"""
 __all__ = ['bench_losses', 'StepBench', 'Candidate', 'distillation_candidates', 'memory_candidates', 'depth_candidates',
            'bench_steps', 'loss_difference', 'machine', 'Bench', 'bench']
 
-# %% ../nbs/13_bench.ipynb #c04366ea
+# %% ../nbs/13_bench.ipynb #39d68bb8
 import json
 import os
 import platform
@@ -25,7 +25,6 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import fastai, timm
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -44,6 +43,7 @@ from .losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from .measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
 from .models import create_model
 from .peers import TorchStep, fasterai_callback, peer_steps
+from .runs import run_environment
 from .selfguide import SelfGuidance, StochasticDepth
 from .survival import survival
 
@@ -225,18 +225,20 @@ def loss_difference(
         return torch.stack(out)
     return (losses(a)-losses(b)).abs().max().item()
 
-# %% ../nbs/13_bench.ipynb #d6973eba
+# %% ../nbs/13_bench.ipynb #6b789fd4
+_peers = ('fasterai', 'torchdistill')
+
 def machine(
     device:str='cpu',
 )->dict:
-    "What a measurement has to name: processor, cores, threads, versions"
+    "What a measurement has to name: processor, cores, threads, versions, and the commit"
     try: processor = next(o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
     except (OSError, StopIteration): processor = platform.processor() or platform.machine()
     out = dict(processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
     if torch.device(device).type == 'cuda': out['device'] = torch.cuda.get_device_name(device)
-    return {**out, 'torch': torch.__version__, 'fastai': fastai.__version__, 'timm': timm.__version__, **{k: version(k) for k in ('fasterai', 'torchdistill') if find_spec(k)}}
+    return {**out, **run_environment(), **{k: version(k) for k in _peers if find_spec(k)}}
 
-# %% ../nbs/13_bench.ipynb #f49b0cc9
+# %% ../nbs/13_bench.ipynb #9bd0cff3
 class Bench:
     "What `bench` measured: a table of losses, one of training steps, and how far other libraries' losses are from ours"
     def __init__(self,
@@ -263,14 +265,14 @@ class Bench:
     def parts(self)->list: # (caption, table or None)
         "Captions and tables, in order"
         m,s = self.machine,self.sizes
-        versions = ', '.join(f'{k} {v}' for k,v in m.items() if k not in ('processor', 'cores', 'threads', 'device', 'freed_memory_kept'))
-        out = [(f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['device']}; {versions}{'; freed memory kept (mallopt)' if m.get('freed_memory_kept') else ''}", None),
+        versions = ', '.join(f'{k} {m[k]}' for k in ('fastkdtf', 'torch', 'fastai', 'timm', *_peers) if k in m)
+        out = [(f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['device']}; {versions}{'; freed memory kept (mallopt)' if m.get('freed_memory_kept') else ''}; {m['date'][:10]}", None),
                (f"Losses, {s['n']} × {s['n_classes']}: forward and backward", self.losses)]
         if self.steps is not None: out.append((f"Training steps, {s['arch']}, batch {s['bs']} of {s['size']}×{s['size']}", self.steps))
         for k,v in self.differences.items():
             ratio = lambda column: self.steps.loc['KD', column]/self.steps.loc[k, column]
             out.append((f"{k}: losses of {s['compared']} steps differ from ours by {v:.1e} at most; our step takes {ratio('time / plain'):.2f} of its time and {ratio('memory / plain'):.2f} of its memory", None))
-        if self.steps is not None and (missing := [o for o in ('fasterai', 'torchdistill') if o not in m]): out.append((f"Not installed, and left out: {', '.join(missing)}", None))
+        if self.steps is not None and (missing := [o for o in _peers if o not in m]): out.append((f"Not installed, and left out: {', '.join(missing)}", None))
         return out + [(f"Medians of {s['rounds']} interleaved round{'s'*(s['rounds'] != 1)}, in {s['seconds']:.0f} s", None)]
 
     def __str__(self): return '\n\n'.join(k if t is None else f'{k}\n{t.to_string(na_rep="")}' for k,t in self.parts())

@@ -24,9 +24,9 @@ _all_ = ['npz_arrays', 'read_files', 'read_npz']   # what reads the files is at 
 class _Set(NamedTuple):
     "A set known by name"
     n_classes:int
-    augment:Augment=None # what the papers do to its training images
-    layout:str=None      # `read_files`'s, where only one will do
-    get:str=None         # where its files come from, if they can't be fetched here
+    augment:Augment|None=None # what the papers do to its training images
+    layout:str|None=None      # `read_files`'s, where only one will do
+    get:str|None=None         # where its files come from, if they can't be fetched here
     pct:float=.1         # share of the training images that validates
 
 _crop = Augment(flip=True, pad=4)
@@ -165,13 +165,13 @@ def kd_dataloaders(
     source:str|Path, # 'digits', a name from the table above, or the path of an `.npz` (`read_npz`) or a folder or archive (`read_files`)
     bs:int=128, # Batch size, of all three loaders
     seed:int=0, # Decides the split and the subset, nothing else
-    valid_pct:float=None, # Share of the training images kept for validation (None: see above). 0: none, `.valid` is the test set, as in the papers; with `train_subset`, as many images of it
-    train_subset:int=None, # Train on so many images, taken in proportion from every class after the split (None: all)
+    valid_pct:float|None=None, # Share of the training images kept for validation (None: see above). 0: none, `.valid` is the test set, as in the papers; with `train_subset`, as many images of it
+    train_subset:int|None=None, # Train on so many images, taken in proportion from every class after the split (None: all)
     device:str|torch.device|None=None, # Where batches go (None: fastai's default device)
-    num_workers:int=None, # Processes that fetch single items (None: fastai's number for 'imagenet', else 0, since whole batches need none)
+    num_workers:int|None=None, # Processes that fetch single items (None: fastai's number for 'imagenet', else 0, since whole batches need none)
     augment:Augment|str|None='auto', # Of the training images; 'auto': the papers' for sets known by name, else none
-    path:str|Path=None, # Files of a set known by name (None: fastai or torchvision downloads it, where that is possible)
-    size:int|tuple=None # Image files are cropped and scaled to it, see `read_files`; for 'imagenet' 224 by default
+    path:str|Path|None=None, # Files of a set known by name (None: fastai or torchvision downloads it, where that is possible)
+    size:int|tuple|None=None # Image files are cropped and scaled to it, see `read_files`; for 'imagenet' 224 by default
 ) -> KDDataLoaders:
     """Loaders `.train` (shuffled, last incomplete batch dropped), `.valid` and `.test` of normalised `[bs,3,H,W]` images and labels.
 

@@ -167,7 +167,7 @@ class RecordDL(IndexedDL, TfmdDL):
     max_kept = 2**31 # Bytes: a larger set stays in main memory and sends its batches
     def __init__(self,
         dataset:Datasets,     # Over `Records`, or over what `image_tensor` accepts
-        augment:Augment=None, # Only where the data set's `split_idx` is 0, as for fastai's own augmentation
+        augment:Augment|None=None, # Only where the data set's `split_idx` is 0, as for fastai's own augmentation
         **kwargs              # `TfmdDL`'s
     ):
         if augment is not None and not isinstance(augment, Augment): raise TypeError(f"augment must be an Augment or None, not {augment!r}")

@@ -311,8 +311,8 @@ def _is_npz(path): return path.is_file() and path.suffix not in ('.zip','.csv') 
 
 def read_files(
     path:str|Path,       # An `.npz`, or a folder or archive (`.tar`, `.tar.gz`, `.zip`)
-    size:int|tuple=None, # Images only: pixels, or `(height, width)`, of the largest crop from the middle, scaled (None: all are equal, or the papers' 32×32)
-    layout:str=None      # 'images', 'cinic10' (with train, valid and test), 'tiny_imagenet', 'fer2013' or 'raf' (None: what the files' names tell)
+    size:int|tuple|None=None, # Images only: pixels, or `(height, width)`, of the largest crop from the middle, scaled (None: all are equal, or the papers' 32×32)
+    layout:str|None=None      # 'images', 'cinic10' (with train, valid and test), 'tiny_imagenet', 'fer2013' or 'raf' (None: what the files' names tell)
 ) -> tuple:
     """Checked `({'train': records, 'valid': …, 'test': …}, class names)`; `valid` and `test` only where the files have them.
 

@@ -7,9 +7,9 @@ Docs: https://fastkdtf.github.io/fastkdtf/stages.html.md"""
 # %% auto #0
 __all__ = ['Stage', 'scale_epochs', 'OneHistory', 'OneDisplay', 'with_batch_size']
 
-# %% ../nbs/08_stages.ipynb #bbf4487b
+# %% ../nbs/08_stages.ipynb #8b355abb
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -26,20 +26,20 @@ from .core import *
 from .runs import Checkpoint
 from .terms import LossTerm, TermMetric
 
-# %% ../nbs/08_stages.ipynb #99e28d74
+# %% ../nbs/08_stages.ipynb #1b8d59bb
 _fits = 'fit','fit_one_cycle','fit_flat_cos'
 
 @dataclass
 class Stage:
     "A part of a training; what is None stays as the learner has it"
     n_epoch:int # its epochs
-    cbs:object=() # its callbacks, beside the learner's: a method with its teacher, a scheduler, …
-    lr:object=None # learning rate as `fit` takes it, or the pair (start, end) of a cosine
+    cbs:Callback|Callable|Iterable=() # its callbacks, beside the learner's: a method with its teacher, a scheduler, …
+    lr:float|slice|tuple|None=None # learning rate as `fit` takes it, or the pair (start, end) of a cosine
     wd:float|None=None # weight decay
     fit:str='fit' # training method of the learner: 'fit' | 'fit_one_cycle' | 'fit_flat_cos'
-    opt_func:object=None # makes its optimizer
+    opt_func:Callable|None=None # makes its optimizer
     new_opt:bool=True # start with a new optimizer; False goes on with the one there is, momentum and all
-    loss_func:object=None # its loss, in validation too
+    loss_func:Callable|None=None # its loss, in validation too
     bs:int|None=None # batch size of the training loader
 
     def __post_init__(self):

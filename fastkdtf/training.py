@@ -208,19 +208,19 @@ def settings_digest(
     "Twelve digits that stand for `settings`"
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/11b_training.ipynb #7120b173
+# %% ../nbs/11b_training.ipynb #3f40a86b
 @dataclass
 class Entry:
     "One row of a campaign: a method, and what it needs from the runs of other entries"
-    method:object=None # as `make_callbacks` takes it; with `teacher`, a function of the teachers that returns that
+    method:Callback|Callable|Iterable|None=None # as `make_callbacks` takes it; with `teacher`, a function of the teachers that returns that
     control_for:list=field(default_factory=list) # names of the methods it controls
-    teacher:object=None # the entry whose trained network teaches, or several
+    teacher:str|Iterable|None=None # the entry whose trained network teaches, or several
     start:str|None=None # the entry whose trained weights it starts from, for a second full schedule
     keep:str|None=None # weights to keep for other entries and for `Campaign.weights`: 'last' | 'best' (on validation)
     teacher_accuracy:float|None=None # of a teacher that is no entry
-    model_fn:object=None # makes its network; None: the campaign's
+    model_fn:Callable|None=None # makes its network; None: the campaign's
     n_epoch:int|None=None # its epochs; None: the campaign's
-    fit:object=None # how it is trained, as `train_run` takes it; None: the campaign's
+    fit:str|Callable|None=None # how it is trained, as `train_run` takes it; None: the campaign's
     bs:int|None=None # its batch size in training; None: the campaign's
     settings:dict|None=None # what else identifies its runs; None: the campaign's
 
