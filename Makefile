@@ -11,7 +11,7 @@ demo: $(DONE)  ## compare the teacher-free methods and their controls on the emb
 
 test: $(DONE)  ## modules equal notebooks, notebooks are clean and run, tests pass
 	$(BIN)/python -m pytest tests/test_packaging.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/test_packaging.py -n auto --dist loadgroup --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/test_packaging.py -n auto --dist worksteal --durations 15
 
 docs: $(DONE)  ## build the site in _docs/, check its links
 	$(BIN)/python tools/docs.py

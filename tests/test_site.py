@@ -3,6 +3,7 @@ import functools, html, http.server, json, os, shutil, subprocess, sys, threadin
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'tools'))
@@ -119,11 +120,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope='session')
 def built():
-    if not is_current():
-        env = {**os.environ, 'PYTHONPATH': str(root/'tools'), 'OMP_NUM_THREADS': '1'}
-        cmd = [sys.executable, '-c', 'import docs; docs.build(docs.cfg.doc_path)']
-        r = subprocess.run(cmd, cwd=root, env=env, capture_output=True, text=True)
-        assert r.returncode==0, r.stderr[-5000:]
+    with FileLock(site.with_suffix('.lock')):    # these tests may run in several processes
+        if not is_current():
+            env = {**os.environ, 'PYTHONPATH': str(root/'tools'), 'OMP_NUM_THREADS': '1'}
+            cmd = [sys.executable, '-c', 'import docs; docs.build(docs.cfg.doc_path)']
+            r = subprocess.run(cmd, cwd=root, env=env, capture_output=True, text=True)
+            assert r.returncode==0, r.stderr[-5000:]
     return site
 
 @pytest.fixture(scope='session')
