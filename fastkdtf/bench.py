@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/bench.html.md"""
 __all__ = ['bench_losses', 'StepBench', 'Candidate', 'distillation_candidates', 'memory_candidates', 'depth_candidates',
            'bench_steps', 'loss_difference', 'machine', 'Bench', 'bench']
 
-# %% ../nbs/13_bench.ipynb #39d68bb8
+# %% ../nbs/13_bench.ipynb #61fbf7e3
 import json
 import os
 import platform
@@ -42,7 +42,7 @@ from .loader import with_index
 from .losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from .measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
 from .models import create_model
-from .peers import TorchStep, fasterai_callback, peer_steps
+from .peers import TorchStep, callback_of_fasterai, peer_steps
 from .runs import run_environment
 from .selfguide import SelfGuidance, StochasticDepth
 from .survival import survival
@@ -109,7 +109,7 @@ class StepBench:
         self.learn.one_batch(0, self.batch)
         return self.learn.loss.detach()
 
-# %% ../nbs/13_bench.ipynb #20c4fdbe
+# %% ../nbs/13_bench.ipynb #254bd2c7
 class Candidate(NamedTuple):
     "A method for `bench_steps`"
     make:Callable|None=None # function that makes its callback; None: the plain step
@@ -135,7 +135,7 @@ def distillation_candidates(
     frozen = FrozenCopy(teacher)
     out = {'KD': Candidate(partial(KnowledgeDistillation, teacher, alpha, tau), frozen)}
     if cache is not None: out['KD, cached'] = Candidate(lambda: KnowledgeDistillation(CachedTeacher(teacher, cache), alpha, tau))
-    if find_spec('fasterai'): out['KD, fasterai'] = Candidate(partial(fasterai_callback, teacher, alpha, tau), frozen)
+    if find_spec('fasterai'): out['KD, fasterai'] = Candidate(partial(callback_of_fasterai, teacher, alpha, tau), frozen)
     return out | {k: Candidate(beside=frozen, step=o) for k,o in peer_steps(teacher, alpha, tau).items()}
 
 # %% ../nbs/13_bench.ipynb #8d1cd608
