@@ -51,7 +51,7 @@ def seed_run(
         if isinstance(rng, random.Random): rng.seed(f'{seed}/{i}')
         else:                              rng.manual_seed(int(seed)+i)
 
-# %% ../nbs/09_runs.ipynb #7d9af619
+# %% ../nbs/09_runs.ipynb #d1de8807
 def _sync_folder(path):
     if os.name == 'nt': return
     fd = os.open(path, os.O_RDONLY)
@@ -67,7 +67,10 @@ def replacing(
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name+'.tmp')
     with open(tmp, 'wb') as f:
-        yield f
+        try: yield f
+        except Exception as e:   # `torch.save`, interrupted, ends with an error of its own
+            if isinstance(e.__context__, KeyboardInterrupt): raise KeyboardInterrupt from e
+            raise
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)

@@ -565,3 +565,13 @@ def test_replacing_survives_stale_files(tmp_path):
     (tmp_path/'x.tmp').write_bytes(b'stale, and longer than what comes')
     with replacing(tmp_path/'x') as f: f.write(b'new')
     assert (tmp_path/'x').read_bytes() == b'new' and not (tmp_path/'x.tmp').exists()
+
+def test_an_interrupt_while_saving_is_an_interrupt(tmp_path):
+    "torch's writer closes its archive on the way out, which fails"
+    def save(f):
+        try: raise KeyboardInterrupt
+        finally: raise RuntimeError('unexpected pos')
+    (tmp_path/'a').write_text('old')
+    with pytest.raises(KeyboardInterrupt):
+        with replacing(tmp_path/'a') as f: save(f)
+    assert (tmp_path/'a').read_text() == 'old'
