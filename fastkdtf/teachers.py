@@ -98,13 +98,20 @@ class VirtualTeacher(LabelTeacher):
     def logits(self, n_classes:int)->TwoValued: return virtual_logits(self.correct_prob, n_classes, self.variant)
     def __repr__(self): return f'VirtualTeacher({self.correct_prob}, variant={self.variant!r})'
 
-# %% ../nbs/05_teachers.ipynb #3ba3d3d8
+# %% ../nbs/05_teachers.ipynb #713c75a9
+def _vocabs(dls):
+    "(words, classes) of a text's loaders; others have no words, and perhaps no classes"
+    vocab = getattr(dls, 'vocab', None)
+    if not vocab: return None,None
+    both = not isinstance(vocab[0], str) and hasattr(vocab[0], '__len__')
+    return (vocab[0],vocab[-1]) if both else (None,vocab)
+
 def input_names(
     dls:DataLoaders, # a learner's
 )->list|None: # None for images
     "What the numbers of a text stand for, its words, or those of a table, its columns with their categories"
-    vocab,table = getattr(dls, 'vocab', None),getattr(dls, 'train_ds', None)
-    if vocab and not isinstance(vocab[0], str) and hasattr(vocab[0], '__len__'): return list(vocab[0])
+    words,table = _vocabs(dls)[0],getattr(dls, 'train_ds', None)
+    if words is not None: return list(words)
     if not hasattr(table, 'cont_names'): return None
     return [(o, *map(str, dls.classes[o])) for o in table.cat_names] + list(table.cont_names)
 
@@ -118,15 +125,13 @@ def check_inputs(
     raise ValueError(f"the teacher reads other words or columns than the student: number {i} is {its!r} to it and {ours!r} here. "
                      "Make both learners' data with the same vocabulary (text_vocab=), or with the same columns and categories in the same order")
 
-# %% ../nbs/05_teachers.ipynb #51f5880e
+# %% ../nbs/05_teachers.ipynb #e259c4c0
 def class_names(
     dls:DataLoaders, # a learner's
 )->list|None: # None if they have none
     "The names of the classes, in the order of the outputs"
-    vocab = getattr(dls, 'vocab', None)
-    if not vocab: return None
-    if not isinstance(vocab[0], str) and hasattr(vocab[0], '__len__'): vocab = vocab[-1]   # a text's words, then its classes
-    return [str(o) for o in vocab]
+    classes = _vocabs(dls)[1]
+    return None if classes is None else [str(o) for o in classes]
 
 # %% ../nbs/05_teachers.ipynb #ad83998f
 def class_order(
