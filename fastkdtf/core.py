@@ -1,4 +1,4 @@
-"""Softening, soft-target losses, the closed form for targets that depend on the label alone, and the batch that the parts of a method see
+"""Checks of arguments, softening, soft-target losses, and the batch that the parts of a method see
 
 Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 
@@ -6,19 +6,18 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 
 # %% auto #0
 __all__ = ['check_number', 'check_whole', 'check_choice', 'check_scale', 'soft_scale', 'check_variant', 'TwoValued',
-           'virtual_logits', 'soften', 'at_least_float32', 'label_loss', 'soft_target_loss', 'classification_batch',
+           'virtual_logits', 'soften', 'at_least_float32', 'soft_target_loss', 'classification_batch',
            'check_teacher_logits', 'reduce_samples', 'at_label', 'put_confidence', 'Step']
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # %% ../nbs/00_core.ipynb #ded14153
 def check_number(
@@ -132,121 +131,6 @@ def at_least_float32(
     "`z` in float32, or in float64 if it comes so"
     if type(z) is not Tensor: z = z.as_subclass(Tensor)
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-
-# %% ../nbs/00_core.ipynb #6c759d72
-def _chunks(shape, itemsize):
-    "Index tuples that cut `[N,K]` or `[N,K,M]` into pieces of about 1 MiB, 8 pieces at most"
-    n,k,m = (*shape, 1)[:3]
-    limit = max(2**20, n*k*m*itemsize//8) // (k*itemsize)
-    rows,cols = max(1, limit//m), max(1, min(m, limit))
-    for i in range(0, n, rows):
-        if len(shape) == 2: yield (slice(i, i+rows),)
-        else: yield from ((slice(i, i+rows), slice(j, j+cols)) for j in range(0, m, cols))
-
-# %% ../nbs/00_core.ipynb #8d485505
-class _Plan(NamedTuple):
-    "What `Σ w·H(t, p_τ) + constant` needs besides logits and labels"
-    heads:tuple # one or two `(w, τ)`, a softened one last
-    at_label:float # Σ w·(on-off)/τ
-    elsewhere:float # Σ w·off/τ
-    constant:float
-
-@lru_cache
-def _plan(target, tau, hard, soft, entropy, n_classes):
-    if not hard+soft: raise ValueError('this loss has no weight: alpha=1 and scale=0 leave nothing to learn from')
-    on,off = target
-    if tau == 1: parts = ((hard+soft, 1., hard+soft*on, soft*off),)
-    else:        parts = tuple(o for o in ((hard, 1., hard, 0.), (soft, tau, soft*on, soft*off)) if o[0])
-    xlogx = lambda t: t*math.log(t) if t else 0.
-    constant = soft*(xlogx(on) + (n_classes-1)*xlogx(off)) if entropy else 0.
-    if tau != 1: constant += soft*math.log(n_classes)   # see _chunk_loss
-    return _Plan(tuple((w, t) for w,t,_,_ in parts), sum((on-off)/t for _,t,on,off in parts), sum(off/t for _,t,_,off in parts), constant)
-
-# %% ../nbs/00_core.ipynb #9a8f0be3
-def _chunk_loss(z, y, share, plan, grad, scratch):
-    """The loss of each sample; its gradient, times `share`, goes into `grad` unless that is `None`
-
-    `scratch` is room for a tensor of `z`'s shape."""
-    z = torch.sub(z, z.amax(1, keepdim=True), out=scratch)
-    dense = y.is_floating_point()
-    if not dense: y = y.unsqueeze(1)
-    hit  = (y*z).sum(1, keepdim=True) if dense else z.gather(1, y)
-    loss = torch.rsub(z.sum(1, keepdim=True), plan.constant, alpha=plan.elsewhere) if plan.elsewhere else torch.full_like(hit, plan.constant)
-    first = plan.heads[0][0]/plan.heads[0][1]
-    for i,(w,tau) in enumerate(plan.heads):
-        p = torch.softmax(z if tau == 1 else z.mul_(1/tau), 1, out=z if i else grad)
-        if p.shape[1] > 2**16: p.div_(p.sum(1, keepdim=True))   # softmax adds a long row up one by one, sum does not
-        top = p.amax(1, keepdim=True)   # 1/Σexp(z/τ), as z's largest entry is 0
-        if i and grad is not None: grad.add_(p, alpha=w/tau/first)
-        loss.sub_((top if tau == 1 else top.mul_(p.shape[1])).log_(), alpha=w)   # the other log K is in the constant: they would cancel
-    if grad is not None:
-        if plan.elsewhere: grad.sub_(plan.elsewhere/first)
-        if dense: grad.mul_(y.sum(1, keepdim=True)).sub_(y, alpha=plan.at_label/first)   # labels that are probabilities count by their sum
-        else:     grad.scatter_add_(1, y, torch.full_like(hit, -plan.at_label/first))
-        grad.mul_(share*first)
-    if dense: loss.mul_(y.sum(1, keepdim=True))
-    return loss.sub_(hit, alpha=plan.at_label).squeeze(1)
-
-# %% ../nbs/00_core.ipynb #1ce1777a
-class _LabelLoss(torch.autograd.Function):
-    "The loss; its gradient is made in `forward` and handed over, scaled, by the first `backward`"
-    @staticmethod
-    def forward(ctx, z, y, *args):
-        ctx.save_for_backward(z, y)
-        ctx.args,ctx.grad = args,torch.empty_like(z) if ctx.needs_input_grad[0] else None
-        return _LabelLoss.fill(z, y, ctx.grad, *args)
-
-    @staticmethod
-    def fill(z, y, grad, plan, reduction, ignore_index):
-        if y.is_floating_point(): keep = torch.ones(z.shape[:1] + z.shape[2:], dtype=torch.bool, device=z.device)
-        else:
-            keep = y != ignore_index
-            y = y.where(keep, 0)
-        factor = keep.sum(dtype=z.dtype).reciprocal_() if reduction == 'mean' else z.new_ones(())
-        share = torch.where(keep, factor, 0.)
-        if z.nbytes <= 2**20: loss = _chunk_loss(z, y, share.unsqueeze(1), plan, grad, torch.empty_like(z))
-        else:
-            loss,scratch = torch.empty_like(share),None
-            for i in _chunks(z.shape, z.element_size()):
-                k = i[:1] + (slice(None),) + i[1:]
-                if scratch is None: scratch = z.new_empty(z[k].shape)   # the first piece is the largest
-                loss[i] = _chunk_loss(z[k], y[k if y.is_floating_point() else i], share[i].unsqueeze(1), plan,
-                                      None if grad is None else grad[k], scratch[tuple(slice(n) for n in z[k].shape)])
-        loss = loss.where(keep, 0.)
-        return loss if reduction == 'none' else loss.sum()*factor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        grad,ctx.grad = ctx.grad,None
-        if grad is None:   # a second backward through a retained graph
-            z,y = ctx.saved_tensors
-            grad = torch.empty_like(z)
-            _LabelLoss.fill(z, y, grad, *ctx.args)
-        if g.ndim or not g.is_cpu or g.item() != 1: grad.mul_(g.unsqueeze(1) if g.ndim else g)   # on CPU a look is cheaper than a pass over the gradient
-        return grad, None, None, None, None
-
-# %% ../nbs/00_core.ipynb #c465421a
-def label_loss(
-    z:Tensor, # logits `[N,K]` or `[N,K,d1,…]`
-    y:Tensor, # labels: integers `[N,…]`, or probabilities of `z`'s shape
-    target:TwoValued=TwoValued(1., 0.), # probabilities, already softened
-    tau:float=1., # the student's temperature in the soft term
-    hard:float=0., # weight of `H(q, p)`
-    soft:float=1., # weight of the soft term
-    entropy:bool=True, # the soft term is the divergence `D_KL(t, p_τ)`; False: the cross-entropy `H(t, p_τ)`
-    reduction:str='none', # over samples and positions: 'none' (`[N,d1,…]`) | 'mean' | 'sum'
-    ignore_index:int=-100, # positions with this label do not count
-)->Tensor: # in float32 at least
-    "`hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone"
-    check_choice('reduction', reduction, ('none', 'mean', 'sum'))
-    z = at_least_float32(z)
-    if type(y) is not Tensor: y = y.as_subclass(Tensor)
-    y = y.detach().to(z.dtype) if y.is_floating_point() else y.long()
-    plan = _plan(target, tau, hard, soft, entropy, z.shape[1])
-    if z.ndim < 4: return _LabelLoss.apply(z, y, plan, reduction, ignore_index)
-    loss = _LabelLoss.apply(z.flatten(2), y.flatten(2 if y.is_floating_point() else 1), plan, reduction, ignore_index)
-    return loss.view(z.shape[:1] + z.shape[2:]) if reduction == 'none' else loss
 
 # %% ../nbs/00_core.ipynb #7fbaadce
 def soft_target_loss(

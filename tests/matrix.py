@@ -10,15 +10,15 @@ from fastai.callback.progress import ProgressCallback
 from torch import Tensor, nn
 
 from networks import lively, norms
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
-from fastkdtf.effdstl import CKM, WSL
-from fastkdtf.models import create_model
-from fastkdtf.runs import seed_run
-from fastkdtf.selfguide import SelfGuidance, StochasticDepth
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
+from fastkdtf.callback.effdstl import CKM, WSL
+from fastkdtf.vision.models import create_model
+from fastkdtf.callback.checkpoint import seed_run
+from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.targets import Amplify, Replace
-from fastkdtf.teachers import EnsembleTeacher
-from fastkdtf.cache import CachedTeacher
+from fastkdtf.teachers.network import EnsembleTeacher
+from fastkdtf.teachers.cache import CachedTeacher
 
 K = 10
 

@@ -9,16 +9,17 @@ from fastai.callback.all import MixUp, ProgressCallback
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-import fastkdtf.cache as cache
-from fastkdtf.augment import Augment
-from fastkdtf.cache import CachedTeacher, LogitStore, key_samples, pack_logits, sample_keys, unpack_logits
+import fastkdtf.teachers.cache as cache
+from fastkdtf.vision.augment import Augment
+from fastkdtf.teachers.cache import CachedTeacher, LogitStore, key_samples, pack_logits, sample_keys, unpack_logits
 from fastkdtf.core import Step, TwoValued, soften
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.distill import KnowledgeDistillation
-from fastkdtf.identity import loader_identity
-from fastkdtf.loader import with_index
-from fastkdtf.runs import seed_run
-from fastkdtf.teachers import EnsembleTeacher, NetworkTeacher, Teacher, UniformTeacher
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.callback.distill import KnowledgeDistillation
+from fastkdtf.vision.identity import loader_identity
+from fastkdtf.vision.loader import with_index
+from fastkdtf.callback.checkpoint import seed_run
+from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
+from fastkdtf.teachers.base import Teacher, UniformTeacher
 
 N,K = 40,12
 

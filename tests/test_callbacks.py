@@ -26,13 +26,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 from networks import CPUAutocast
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg, matched_controls
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.callback.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg, matched_controls
 from fastkdtf.losses import LsrKDLoss, TfKDRegLoss
-from fastkdtf.runs import Checkpoint, seed_run
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.targets import TeacherCorrection
-from fastkdtf.teachers import UniformTeacher, VirtualTeacher
-from fastkdtf.terms import LossTerm
+from fastkdtf.teachers.base import UniformTeacher, VirtualTeacher
+from fastkdtf.callback.term import LossTerm
 
 K = 10
 

@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, torch
 import matplotlib
 matplotlib.use('agg')
 
-import fastkdtf.training
+import fastkdtf.lab.training
 from fastkdtf.cli import main
 
 
@@ -59,7 +59,7 @@ def test_compare(finished, data, capsys, monkeypatch):
     s = lines(finished)[0]['settings']
     assert (s['data'], s['arch'], s['n_epoch'], s['bs'], s['lr'], s['n_classes']) == ('tiny', 'resnet8', 1, 18, .01, 3) and lines(finished)[0]['evaluated_on'] == 'test'
     assert list(pd.read_csv(finished/'table.csv').method) == ['baseline', 'LsrKD'] and (finished/'accuracy.png').exists() and (finished/'curves.png').exists()
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     before = (finished/'results.jsonl').read_bytes()
     rc,out,err = compare(capsys, data, finished, '--methods', 'LsrKD', '--no-controls')
     assert rc == 0 and err == '' and (finished/'results.jsonl').read_bytes() == before
@@ -120,7 +120,7 @@ def test_bad_data_files(finished, capsys, monkeypatch, tmp_path, write, why):
 
 def check_mistake(finished, capsys, monkeypatch, args, why):
     "Exit code 2, one line that says why, and the folder as it was"
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     before = {o: o.read_bytes() for o in finished.rglob('*') if o.is_file()}
     rc,out,err = call(capsys, *args)
     assert rc == 2
@@ -265,21 +265,21 @@ def recipe_record(**accs):
     return record,runs
 
 def made_up_reproduction(failures=()):
-    from fastkdtf.reproduction import Reproduction
+    from fastkdtf.lab.reproduction import Reproduction
     record,runs = recipe_record(baseline=[.5, .6], TfKD_reg=[.6, .71])
     return Reproduction([record], runs, failures)
 
 @pytest.fixture
 def asked(monkeypatch):
     "What `run` asks of `run_recipes`, which trains nothing"
-    import fastkdtf.experiment
+    import fastkdtf.lab.experiment
     calls = []
     def run_recipes(ids, seeds=3, epochs=None, scale=1., data=None, path=None, out='kd_runs', engine='local', device=None, controls=True, retries=1, gpus=None):
         calls.append(dict(locals()))
         return made_up_reproduction(asked.failures)
     def asked(): return calls
     asked.failures = ()
-    monkeypatch.setattr(fastkdtf.experiment, 'run_recipes', run_recipes)
+    monkeypatch.setattr(fastkdtf.lab.experiment, 'run_recipes', run_recipes)
     return asked
 
 def test_run(asked, capsys, tmp_path):
@@ -315,19 +315,19 @@ def test_failed_runs_are_told(asked, capsys, tmp_path):
 def test_all_runs_failed(asked, capsys, tmp_path, monkeypatch):
     class RunsFailed(RuntimeError): failures = [dict(run='baseline/seed0/0a', recipe='r', error='ValueError: no'), dict(run='KD/seed0/0b', recipe='r', error='needs baseline')]
     def run_recipes(*args, **kwargs): raise RunsFailed('none')
-    monkeypatch.setattr('fastkdtf.experiment.run_recipes', run_recipes)
+    monkeypatch.setattr('fastkdtf.lab.experiment.run_recipes', run_recipes)
     rc,out,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path, '--device', 'cpu')
     assert rc == 1 and err.splitlines() == ['fastkdtf: failed: baseline/seed0/0a: ValueError: no', 'fastkdtf: failed: KD/seed0/0b: needs baseline'] and 'Traceback' not in out+err
 
 def test_an_interrupted_run(asked, capsys, tmp_path, monkeypatch):
     def run_recipes(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr('fastkdtf.experiment.run_recipes', run_recipes)
+    monkeypatch.setattr('fastkdtf.lab.experiment.run_recipes', run_recipes)
     rc,_,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path, '--device', 'cpu')
     assert rc == 130 and err.splitlines()[-1] == 'fastkdtf: interrupted; the same command goes on from here'
 
 def test_a_bug_is_not_a_mistake_of_the_user(asked, capsys, tmp_path, monkeypatch):
     def run_recipes(*args, **kwargs): raise RuntimeError('a bug')
-    monkeypatch.setattr('fastkdtf.experiment.run_recipes', run_recipes)
+    monkeypatch.setattr('fastkdtf.lab.experiment.run_recipes', run_recipes)
     with pytest.raises(RuntimeError, match='a bug'): main(['run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', str(tmp_path), '--device', 'cpu'])
 
 def test_run_digits(capsys, tmp_path):
@@ -351,13 +351,13 @@ def test_run_digits(capsys, tmp_path):
 @pytest.fixture
 def swept(monkeypatch):
     "What `sweep` is asked, which trains nothing"
-    import fastkdtf.sweep
+    import fastkdtf.lab.sweep
     calls = []
     def sweep(recipe, dls=None, **kwargs):
         calls.append(dict(recipe=recipe.id, **kwargs))
         table = pd.DataFrame(dict(alpha=[.1, .5], error=[.2, .3]), index=pd.Index([0, 1], name='trial'))
         return type('Swept', (), dict(table=table, parameters=['alpha'], best_settings=dict(alpha=.1), caption='Swept', __str__=lambda s: 'Swept'))()
-    monkeypatch.setattr(fastkdtf.sweep, 'sweep', sweep)
+    monkeypatch.setattr(fastkdtf.lab.sweep, 'sweep', sweep)
     return lambda: calls
 
 def test_sweep(swept, capsys, tmp_path):
@@ -375,7 +375,7 @@ def test_sweep_options(swept, capsys, tmp_path):
 
 def test_sweep_at_a_scale(swept, capsys, tmp_path, data):
     rc,*_ = call(capsys, 'sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu', '--data', 'digits', '--scale', .1)
-    from fastkdtf.data import kd_dataloaders
+    from fastkdtf.vision.data import kd_dataloaders
     n = len(kd_dataloaders('digits', device='cpu').train_ds)
     assert rc == 0 and swept()[0]['n_epoch'] == 20 and swept()[0]['train_subset'] == max(128, round(.1*n))
 

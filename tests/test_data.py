@@ -13,9 +13,9 @@ from fastai.vision.all import (CrossEntropyLossFlat, DataLoaders, Interpretation
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastkdtf import data
-from fastkdtf.augment import Augment
-from fastkdtf.data import channel_stats, image_tensor, kd_dataloaders, npz_arrays, read_files, read_npz, stratified, to_records
+from fastkdtf.vision import data
+from fastkdtf.vision.augment import Augment
+from fastkdtf.vision.data import channel_stats, image_tensor, kd_dataloaders, npz_arrays, read_files, read_npz, stratified, to_records
 
 
 def items(dl): return dl.dataset.items

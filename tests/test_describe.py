@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 from fastkdtf.core import Step, TwoValued
 from fastkdtf.describe import Description
-from fastkdtf.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg, matched_controls
-from fastkdtf.interpret import plot_soft_targets
+from fastkdtf.callback.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg, matched_controls
+from fastkdtf.lab.interpret import plot_soft_targets
 from fastkdtf.losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from fastkdtf.targets import TeacherCorrection
-from fastkdtf.teachers import UniformTeacher, VirtualTeacher
+from fastkdtf.teachers.base import UniformTeacher, VirtualTeacher
 
 few = settings(max_examples=60, deadline=None)
 

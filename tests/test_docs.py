@@ -42,7 +42,7 @@ def test_anchors_are_nbdev_doclinks():
     assert all(f'id="{o}"' in html for o in ('addloss', 'addloss.__call__', 'my_func'))
 
 def test_links_between_pages():
-    md = f'[a](01_losses.ipynb#kl) [b]({docs.cfg.doc_url}core.html#f) [c](https://example.com/x.html) [d](#here)'
+    md = f'[a](03_losses.ipynb#kl) [b]({docs.cfg.doc_url}core.html#f) [c](https://example.com/x.html) [d](#here)'
     html = docs.pandoc(md, 'html5', '../')
     assert all(f'href="{o}"' in html for o in ('losses.html#kl', '../core.html#f', 'https://example.com/x.html', '#here'))
     readme = docs.pandoc(md, 'gfm')

@@ -13,13 +13,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 from fastkdtf.core import Step
-from fastkdtf.distill import Distill
-from fastkdtf.effdstl import CKM, WSL
+from fastkdtf.callback.distill import Distill
+from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.losses import CKMLoss, WSLLoss, wsl_settings
-from fastkdtf.runs import seed_run
+from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.targets import Correct, SmoothTo, StudentAhead, WSLWeight
-from fastkdtf.teachers import VirtualTeacher
-from fastkdtf.twostage import effdstl_stages
+from fastkdtf.teachers.base import VirtualTeacher
+from fastkdtf.callback.twostage import effdstl_stages
 
 K = 5
 some = lambda *shape, seed=0, scale=2.: torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)*scale

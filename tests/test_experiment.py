@@ -10,13 +10,13 @@ from fastai.basics import Callback
 from fastai.distributed import DistributedDL
 from torch import nn
 
-import fastkdtf.experiment, fastkdtf.training
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.experiment import *
-from fastkdtf.recipes import Recipe, recipe
-from fastkdtf.reproduction import Reproduction
-from fastkdtf.runs import Checkpoint
-from fastkdtf.training import Campaign, Entry, train_run
+import fastkdtf.lab.experiment, fastkdtf.lab.training
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.lab.experiment import *
+from fastkdtf.lab.recipes import Recipe, recipe
+from fastkdtf.lab.reproduction import Reproduction
+from fastkdtf.callback.checkpoint import Checkpoint
+from fastkdtf.lab.training import Campaign, Entry, train_run
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -105,11 +105,11 @@ def runs_of(few, id='yuan2019/T2/ResNet18/baseline', **kwargs): return RecipeRun
 
 def test_full_is_full(few, small_networks, monkeypatch):
     assert not runs_of(few).full   # the file has 200 images
-    monkeypatch.setitem(fastkdtf.experiment.set_sizes, 'cifar10', (200, 50))
+    monkeypatch.setitem(fastkdtf.lab.experiment.set_sizes, 'cifar10', (200, 50))
     assert runs_of(few).full and runs_of(few).words == '200 epochs, 200 images'
     assert runs_of(few, epochs=200, scale=1).full
     for less in (dict(epochs=199), dict(epochs=201), dict(scale=.9), dict(scale=.9, epochs=200), dict(data=str(few), path=None)): assert not runs_of(few, **less).full, less
-    monkeypatch.setitem(fastkdtf.experiment.set_sizes, 'cifar10', (200, 51))
+    monkeypatch.setitem(fastkdtf.lab.experiment.set_sizes, 'cifar10', (200, 51))
     assert not runs_of(few).full
 
 
@@ -281,7 +281,7 @@ def test_interrupt(small_networks, monkeypatch, tmp_path):
 
 needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 context = multiprocessing.get_context('forkserver' if hasattr(os, 'fork') else 'spawn')
-if hasattr(os, 'fork'): context.set_forkserver_preload(['fastkdtf.experiment', 'fastai.callback.all', 'pytest', 'hypothesis', 'sklearn.datasets'])
+if hasattr(os, 'fork'): context.set_forkserver_preload(['fastkdtf.lab.experiment', 'fastai.callback.all', 'pytest', 'hypothesis', 'sklearn.datasets'])
 
 THREE = dict(seeds=2, epochs=3, controls=False)   # six runs
 
@@ -355,7 +355,7 @@ warnings.filterwarnings('ignore')
 os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
 from pathlib import Path
 import ray
-from fastkdtf.experiment import run_recipes
+from fastkdtf.lab.experiment import run_recipes
 out,ids,kill = Path(sys.argv[1]),sys.argv[2].split(';'),sys.argv[3]
 
 def workers():
@@ -458,8 +458,8 @@ def test_two_processes_for_one_run(tmp_path):
 
 def test_shares_of_a_batch(monkeypatch):
     dls = kd_dataloaders('digits', 129, train_subset=256, device='cpu')
-    monkeypatch.setattr(fastkdtf.experiment, 'num_distrib', lambda: 3)
+    monkeypatch.setattr(fastkdtf.lab.experiment, 'num_distrib', lambda: 3)
     assert distributed_learner(dls, nn.Linear(1, 1)).dls.train.bs == 43
-    monkeypatch.setattr(fastkdtf.experiment, 'num_distrib', lambda: 2)
+    monkeypatch.setattr(fastkdtf.lab.experiment, 'num_distrib', lambda: 2)
     with pytest.raises(ValueError, match='129 cannot be shared out equally among 2'): distributed_learner(dls, nn.Linear(1, 1))
     with pytest.raises(ValueError, match='accelerate launch'): quick(REG, 'nowhere', engine='ray')

@@ -9,10 +9,10 @@ from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders
 from torch import nn
 
 from fastkdtf.core import Step
-from fastkdtf.explore import Exploration, SoftOnly, confidence_change, exploration_schemes, exploration_subsets, explore, fgsm
-from fastkdtf.runs import seed_run
+from fastkdtf.lab.explore import Exploration, SoftOnly, confidence_change, exploration_schemes, exploration_subsets, explore, fgsm
+from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.targets import Amplify, Correct, Replace, SmoothTo, StudentAhead
-from fastkdtf.teachers import NetworkTeacher
+from fastkdtf.teachers.network import NetworkTeacher
 
 K = 4
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from fastkdtf.frozen import FrozenCopy, copy_model
-from fastkdtf.models import create_model
+from fastkdtf.teachers.frozen import FrozenCopy, copy_model
+from fastkdtf.vision.models import create_model
 from networks import lively, norms
 
 @pytest.fixture(autouse=True)
@@ -279,7 +279,7 @@ def test_a_view_that_needs_contiguous_activations():
     assert relative(frozen(x32), model(x32).detach()) < 1e-5 and frozen.folded
 
 def test_what_disagrees_is_not_used(monkeypatch):
-    import fastkdtf.frozen as frozen_module
+    import fastkdtf.teachers.frozen as frozen_module
     right = frozen_module._folded
     monkeypatch.setattr(frozen_module, '_folded', lambda *a: {k: v*1.001 for k,v in right(*a).items()})
     model = small().eval()

@@ -15,16 +15,17 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import fastkdtf.training
-from fastkdtf.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg
-from fastkdtf.learner import compare
-from fastkdtf.training import make_callbacks, with_controls
-from fastkdtf.report import Comparison
-from fastkdtf.models import create_model
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.runs import Ledger, seed_run
-from fastkdtf.survival import survival_probs
-from fastkdtf.teachers import Teacher, UniformTeacher, VirtualTeacher
+import fastkdtf.lab.training
+from fastkdtf.callback.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg
+from fastkdtf.lab.compare import compare
+from fastkdtf.lab.training import make_callbacks, with_controls
+from fastkdtf.lab.report import Comparison
+from fastkdtf.vision.models import create_model
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.lab.runs import Ledger
+from fastkdtf.callback.checkpoint import seed_run
+from fastkdtf.callback.survival import survival_probs
+from fastkdtf.teachers.base import Teacher, UniformTeacher, VirtualTeacher
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -198,7 +199,7 @@ def test_finished_runs_are_skipped(undisturbed, monkeypatch):
     out,c = undisturbed
     before,folder = (out/'results.jsonl').read_bytes(),sorted(o.name for o in out.iterdir())
     (out/'table.csv').unlink()
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     again = tiny_compare(BOTH, out=str(out), n_epoch=3)
     assert (out/'results.jsonl').read_bytes() == before and sorted(o.name for o in out.iterdir()) == folder
     pd.testing.assert_frame_equal(again.table, c.table)
@@ -327,7 +328,7 @@ def test_resumed_after_an_exception(tmp_path, no_plots, expected, at, error):
 def test_interrupt_between_training_and_ledger(tmp_path, no_plots, expected, monkeypatch):
     "The last epoch is saved, but its scores are not"
     Fragile.at = None
-    for owner,name in ((fastkdtf.training, 'evaluate'), (fastkdtf.training, 'evaluate'), (Ledger, 'append')):
+    for owner,name in ((fastkdtf.lab.training, 'evaluate'), (fastkdtf.lab.training, 'evaluate'), (Ledger, 'append')):
         with monkeypatch.context() as m:
             m.setattr(owner, name, forbidden)
             with pytest.raises(Forbidden): fragile(tmp_path)
@@ -338,7 +339,7 @@ def test_interrupt_between_training_and_ledger(tmp_path, no_plots, expected, mon
 
 # children are forked from a server that has imported everything and trained nothing
 processes = multiprocessing.get_context('forkserver') if hasattr(os, 'fork') else None
-if processes: processes.set_forkserver_preload(['fastkdtf.learner', 'fastai.callback.all', 'hypothesis', 'pytest'])
+if processes: processes.set_forkserver_preload(['fastkdtf.lab.compare', 'fastai.callback.all', 'hypothesis', 'pytest'])
 needs_fork = pytest.mark.skipif(processes is None, reason='needs fork')
 
 class SlowNet(nn.Module):
@@ -508,7 +509,7 @@ def test_a_diverging_run_is_a_result(tmp_path, monkeypatch):
     assert_whole(tmp_path, 6)
     for r in lines(tmp_path): assert r['last']['nll'] is None and r['history']['valid_loss'][-1] is None and r['last']['accuracy'] is not None
     assert c.shown.loc['LsrKD', 'NLL'] == '–'
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     again = tiny_compare({'LsrKD': LsrKD}, n_epoch=2, seeds=2, lr=1e30, opt_func=SGD, out=tmp_path)
     assert repr(again) == repr(c)
 
@@ -528,13 +529,13 @@ def test_a_diverging_run_is_a_result(tmp_path, monkeypatch):
     (dict(model_fn=nn.Linear(6, 3)), TypeError, 'model_fn'),
 ])
 def test_bad_input(change, error, name, monkeypatch, tmp_path):
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     kw = {'methods': {'LsrKD': LsrKD}, 'n_epoch': 1, 'seeds': 1, **change}
     with pytest.raises(error, match=name): tiny_compare(kw.pop('methods'), out=tmp_path/'out', **kw)
     assert not (tmp_path/'out'/'results.jsonl').exists()
 
 def test_bad_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     (tmp_path/'file').write_text('mine')
     with pytest.raises(ValueError, match='out.*file'): tiny_compare(BOTH, out=tmp_path/'file')
     assert (tmp_path/'file').read_text() == 'mine'
@@ -653,9 +654,9 @@ def test_describe_kd_bad_input():
 
 def test_describe_kd_leaves_network_and_cache_alone(tmp_path):
     "A method may change the network, and a cache must not take one batch's logits for another's"
-    from fastkdtf.cache import CachedTeacher
-    from fastkdtf.distill import KnowledgeDistillation
-    from fastkdtf.selfguide import SelfGuidance
+    from fastkdtf.teachers.cache import CachedTeacher
+    from fastkdtf.callback.distill import KnowledgeDistillation
+    from fastkdtf.callback.selfguide import SelfGuidance
     dls = kd_dataloaders('digits', bs=64)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     cache = CachedTeacher(teacher, tmp_path/'cache', dtype='float32')

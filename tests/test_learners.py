@@ -25,11 +25,11 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.ensemble import RandomForestClassifier
 from torch import nn
 
-from fastkdtf.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
-from fastkdtf.frozen import copy_model
-from fastkdtf.learner import compare
-from fastkdtf.loader import with_index
-from fastkdtf.memory import MemoryTeacher
+from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
+from fastkdtf.teachers.frozen import copy_model
+from fastkdtf.lab.compare import compare
+from fastkdtf.vision.loader import with_index
+from fastkdtf.teachers.memory import MemoryTeacher
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from fastai.vision.all import (Callback, CropPad, CrossEntropyLossFlat, FlipItem
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from fastkdtf.augment import Augment
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.identity import loader_identity
-from fastkdtf.loader import BatchInfo, CategorizeRecord, NormalizeBatch, RecordDL, batch_info, blank_records, image_tensor, to_records, with_index
-from fastkdtf.measure import interleaved_times, median_ratio
+from fastkdtf.vision.augment import Augment
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.vision.identity import loader_identity
+from fastkdtf.vision.loader import BatchInfo, CategorizeRecord, NormalizeBatch, RecordDL, batch_info, blank_records, image_tensor, to_records, with_index
+from fastkdtf.lab.measure import interleaved_times, median_ratio
 
 M = 2**64-1
 def mix(z):
@@ -508,8 +508,8 @@ def test_faster_than_image_files(tmp_path):
 
 def test_every_part_of_a_method_knows_the_samples():
     "Whether it runs before the student or after it"
-    from fastkdtf.distill import Distill
-    from fastkdtf.teachers import Teacher
+    from fastkdtf.callback.distill import Distill
+    from fastkdtf.teachers.base import Teacher
     dls = kd_dataloaders('digits', bs=64, augment=Augment(pad=1, views=2))
     seen = []
     class Early(Teacher):

@@ -14,7 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 from fastkdtf.losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
-from fastkdtf.teachers import UniformTeacher, VirtualTeacher
+from fastkdtf.teachers.base import UniformTeacher, VirtualTeacher
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TOL   = {f32: 1e-5, f64: 1e-10}

@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from matrix import K, METHODS, Spy, by_hand, digits, learner, made, per_sample, residual, subnetwork_by_hand
 from networks import CPUAutocast
-from fastkdtf.runs import Checkpoint, seed_run
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 
 table = Path(__file__).parents[1]/'nbs'/'compatibility.csv'
 

@@ -3,7 +3,7 @@ import os, time
 
 import numpy as np, pytest, torch
 
-from fastkdtf.measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
+from fastkdtf.lab.measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
 
 MB = 2**20
 def tensor(mb): return torch.empty(mb*MB, dtype=torch.uint8)

@@ -19,13 +19,13 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 from fastkdtf.core import Step, TwoValued, at_label, put_confidence
-from fastkdtf.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay
-from fastkdtf.frozen import FrozenCopy
-from fastkdtf.memory import MemoryTeacher, is_due
-from fastkdtf.models import create_model
-from fastkdtf.runs import Checkpoint, seed_run
+from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay
+from fastkdtf.teachers.frozen import FrozenCopy
+from fastkdtf.teachers.memory import MemoryTeacher, is_due
+from fastkdtf.vision.models import create_model
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.targets import Rewrite, TeacherCorrection
-from fastkdtf.teachers import EnsembleTeacher
+from fastkdtf.teachers.network import EnsembleTeacher
 
 K = 10
 f16,bf16,f32,f64 = torch.float16,torch.bfloat16,torch.float32,torch.float64
@@ -844,7 +844,7 @@ def work(rank, world, folder, norm):
 
 def in_two_processes(folder, norm):
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['fastai.callback.all', 'fastkdtf.distill', 'pytest', 'hypothesis', 'sklearn.datasets'])
+    context.set_forkserver_preload(['fastai.callback.all', 'fastkdtf.callback.distill', 'pytest', 'hypothesis', 'sklearn.datasets'])
     processes = [context.Process(target=work, args=(rank, 2, str(folder), norm)) for rank in range(2)]
     for p in processes: p.start()
     for p in processes: p.join(120)

@@ -13,9 +13,9 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from fastkdtf.cifar_nets import (BasicBlock, Bottleneck, CifarResNet, InvertedResidual, PreActResNet, PreBasicBlock, PreBottleneck,
+from fastkdtf.vision.cifar_nets import (BasicBlock, Bottleneck, CifarResNet, InvertedResidual, PreActResNet, PreBasicBlock, PreBottleneck,
                                  ResBlock, ShuffleUnit, SumBlock)
-from fastkdtf.models import create_model, model_names, small_stem
+from fastkdtf.vision.models import create_model, model_names, small_stem
 
 
 def n_params(name, n_classes, **kwargs):

@@ -1,5 +1,6 @@
 "Sources, settings and what is built from them agree"
 import ast, configparser, email, json, os, re, shutil, subprocess, sys, zipfile
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,10 +15,13 @@ ini = ini['DEFAULT']
 modules = sorted(cfg.lib_path.rglob('*.py'))
 notebooks = sorted(p for p in cfg.nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
-# A module imports from lower floors only; half floors are steps within one
-floors = {1: 'core', 1.5: 'describe measure', 1.6: 'frozen', 1.7: 'augment', 1.8: 'loader', 1.82: 'identity', 1.85: 'readers', 1.9: 'cifar_nets', 1.95: 'targets', 2: 'losses models data', 2.2: 'survival', 2.9: 'runs', 3: 'teachers', 3.2: 'cache memory', 3.5: 'terms', 4: 'distill selfguide', 4.2: 'effdstl', 4.3: 'stages', 4.4: 'schedules',
-          5: 'interpret report draw', 5.5: 'page', 5.7: 'training', 5.9: 'peers', 6: 'learner bench', 6.5: 'procedures twostage explore', 6.6: 'defective', 6.7: 'recipes', 6.9: 'reproduction', 7: 'experiment', 7.2: 'sweep', 8: 'cli', 9: 'all'}
-floor = {m:f for f,ms in floors.items() for m in ms.split()}
+# The rooms of the house: a module imports from its own room and those below
+rooms = 'root vision teachers callback lab cli'.split()
+
+def room(module):
+    "The room of a module, by its dotted name without the package's"
+    first = module.split('.')[0]
+    return 'cli' if first in ('cli', 'all') else first if first in rooms else 'root'
 
 def run(*args, cwd):
     env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}    # with it, nbdev exports nothing
@@ -84,24 +88,33 @@ def test_outputs_tell_nothing_of_this_machine(nb):
 # modules
 
 def imports(path):
-    "(module, line) of all that a module imports, with its own package's modules as `fastkdtf.name`"
+    "(module, line) of all that a module imports, with its own package's modules as `fastkdtf.room.name`"
+    package = ['fastkdtf', *path.relative_to(cfg.lib_path).parent.parts]
     for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(o, ast.Import): yield from ((a.name, o.lineno) for a in o.names)
         elif isinstance(o, ast.ImportFrom):
-            base = '.'.join(x for x in ('fastkdtf' if o.level else '', o.module or '') if x)
-            if base=='fastkdtf': yield from ((f'fastkdtf.{a.name}', o.lineno) for a in o.names)
+            base = '.'.join([*package[:len(package)+1-o.level]*(o.level>0), *([o.module] if o.module else [])])
+            if base in ('fastkdtf', *(f'fastkdtf.{r}' for r in rooms)): yield from ((f'{base}.{a.name}', o.lineno) for a in o.names)
             else: yield base, o.lineno
 
-@pytest.mark.parametrize('path', modules, ids=lambda p: p.stem)
+def dotted(path): return '.'.join(path.relative_to(cfg.lib_path).with_suffix('').parts)
+sources = [o for o in modules if o.stem[0]!='_']
+
+@pytest.mark.parametrize('path', sources, ids=dotted)
 def test_imports(path):
+    here = rooms.index(room(dotted(path)))
     for name,line in imports(path):
-        where = f'{path.name}:{line} imports {name}'
+        where = f'{dotted(path)}:{line} imports {name}'
         assert name.split('.')[0] not in ('nbdev', 'pytest', 'hypothesis'), where
-        if path.stem.startswith('_') or not name.startswith('fastkdtf.'): continue
-        dep = name.split('.')[1]
-        if dep in ('__version__', '_modidx'): continue
-        assert path.stem in floor, f'give {path.stem} a floor'
-        assert floor[dep]<floor[path.stem], f'{where}: imports only point down'
+        if name.startswith('fastkdtf.') and name!='fastkdtf.__version__':
+            assert rooms.index(room(name.removeprefix('fastkdtf.')))<=here, f'{where}: imports only point down'
+
+def test_no_room_has_a_circle():
+    own = {dotted(o) for o in sources}
+    needs = {dotted(o): {n.removeprefix('fastkdtf.') for n,_ in imports(o) if n.startswith('fastkdtf.')} & own for o in sources}
+    assert len(own)>40 and sum(map(len, needs.values()))>100
+    order = list(TopologicalSorter(needs).static_order())    # raises CycleError, which names the circle
+    assert set(order)==own
 
 def public_functions(path):
     "(name, node) of a module's public functions, and of public classes' public methods and `__init__`"
@@ -130,9 +143,32 @@ print(json.dumps([sorted({o.split('.')[0] for o in set(sys.modules)-before}), [s
     assert json.loads(run(sys.executable, '-c', code, cwd=tmp_path).splitlines()[-1])==[['fastkdtf'], []]
 
 def test_every_notebook_module_is_exported():
-    exps = {re.search(r'#\|\s*default_exp (\w+)', p.read_text(encoding='utf-8')) for p in notebooks}
-    exps = {m.group(1) for m in exps if m}
-    assert exps<={p.stem for p in modules}
+    exps = {p: re.search(r'#\|\s*default_exp ([\w.]+)', p.read_text(encoding='utf-8')) for p in notebooks}
+    exps = {p: m[1] for p,m in exps.items() if m}
+    assert sorted(exps.values())==sorted(map(dotted, (o for o in sources if o.stem!='all')))
+    for p,name in exps.items(): assert re.fullmatch(rf'\d\d[a-z]?_{re.escape(name)}', p.stem), f'{p.name} exports {name}'
+
+def test_the_sidebar_has_the_modules_in_the_order_of_their_notebooks():
+    listed = re.findall(r'- (\d\d[a-z]?_[\w.]+\.ipynb)', (cfg.nbs_path/'sidebar.yml').read_text(encoding='utf-8'))
+    assert listed==sorted(p.name for p in notebooks if p.name[0].isdigit())
+
+# names of 0.1.0
+
+def test_all_still_has_every_public_name_of_0_1_0():
+    import fastkdtf.all
+    names = (root/'tests'/'written_by_0_1_0'/'names.txt').read_text(encoding='utf-8').split()
+    assert len(names)==122 and not [o for o in names if not hasattr(fastkdtf.all, o)]
+
+def test_modules_of_0_1_0_are_found_under_their_old_names():
+    from importlib import import_module
+    from fastkdtf._moved import moved
+    assert len(moved)>30
+    for old,new in moved.items():
+        module = import_module(f'fastkdtf.{old}')
+        for o in new:
+            there = import_module(f'fastkdtf.{o}')
+            for name in there.__all__: assert getattr(module, name) is getattr(there, name), f'fastkdtf.{old}.{name}'
+    with pytest.raises(AttributeError, match='fastkdtf.runs was parted into fastkdtf.lab.runs.*none has'): import_module('fastkdtf.runs').no_such_name
 
 # what users install
 

@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 import numpy as np, pytest, torch
 from scipy import stats
 
-from fastkdtf.draw import Axis, Look, Markup, curve_path, el, spread
-from fastkdtf.interpret import evaluate
-from fastkdtf.page import failures, headline, pooled_reliability, report_html, write_report
-from fastkdtf.report import Comparison, comparisons, read_runs
-from fastkdtf.runs import Ledger
+from fastkdtf.lab.draw import Axis, Look, Markup, curve_path, el, spread
+from fastkdtf.lab.interpret import evaluate
+from fastkdtf.lab.page import failures, headline, pooled_reliability, report_html, write_report
+from fastkdtf.lab.report import Comparison, comparisons, read_runs
+from fastkdtf.lab.runs import Ledger
 
 void = set('meta link br hr img input'.split())
 

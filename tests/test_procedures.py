@@ -14,16 +14,18 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-import fastkdtf.defective
-import fastkdtf.training
-from fastkdtf.defective import PoorTeacher, PoorTeachers
-from fastkdtf.distill import KnowledgeDistillation, LsrKD
-from fastkdtf.learner import compare
-from fastkdtf.procedures import Taught, teacher_accuracy
-from fastkdtf.report import Comparison, comparisons, read_runs
-from fastkdtf.runs import run_lock, seed_run
-from fastkdtf.teachers import EnsembleTeacher, NetworkTeacher, UniformTeacher
-from fastkdtf.training import Campaign, Entry
+import fastkdtf.lab.defective
+import fastkdtf.lab.training
+from fastkdtf.lab.defective import PoorTeacher, PoorTeachers
+from fastkdtf.callback.distill import KnowledgeDistillation, LsrKD
+from fastkdtf.lab.compare import compare
+from fastkdtf.lab.procedures import Taught, teacher_accuracy
+from fastkdtf.lab.report import Comparison, comparisons, read_runs
+from fastkdtf.files import run_lock
+from fastkdtf.callback.checkpoint import seed_run
+from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
+from fastkdtf.teachers.base import UniformTeacher
+from fastkdtf.lab.training import Campaign, Entry
 
 torch.set_num_threads(1)
 K,N_BATCH = 3,3
@@ -300,7 +302,7 @@ def test_poor_teachers_resume(tmp_path, monkeypatch):
     poor = learner(model=Fragile()).poor_teachers(4, at_epochs=[1, 3], out=tmp_path)
     for a,b in zip(poor, expected): assert same({k.removeprefix('net.'): v for k,v in a.weights.items()}, b.weights) and (a.epoch, a.accuracy) == (b.epoch, b.accuracy)
     assert len(list(tmp_path.glob('*.pt'))) == 2 and not list(tmp_path.glob('unfinished*.pt'))
-    monkeypatch.setattr(fastkdtf.defective, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.defective, 'train_run', forbidden)
     again = learner(model=Fragile()).poor_teachers(4, at_epochs=[1, 3], out=tmp_path)
     assert repr(again) == repr(poor)
     with pytest.raises(ValueError, match='teachers of another training'): learner(model=Fragile()).poor_teachers(4, at_epochs=[1, 2], out=tmp_path)
@@ -369,7 +371,7 @@ def test_finished_is_finished(tmp_path, monkeypatch):
     Fragile.at = None
     first,c = self_train(tmp_path)
     before = (tmp_path/'results.jsonl').read_bytes()
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     again,d = self_train(tmp_path)
     assert (tmp_path/'results.jsonl').read_bytes() == before and repr(c) == repr(d) and same(weights(first.model), weights(again.model))
 
@@ -449,8 +451,8 @@ def test_keys_of_dependent_runs():
     (lambda o: o.defective_kd([PoorTeacher(weak_net(), 1, .5)]*2, 1), ValueError, "two teachers are called 'De-KD epoch 1'"), (lambda o: o.defective_kd([3], 1), TypeError, 'teacher'),
     (lambda o: o.poor_teachers(1, [1], out=__file__), ValueError, 'out must be a folder'), (lambda o: o.reversed_kd(weak_net(), 1, out=__file__), ValueError, 'out must be a folder')])
 def test_bad_input(call, error, message, monkeypatch):
-    monkeypatch.setattr(fastkdtf.training, 'train_run', forbidden)
-    monkeypatch.setattr(fastkdtf.defective, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
+    monkeypatch.setattr(fastkdtf.lab.defective, 'train_run', forbidden)
     with pytest.raises(error, match=message): call(learner())
 
 def test_an_optimizer_of_this_very_network():

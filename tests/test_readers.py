@@ -12,11 +12,11 @@ from fastai.data.core import Datasets, TfmdDL
 from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, nn
 from PIL import Image
 
-from fastkdtf import readers
-from fastkdtf.augment import Augment
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.loader import RecordDL, batch_info
-from fastkdtf.readers import check_size, imagenet_files, read_files
+from fastkdtf.vision import readers
+from fastkdtf.vision.augment import Augment
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.vision.loader import RecordDL, batch_info
+from fastkdtf.vision.readers import check_size, imagenet_files, read_files
 
 cpu = dict(bs=4, device='cpu')
 def items(dl): return dl.dataset.items

@@ -11,13 +11,13 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, LinearLR, MultiStepLR
 
-import fastkdtf.recipes
-from fastkdtf.distill import Distill
-from fastkdtf.models import create_model
-from fastkdtf.recipes import image_sets, paper_table, recipe, recipes
-from fastkdtf.runs import Checkpoint, seed_run
-from fastkdtf.schedules import fit_schedule, learning_rate
-from fastkdtf.selfguide import SelfGuidance, StochasticDepth
+import fastkdtf.lab.recipes
+from fastkdtf.callback.distill import Distill
+from fastkdtf.vision.models import create_model
+from fastkdtf.lab.recipes import image_sets, paper_table, recipe, recipes
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
+from fastkdtf.callback.schedules import fit_schedule, learning_rate
+from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 
 # ---------------------------------------------------------------- schedules
 
@@ -315,7 +315,7 @@ def stub(monkeypatch):
     "In place of every network one that is small: linear, or residual where `residual` asks for it"
     def make(name, n_classes, **kwargs): return create_model('resnet8', n_classes) if stub.residual else nn.Sequential(nn.Flatten(), nn.Linear(3*8*8, n_classes))
     stub = SimpleNamespace(residual=False, make=make)
-    monkeypatch.setattr(fastkdtf.recipes, 'create_model', make)
+    monkeypatch.setattr(fastkdtf.lab.recipes, 'create_model', make)
     return stub
 
 def check_method(r, learn):

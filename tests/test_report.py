@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from fastkdtf.interpret import evaluate, reliability
-from fastkdtf.report import Comparison, paired_difference, seeds_needed
+from fastkdtf.lab.interpret import evaluate, reliability
+from fastkdtf.lab.report import Comparison, paired_difference, seeds_needed
 
 few = settings(max_examples=60, deadline=None)
 

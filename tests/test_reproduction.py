@@ -7,8 +7,8 @@ import numpy as np, pandas as pd, pytest
 import matplotlib
 matplotlib.use('agg')
 
-import fastkdtf.reproduction
-from fastkdtf.reproduction import *
+import fastkdtf.lab.reproduction
+from fastkdtf.lab.reproduction import *
 
 
 def printed(paper, table, student, method, value, metric='accuracy', sd=None, gain=None, data='cifar100', case='', contradiction='', note='', missing=()):
@@ -28,8 +28,8 @@ def printed_rows(monkeypatch):
     text = lambda o: '' if o is None else str(o)
     results = pd.DataFrame([{**{k: text(v) for k,v in vars(r).items()}, 'method': r.method_name} for r in ROWS])
     papers = pd.DataFrame(dict(paper=['p', 'e'], reported=['best', ''], runs=['3', '']))
-    monkeypatch.setattr(fastkdtf.reproduction, 'recipe', known.__getitem__)
-    monkeypatch.setattr(fastkdtf.reproduction, 'paper_table', dict(results=results, papers=papers).__getitem__)
+    monkeypatch.setattr(fastkdtf.lab.reproduction, 'recipe', known.__getitem__)
+    monkeypatch.setattr(fastkdtf.lab.reproduction, 'paper_table', dict(results=results, papers=papers).__getitem__)
 
 
 def run(key, method, seed, last, best=None, rank=0):

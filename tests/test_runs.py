@@ -10,8 +10,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.amp import GradScaler
 
-from fastkdtf import runs
-from fastkdtf.runs import Checkpoint, Ledger, replacing, run_environment, run_lock, seed_run
+from fastkdtf.lab import runs
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
+from fastkdtf.lab.runs import Ledger, run_environment
+from fastkdtf.files import replacing, run_lock
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -476,7 +478,7 @@ def test_bad_line_in_the_middle(tmp_path, line):
 
 writer = """
 import sys
-from fastkdtf.runs import Ledger
+from fastkdtf.lab.runs import Ledger
 path,me,n = sys.argv[1],sys.argv[2],int(sys.argv[3])
 print('ready', flush=True)
 sys.stdin.readline()
@@ -549,7 +551,7 @@ def test_commit_is_fastkdtfs_own(tmp_path, monkeypatch):
 
 
 def test_run_lock(tmp_path):
-    hold = "import sys; from fastkdtf.runs import run_lock\nwith run_lock(sys.argv[1]) as mine: print(mine, flush=True); sys.stdin.readline()"
+    hold = "import sys; from fastkdtf.files import run_lock\nwith run_lock(sys.argv[1]) as mine: print(mine, flush=True); sys.stdin.readline()"
     p = subprocess.Popen([sys.executable, '-c', hold, str(tmp_path/'a'/'run')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'True\n'
     with run_lock(tmp_path/'a'/'run') as mine: assert not mine

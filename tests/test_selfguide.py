@@ -17,13 +17,14 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).parent))
 from test_survival import by_hand, close, lively, norms
 from networks import CPUAutocast
-from fastkdtf.cifar_nets import BasicBlock, CifarResNet
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.distill import KnowledgeDistillation, LsrKD, MemoryReplay, matched_controls
-from fastkdtf.learner import compare
-from fastkdtf.runs import Checkpoint, seed_run
-from fastkdtf.selfguide import SelfGuidance, StochasticDepth, TrainAccuracy, plot_errors, plot_subnetworks, subnetwork_outputs
-from fastkdtf.survival import fold, residual_blocks, subnetwork, survival, survival_probs
+from fastkdtf.vision.cifar_nets import BasicBlock, CifarResNet
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.callback.distill import KnowledgeDistillation, LsrKD, MemoryReplay, matched_controls
+from fastkdtf.lab.compare import compare
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
+from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
+from fastkdtf.lab.interpret import TrainAccuracy, plot_errors, plot_subnetworks, subnetwork_outputs
+from fastkdtf.callback.survival import fold, residual_blocks, subnetwork, survival, survival_probs
 
 K,p_last = 10,.4
 probs = [1 - l/3*(1-p_last) for l in (1,2,3)]
@@ -218,7 +219,7 @@ def test_each_fit_draws_anew(method):
 
 def test_ranks_draw_their_own_masks(monkeypatch):
     one = masks_of(SelfGuidance(seed=1))
-    monkeypatch.setattr('fastkdtf.selfguide.rank_distrib', lambda: 1)
+    monkeypatch.setattr('fastkdtf.callback.selfguide.rank_distrib', lambda: 1)
     assert masks_of(SelfGuidance(seed=1)) != one
 
 @each_method
@@ -436,7 +437,7 @@ def test_errors():
 def test_synchronised_norms_are_refused(method, monkeypatch):
     "They would wait for a process that dropped their branch; one process alone may have them"
     model = nn.SyncBatchNorm.convert_sync_batchnorm(three_blocks())
-    monkeypatch.setattr('fastkdtf.selfguide.num_distrib', lambda: 2)
+    monkeypatch.setattr('fastkdtf.callback.selfguide.num_distrib', lambda: 2)
     with pytest.raises(ValueError, match='sync_bn=False'): trained(METHODS[method](), model=model)
 
 

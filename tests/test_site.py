@@ -136,7 +136,7 @@ def index(built): return json.loads((built/'search-index.js').read_text(encoding
 
 # what one types → what comes first
 first = {'LsrKDLoss': 'losses.html#lsrkdloss', 'lsrkdloss': 'losses.html#lsrkdloss', 'LsrKDL': 'losses.html#lsrkdloss',
-         'TfKDReg': 'distill.html#tfkdreg', 'coming from other': 'translations.html', 'torchdistill': None, 'qwertzuiop': None}
+         'TfKDReg': 'callback.distill.html#tfkdreg', 'coming from other': 'translations.html', 'torchdistill': None, 'qwertzuiop': None}
 
 def browse(built, pages, tmp):
     Handler.harness = harness.replace('PAGES', json.dumps(pages)).replace('WIDTHS', '[390, 1280]').replace('WORDS', json.dumps(list(first)))
@@ -194,7 +194,7 @@ def test_search(seen):
         if url: assert hit and hit.endswith('/'+url), (text, hit)
     assert 'translations.html' in s['first']['torchdistill'] and 'qwertzuiop' not in s['first']
     hrefs = s['hrefs']
-    assert hrefs[0].endswith('distill.html#lsrkd') and s['moves']==[hrefs[1], hrefs[2], hrefs[1]]
+    assert hrefs[0].endswith('callback.distill.html#lsrkd') and s['moves']==[hrefs[1], hrefs[2], hrefs[1]]
     assert s['closed'] and s['entered']=='/losses.html#lsrkdloss'
 
 @needs_chromium

@@ -11,11 +11,11 @@ from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.distill import Distill, LsrKD, MemoryReplay, TfKDReg
-from fastkdtf.effdstl import CKM, WSL
-from fastkdtf.runs import Checkpoint, seed_run
-from fastkdtf.stages import OneDisplay, Stage, scale_epochs
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.callback.distill import Distill, LsrKD, MemoryReplay, TfKDReg
+from fastkdtf.callback.effdstl import CKM, WSL
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
+from fastkdtf.callback.stages import OneDisplay, Stage, scale_epochs
 
 K = 4
 

@@ -6,10 +6,10 @@ import pytest, timm, torch, torch.nn.functional as F, torchvision
 from fastai.vision.models.xresnet import ResBlock as XResBlock, XResNet
 from torch import nn
 
-from fastkdtf.cifar_nets import BasicBlock, Bottleneck, CifarResNet, InvertedResidual, PreActResNet, PreBasicBlock, PreBottleneck, SumBlock
-from fastkdtf.frozen import FrozenCopy
-from fastkdtf.models import create_model
-from fastkdtf.survival import draw_bits, fixed_statistics, fold, register_block, residual_blocks, set_drawn, subnetwork, survival, survival_probs
+from fastkdtf.vision.cifar_nets import BasicBlock, Bottleneck, CifarResNet, InvertedResidual, PreActResNet, PreBasicBlock, PreBottleneck, SumBlock
+from fastkdtf.teachers.frozen import FrozenCopy
+from fastkdtf.vision.models import create_model
+from fastkdtf.callback.survival import draw_bits, fixed_statistics, fold, register_block, residual_blocks, set_drawn, subnetwork, survival, survival_probs
 from networks import lively, norms
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from matplotlib import pyplot as plt
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
 from torch import nn
 
-import fastkdtf.sweep
-from fastkdtf.distill import LsrKD, MemoryReplay
-from fastkdtf.recipes import recipe, recipes
-from fastkdtf.sweep import paper_grid, search_space, sweep
-from fastkdtf.training import Campaign, Entry, method_identity
+import fastkdtf.lab.sweep
+from fastkdtf.callback.distill import LsrKD, MemoryReplay
+from fastkdtf.lab.recipes import recipe, recipes
+from fastkdtf.lab.sweep import paper_grid, search_space, sweep
+from fastkdtf.lab.training import Campaign, Entry, method_identity
 
 optuna = pytest.importorskip('optuna')
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
@@ -70,11 +70,11 @@ class NoTest:
 @pytest.fixture
 def scripted(monkeypatch):
     class Mine(Scripted): finished,epochs = {},[]
-    monkeypatch.setattr(fastkdtf.sweep, 'recipe_campaign', Mine)
+    monkeypatch.setattr(fastkdtf.lab.sweep, 'recipe_campaign', Mine)
     return Mine
 
 @pytest.fixture
-def no_figures(monkeypatch): monkeypatch.setattr(fastkdtf.sweep.Sweep, 'save', lambda self, out: None)
+def no_figures(monkeypatch): monkeypatch.setattr(fastkdtf.lab.sweep.Sweep, 'save', lambda self, out: None)
 
 def some_dls(shuffle=True):
     "64 training and 32 validation samples of 6 numbers, and a test set that fails when it is touched"
@@ -174,7 +174,7 @@ def lines(out): return [json.loads(o) for o in (Path(out)/'results.jsonl').read_
 def ledger_numbers(out): return {r['key']: json.dumps([r[k] for k in ('last', 'best', 'history')]) for r in lines(out)}
 
 def test_a_diverged_run_is_a_result(tmp_path, no_figures, monkeypatch):
-    monkeypatch.setattr(fastkdtf.sweep, 'recipe_campaign', partial(real_campaign, make=lambda alpha, tau: Breaks(alpha)))
+    monkeypatch.setattr(fastkdtf.lab.sweep, 'recipe_campaign', partial(real_campaign, make=lambda alpha, tau: Breaks(alpha)))
     s = a_sweep(tmp_path, dict(alpha=[.2, .9]), seeds=2)
     assert list(s.table.state) == ['complete', 'diverged'] and s.table.error[1] == 1 and s.table.error[0] < 1 and '1 diverged' in s.caption
     assert sorted(len(r['history']['accuracy']) for r in lines(tmp_path)) == [0, 0, 4, 4, 4, 4]   # it ended in its first epoch
@@ -184,7 +184,7 @@ def test_a_diverged_run_is_a_result(tmp_path, no_figures, monkeypatch):
 def test_replay_that_diverges_is_a_result_too(tmp_path, no_figures, monkeypatch):
     "Its copies would be no numbers either, which is an error of its own"
     def replay(alpha, tau): return [MemoryReplay(interval_steps=1, alpha=alpha, tau=tau), *([Explode()] if alpha > .5 else [])]
-    monkeypatch.setattr(fastkdtf.sweep, 'recipe_campaign', partial(real_campaign, make=replay))
+    monkeypatch.setattr(fastkdtf.lab.sweep, 'recipe_campaign', partial(real_campaign, make=replay))
     assert list(a_sweep(tmp_path, dict(alpha=[.2, .9])).table.state) == ['complete', 'diverged']
 
 class Explode(Callback):
@@ -196,7 +196,7 @@ class Explode(Callback):
 # ---------------------------------------------------------------- what is looked at
 
 def test_the_test_set_is_not_touched(tmp_path, no_figures, monkeypatch):
-    monkeypatch.setattr(fastkdtf.sweep, 'recipe_campaign', real_campaign)
+    monkeypatch.setattr(fastkdtf.lab.sweep, 'recipe_campaign', real_campaign)
     s = a_sweep(tmp_path)
     with pytest.raises(AssertionError, match='test set was read'): list(some_dls().loaders[2])   # this one tells
     assert {r['evaluated_on'] for r in lines(tmp_path)} == {'validation'} and len(lines(tmp_path)) == 5
@@ -274,7 +274,7 @@ def test_an_error_in_a_trial_is_raised_and_the_trial_repeated(tmp_path, scripted
 # ---------------------------------------------------------------- other processes
 
 processes = multiprocessing.get_context('forkserver') if hasattr(os, 'fork') else None
-if processes: processes.set_forkserver_preload(['fastkdtf.sweep', 'fastai.callback.all', 'pytest', 'optuna'])
+if processes: processes.set_forkserver_preload(['fastkdtf.lab.sweep', 'fastai.callback.all', 'pytest', 'optuna'])
 needs_fork = pytest.mark.skipif(processes is None, reason='needs fork')
 
 class SlowNet(nn.Module):
@@ -288,13 +288,13 @@ class SlowNet(nn.Module):
 
 def in_process(out, how, started=None):
     with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null):
-        fastkdtf.sweep.recipe_campaign,fastkdtf.sweep.Sweep.save = partial(real_campaign, model_fn=SlowNet),lambda self, out: None
+        fastkdtf.lab.sweep.recipe_campaign,fastkdtf.lab.sweep.Sweep.save = partial(real_campaign, model_fn=SlowNet),lambda self, out: None
         if started is not None: started.set()
         return a_sweep(Path(out), SPACE if how else None, tpe=how, n_epoch=3).table
 
 @pytest.fixture
 def restored(monkeypatch):
-    for o,name in ((fastkdtf.sweep, 'recipe_campaign'), (fastkdtf.sweep.Sweep, 'save')): monkeypatch.setattr(o, name, getattr(o, name))
+    for o,name in ((fastkdtf.lab.sweep, 'recipe_campaign'), (fastkdtf.lab.sweep.Sweep, 'save')): monkeypatch.setattr(o, name, getattr(o, name))
 
 @needs_fork
 @pytest.mark.parametrize('how', [None, 12])
@@ -339,7 +339,7 @@ def test_two_processes_share_a_search(tmp_path, restored):
     assert len(lines(tmp_path)) == 1+(t.state == 'complete').sum()
 
 def test_without_optuna(tmp_path, monkeypatch):
-    assert 'optuna' not in vars(fastkdtf.sweep)   # it is imported when it is needed
+    assert 'optuna' not in vars(fastkdtf.lab.sweep)   # it is imported when it is needed
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match='sweep needs Optuna: pip install'): sweep('yuan2019/T8/MobileNetV2/LSR', out=tmp_path)
 

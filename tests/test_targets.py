@@ -312,7 +312,7 @@ def train(cb, *cbs):
     "One epoch on points of four classes; the learner, and the loss of its first batch"
     import fastai.callback.all   # `no_bar`
     from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
-    from fastkdtf.runs import seed_run
+    from fastkdtf.callback.checkpoint import seed_run
     class First(Callback):
         order = 49
         def after_loss(self): self.seen = getattr(self, 'seen', None) or (self.learn.loss_grad.item(), self.learn.x, self.learn.y, self.learn.pred.detach())
@@ -332,7 +332,7 @@ def linear(seed, k=4):
 @needs_others
 @pytest.mark.parametrize('what', ['full', 'partial', 'confidence'])
 def test_distill_asks_the_strong_teacher(what):
-    from fastkdtf.distill import Distill
+    from fastkdtf.callback.distill import Distill
     weak,strong = linear(1),linear(2)
     rewrite = Replace(strong, what, on=StudentAhead())
     _,(loss,x,y,z) = train(Distill(weak, (0., 1.), 1., scale=1, loss='ce', rewrite=rewrite))
@@ -345,8 +345,8 @@ def test_distill_asks_the_strong_teacher(what):
 @needs_others
 def test_a_strong_teacher_is_asked_once_a_batch_before_the_student():
     from fastai.callback.all import MixUp
-    from fastkdtf.distill import Distill
-    from fastkdtf.teachers import Teacher
+    from fastkdtf.callback.distill import Distill
+    from fastkdtf.teachers.base import Teacher
     calls = []
     class Strong(Teacher):
         before_student = True
@@ -365,14 +365,14 @@ def test_a_strong_teacher_is_asked_once_a_batch_before_the_student():
 
 @needs_others
 def test_a_strong_teacher_that_does_not_fit():
-    from fastkdtf.distill import Distill
+    from fastkdtf.callback.distill import Distill
     with pytest.raises(ValueError, match=r"student's shape \(16, 4\).*got \(16, 7\)"): train(Distill(linear(1), rewrite=Replace(linear(2, 7))))
     with pytest.raises(TypeError, match='teacher must be'): Distill(linear(1), rewrite=Replace(3))
     with pytest.raises(ValueError, match='not a number'): train(Distill(linear(1), rewrite=Replace(lambda step: step.z.detach()*float('nan'))))
 
 @needs_others
 def test_mixed_targets_of_a_subset_need_the_cross_entropy():
-    from fastkdtf.distill import Distill
+    from fastkdtf.callback.distill import Distill
     q = torch.softmax(some(4, 4), 1).float()
     step = Step(q, some(4, 4).float(), zt=some(4, 4, seed=1).float())
     rule = SmoothTo(.99, on=Correct())

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
 from networks import CPUAutocast
 from fastkdtf.core import Step
-from fastkdtf.distill import Distill, KnowledgeDistillation
+from fastkdtf.callback.distill import Distill, KnowledgeDistillation
 from fastkdtf.losses import KDLoss
-from fastkdtf.models import create_model
-from fastkdtf.runs import Checkpoint, seed_run
-from fastkdtf.teachers import (
+from fastkdtf.vision.models import create_model
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
+from fastkdtf.teachers.network import (
     EnsembleTeacher, NetworkTeacher, UniformTeacher, as_teacher, class_names, class_order, input_stats, renormalise)
 
 K = 10

@@ -10,13 +10,13 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from torch import nn
 
-from fastkdtf.distill import Distill, KnowledgeDistillation, LsrKD, TfKDReg
-from fastkdtf.learner import compare
-from fastkdtf.runs import seed_run
-from fastkdtf.stages import Stage
-from fastkdtf.teachers import NetworkTeacher
-from fastkdtf.training import Campaign, Entry, make_callbacks, method_identity, train_run
-from fastkdtf.twostage import effdstl_stages
+from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, TfKDReg
+from fastkdtf.lab.compare import compare
+from fastkdtf.callback.checkpoint import seed_run
+from fastkdtf.callback.stages import Stage
+from fastkdtf.teachers.network import NetworkTeacher
+from fastkdtf.lab.training import Campaign, Entry, make_callbacks, method_identity, train_run
+from fastkdtf.callback.twostage import effdstl_stages
 
 def loaders(n=48, bs=16, wait=0., seed=0):
     g = torch.Generator().manual_seed(seed)

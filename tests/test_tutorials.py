@@ -13,9 +13,9 @@ from fastai.torch_core import set_seed
 from fastcore.nbio import read_nb
 from torch import nn
 
-from fastkdtf.data import kd_dataloaders
-from fastkdtf.loader import batch_info
-from fastkdtf.runs import Checkpoint
+from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.vision.loader import batch_info
+from fastkdtf.callback.checkpoint import Checkpoint
 
 tutorials = Path(__file__).parents[1]/'nbs'/'tutorials'
 

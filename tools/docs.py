@@ -15,6 +15,8 @@ from nbdev.processors import FilterDefaults
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
+from fastkdtf._moved import moved
+
 tools = Path(__file__).resolve().parent
 root = tools.parent
 cfg = get_config(root)
@@ -276,6 +278,22 @@ def readme(out=root):
     md = f"# {meta['title']}\n\n> {meta['description']}\n\n{md}" if 'description' in meta else f"# {meta.get('title', cfg.title)}\n\n{md}"
     (out/'README.md').write_text(pandoc(md, 'gfm', args=['--wrap=preserve']), encoding='utf-8')
 
+# addresses of 0.1.0
+
+redirect = """<!doctype html><meta charset="utf-8"><title>{first}</title><link rel="canonical" href="{first}">
+<p>This page is now <a href="{first}">{first}</a>.</p>
+<script>const pages = {pages}, anchor = location.hash.slice(1); location.replace((pages[anchor] || '{first}') + location.search + location.hash)</script>
+<noscript><meta http-equiv="refresh" content="0; url={first}"></noscript>
+"""
+
+def write_redirects(out):
+    "A page at each address that a module had in 0.1.0, which leads on to where the module, or the symbol after `#`, is now"
+    syms = symbols()
+    for old,new in moved.items():
+        pages = [f'{o}.html' for o in new]
+        anchors = {anchor:page for page in pages[1:] for anchor in syms[page]}
+        (out/f'{old}.html').write_text(redirect.format(first=pages[0], pages=json.dumps(anchors)), encoding='utf-8')
+
 # link check
 
 class Page(HTMLParser):
@@ -325,6 +343,7 @@ def main():
     if args.readme: return
     if shutil.which('quarto'): subprocess.run([sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()'], check=True)
     else: build(cfg.doc_path)
+    write_redirects(cfg.doc_path)
     bad = check_links(cfg.doc_path)
     if bad: sys.exit('\n'.join(['Broken links:', *bad]))
     print(f'{len(list(cfg.doc_path.rglob("*.html")))} pages in {cfg.doc_path.relative_to(root)}/, links checked')
