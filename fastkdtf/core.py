@@ -234,7 +234,7 @@ class Step:
     idx:Tensor|None=None # indices of the samples in their data set, where the loader knows them and no two images are mixed
     tau:tuple=(1., 1.) # the teacher's temperature and the student's
     view:Tensor|None=None # which augmentation each sample got, where the loader knows
-    others:dict=field(default_factory=dict) # logits of further teachers, by the rewrite that has one
+    extra_logits:dict=field(default_factory=dict) # logits of further teachers, by the rewrite that has one
 
     @property
     def n_classes(self)->int: return self.z.shape[1]

@@ -217,7 +217,7 @@ class Amplify(Rewrite):
 class Replace(Rewrite):
     """Give the target what a second teacher says. Song et al. 2023, eq. 1 and 2
 
-    `Distill` asks that teacher before the student, as it asks its own; its logits are `step.others[this rewrite]`."""
+    `Distill` asks that teacher before the student, as it asks its own; its logits are `step.extra_logits[this rewrite]`."""
     def __init__(self,
         teacher:Callable|str|Path, # the strong one, as `as_teacher` takes it
         what:str='confidence', # 'full' | 'partial': all but the label's probability | 'confidence': the label's probability alone
@@ -229,7 +229,7 @@ class Replace(Rewrite):
 
     def _logits(self, target, step):
         "The strong teacher's logits, of the target's shape"
-        given = getattr(step, 'others', {})
+        given = getattr(step, 'extra_logits', {})
         if self not in given: raise ValueError(f"the logits of {self!r}'s teacher are missing: give Distill this very rewrite, in rewrite=")
         zt = given[self]
         if isinstance(zt, TwoValued): _check_integers(step, self)

@@ -16,7 +16,7 @@ from fastkdtf.lab.experiment import *
 from fastkdtf.lab.recipes import Recipe, recipe
 from fastkdtf.lab.reproduction import Reproduction
 from fastkdtf.callback.checkpoint import Checkpoint
-from fastkdtf.lab.training import Campaign, Entry, train_run
+from fastkdtf.lab.training import Campaign, Arm, train_run
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -154,10 +154,10 @@ def test_networks_are_trained_once(small_networks, tmp_path):
 def test_batch_sizes_of_networks(tmp_path):
     "A network with another batch size is trained as in a campaign of its own, under the same key"
     dls = lambda bs: kd_dataloaders('digits', bs, train_subset=256, device='cpu', valid_pct=0)
-    entry = dict(keep='best', settings=dict(data='digits'))
-    mixed = Campaign({'a': Entry(bs=64, **entry), 'b': Entry(**entry)}, dls(128), partial(small, 'net', 10), 2, 1, out=tmp_path/'mixed')
+    arm = dict(keep='best', settings=dict(data='digits'))
+    mixed = Campaign({'a': Arm(bs=64, **arm), 'b': Arm(**arm)}, dls(128), partial(small, 'net', 10), 2, 1, out=tmp_path/'mixed')
     for name,bs in (('a', 64), ('b', 128)):
-        own = Campaign({name: Entry(**entry)}, dls(bs), partial(small, 'net', 10), 2, 1, out=tmp_path/name)
+        own = Campaign({name: Arm(**arm)}, dls(bs), partial(small, 'net', 10), 2, 1, out=tmp_path/name)
         assert mixed.runs[name, 0]['key'] == own.runs[name, 0]['key']
         ours,theirs = (c.train(name, 0)['history'] for c in (mixed, own))
         assert ours['train_loss'] == theirs['train_loss'] and ours['accuracy'] == theirs['accuracy']
@@ -181,7 +181,7 @@ def test_poor_teacher(small_networks, tmp_path):
     assert all(torch.equal(saved[k], v) for k,v in kept[1].items())
 
 def test_one_epoch_is_the_least():
-    e = recipe_entries(recipe(DEKD), 100, n_epoch=1)
+    e = recipe_arms(recipe(DEKD), 100, n_epoch=1)
     assert {k: o.n_epoch for k,o in e.items() if o.n_epoch} == {'MobileNetV2 baseline': 1, 'ResNet50, epoch 1': 1}
 
 def test_own_teacher(small_networks, tmp_path):
@@ -197,20 +197,20 @@ def test_own_teacher(small_networks, tmp_path):
 def test_second_training_starts_where_the_first_ended():
     "MEAL V2 after Efficient Distillation: 80 epochs after 300"
     r = recipe('song2023/T4b/ResNet18/MEALV2/after EffDstl')
-    e = recipe_entries(r, 10, 8, data='digits')
+    e = recipe_arms(r, 10, 8, data='digits')
     assert e['MEALV2'].start == 'EffDstl' and e['EffDstl'].keep == 'last' and e['EffDstl'].n_epoch == 30
 
 def test_other_images(tmp_path):
     "ImageNet's networks get a small stem, its teachers are trained on the images there are, and the record says so"
     r = recipe(IMAGENET)
-    e = recipe_entries(r, 10, 2, data='digits')
+    e = recipe_arms(r, 10, 2, data='digits')
     assert e['ResNet18 baseline'].model_fn.keywords == dict(small_images=True) and e['TfKD_self'].teacher == ['ResNet18 baseline']
-    there = recipe_entries(r, 1000, 2)
+    there = recipe_arms(r, 1000, 2)
     assert there['ResNet18 baseline'].model_fn.keywords == {} and not there['TfKD_self'].teacher
     assert there['TfKD_self'].method.args == ('timm/resnet18.tv_in1k',)
     runs = RecipeRuns(Plan(IMAGENET, (0,), .05, data='digits', out=str(tmp_path), device='cpu'), {})
     assert runs.words == 'digits instead of imagenet, 4 of 90 epochs, 512 of 1,438 images' and not runs.full
-    z = runs.campaign.entries['ResNet18 baseline'].model_fn().eval()(torch.zeros(2, 3, 8, 8))
+    z = runs.campaign.arms['ResNet18 baseline'].model_fn().eval()(torch.zeros(2, 3, 8, 8))
     assert z.shape == (2, 10)
 
 def test_other_images_have_no_full_run(small_networks, tmp_path):
@@ -235,7 +235,7 @@ def test_mistakes(tmp_path, few, monkeypatch):
 
 @pytest.fixture
 def failing(small_networks, monkeypatch):
-    "Runs that raise: entry of the method's name → how often"
+    "Runs that raise: arm of the method's name → how often"
     left,seen,train = {},[],Campaign._train
     def _train(self, run, cbs):
         seen.append(run['method'])

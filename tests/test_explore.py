@@ -160,7 +160,6 @@ def test_an_exploration(tmp_path):
     stamp = (tmp_path/'out'/'results.jsonl').read_text()
     assert run().normalised('label smoothing | all') == result.normalised('label smoothing | all') and (tmp_path/'out'/'results.jsonl').read_text() == stamp
 
-@pytest.mark.skipif('others' not in Step.__dataclass_fields__, reason='Step has no field for the logits of further teachers yet')
 def test_full_replacement_of_all_samples_is_the_strong_teacher():
     dls,weak,strong = loaders(),linear(6, K, 1),linear(6, K, 2)
     result = explore(weak, strong, dls, partial(nn.Linear, 6, K), 1, exploration_schemes(strong), {'all': None, 'correct': Correct()}, seeds=1, fit='fit', lr=.01)

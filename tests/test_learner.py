@@ -171,12 +171,12 @@ def test_controls_are_shared_and_named(undisturbed):
     table = undisturbed[1].table
     assert list(table.index[:4]) == ALL_NAMES and len(table) == 6
     assert table.control_for['LS 0.1'] == 'LsrKD' and (table.control_for[4:] == 'TfKDReg').all() and (table.control_for[:3] == '').all()
-    entries = with_controls({'baseline': None, 'LSR': partial(LsrKD, tau=1.), 'a': LsrKD, 'b': partial(LsrKD, tau=4.), 'user': Greedy, 'pair': [LsrKD(), Greedy()]}, 10)
-    assert list(entries) == ['baseline', 'LSR', 'a', 'b', 'user', 'pair'], 'label smoothing .1 is there already, as a method'
-    assert entries['LSR'][1] == ['a', 'b']
-    entries = with_controls({'baseline': None, 'a': LsrKD, 'b': partial(LsrKD, tau=4.)}, 10)
-    assert list(entries) == ['baseline', 'a', 'b', 'LS 0.1'] and entries['LS 0.1'][1] == ['a', 'b']
-    d = entries['LS 0.1'][0].describe(10)
+    arms = with_controls({'baseline': None, 'LSR': partial(LsrKD, tau=1.), 'a': LsrKD, 'b': partial(LsrKD, tau=4.), 'user': Greedy, 'pair': [LsrKD(), Greedy()]}, 10)
+    assert list(arms) == ['baseline', 'LSR', 'a', 'b', 'user', 'pair'], 'label smoothing .1 is there already, as a method'
+    assert arms['LSR'][1] == ['a', 'b']
+    arms = with_controls({'baseline': None, 'a': LsrKD, 'b': partial(LsrKD, tau=4.)}, 10)
+    assert list(arms) == ['baseline', 'a', 'b', 'LS 0.1'] and arms['LS 0.1'][1] == ['a', 'b']
+    d = arms['LS 0.1'][0].describe(10)
     assert (d.epsilon, d.scale) == pytest.approx((.1, 1.))
 
 def test_without_controls():

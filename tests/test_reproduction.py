@@ -37,7 +37,7 @@ def run(key, method, seed, last, best=None, rank=0):
                 seconds_per_epoch=1., history=dict(train_loss=[1.], valid_loss=[1.], accuracy=[last]), callbacks=[])
 
 def ran(id, best, method='KD', baseline='net baseline', controls=(), full=True, data='cifar100', n_epoch=200, n_train=50_000, words='all of it', seeds=None, mark='', last=None, **more):
-    "A record of a recipe and its runs, from accuracies of the best epoch by entry; those of the last are lower"
+    "A record of a recipe and its runs, from accuracies of the best epoch by arm; those of the last are lower"
     runs = [run(f'{id}{mark}/{name}/{s}', name, s, a-.01 if last is None else last[name][i], a, rank) for rank,(name,accs) in enumerate(best.items()) for i,(s,a) in enumerate(zip(seeds or range(99), accs))]
     return dict(key=f'{id}{mark}', recipe=id, data=data, n_epoch=n_epoch, epochs=200, n_train=n_train, n_train_full=50_000, full=full, words=words, metric='accuracy', method=method, baseline=baseline,
                 controls=list(controls), runs={n: [r['key'] for r in runs if r['method'] == n] for n in best}, loading_share=.034, seconds_per_epoch=10., full_hours=2.5, full_hours_of_all=30., platform='somewhere', **more),runs

@@ -320,8 +320,8 @@ def test_composition(partner, order):
         def after_loss(self):
             if not self.training or losses: return
             sg = self.learn.self_guidance
-            base,own,others = sg.terms[0].base_mean.value,sg.soft_mean.value,other.soft_mean.value
-            losses.append((self.learn.loss_grad.item(), (other.hard_share(0)*base + own + other.soft_weight(K, 0)*others).item()))
+            base,own,others = sg.siblings[0].base_mean.value,sg.soft_mean.value,other.soft_mean.value
+            losses.append((self.learn.loss_grad.item(), (other.hard_weight(0)*base + own + other.soft_weight(K, 0)*others).item()))
     cbs = [SelfGuidance(), other]
     learn = trained([*(cbs[::-1] if order else cbs), Note()], 2)
     (got,want), = losses

@@ -17,7 +17,7 @@ some = lambda *shape, seed=0, scale=2.: torch.randn(*shape, generator=torch.Gene
 def strong_step(rewrite, strong, **kwargs):
     "A step as `Distill` makes it, with the second teacher's logits"
     step = Step(**kwargs)
-    if isinstance(rewrite, Replace): step.others = {rewrite: strong}
+    if isinstance(rewrite, Replace): step.extra_logits = {rewrite: strong}
     return step
 
 def make(name, on=None):
@@ -67,7 +67,7 @@ def test_rewrites_in_a_row_give_a_distribution(data, names):
     zt,strong,z = (data.draw(extreme_logits(4, 4)).float() for _ in range(3))
     step = Step(torch.tensor([0,1,2,3]), z.clamp(min=-1e4), zt=zt)
     rewrites = [make(o, on=Correct()) for o in names]
-    step.others = {o: strong for o in rewrites}
+    step.extra_logits = {o: strong for o in rewrites}
     t = step.pt
     for o in rewrites: t = o(t, step)
     assert (t >= 0).all() and ((t.sum(1)-1).abs() <= 1e-6).all()
@@ -254,16 +254,15 @@ def test_log_odds():
 
 # ---------------------------------------------------------------- labels that are probabilities
 
-needs_others = pytest.mark.skipif('others' not in Step.__dataclass_fields__, reason='Step has no field for the logits of further teachers yet')
 
-@pytest.mark.parametrize('name', [*NAMES[:6], *(pytest.param(o, marks=needs_others) for o in NAMES[6:])])
+@pytest.mark.parametrize('name', NAMES)
 def test_inside_correct_label_distributions_are_the_mixture_of_their_classes(name):
     n,k = 60,4
     z,zt,strong,q = some(n, k),some(n, k, seed=1),some(n, k, seed=2),torch.softmax(some(n, k, seed=3), 1)
     rewrite = make(name, on=Correct() & StudentAhead())
     def target(y):
         step = Step(y, z, zt=zt, tau=(.7, 1.))
-        if isinstance(rewrite, Replace): step.others = {rewrite: strong}
+        if isinstance(rewrite, Replace): step.extra_logits = {rewrite: strong}
         return rewrite(step.pt, step)
     expected = sum(q[:,c,None]*target(torch.full((n,), c)) for c in range(k))
     torch.testing.assert_close(target(q), expected)
@@ -302,7 +301,7 @@ def test_bad_arguments(make, error, words):
 def test_a_replacement_needs_its_teachers_logits():
     rewrite,step = Replace(lambda step: None),Step(torch.tensor([0]), torch.zeros(1, 3), zt=torch.zeros(1, 3))
     with pytest.raises(ValueError, match='rewrite='): rewrite(step.pt, step)
-    step.others = {rewrite: torch.zeros(2, 1, 3)}
+    step.extra_logits = {rewrite: torch.zeros(2, 1, 3)}
     with pytest.raises(ValueError, match='EnsembleTeacher'): rewrite(step.pt, step)
 
 
@@ -329,7 +328,6 @@ def linear(seed, k=4):
         torch.manual_seed(seed)
         return torch.nn.Linear(6, k)
 
-@needs_others
 @pytest.mark.parametrize('what', ['full', 'partial', 'confidence'])
 def test_distill_asks_the_strong_teacher(what):
     from fastkdtf.callback.distill import Distill
@@ -342,7 +340,6 @@ def test_distill_asks_the_strong_teacher(what):
     assert 0 < ahead.sum() < 16 and loss == pytest.approx(-(target*ref.log_softmax(z.double().numpy())).sum(1).mean(), rel=1e-5)
     assert strong.weight.grad is None and rewrite.teacher.copy is None
 
-@needs_others
 def test_a_strong_teacher_is_asked_once_a_batch_before_the_student():
     from fastai.callback.all import MixUp
     from fastkdtf.callback.distill import Distill
@@ -363,14 +360,12 @@ def test_a_strong_teacher_is_asked_once_a_batch_before_the_student():
     assert twin.rewrites[1] is not cb.rewrites[1] and list(twin.teachers) == [None, twin.rewrites[1]]
     assert len(pickle.dumps(Distill(linear(1), rewrite=Replace(torch.nn.Linear(1000, 1000))))) < 10_000
 
-@needs_others
 def test_a_strong_teacher_that_does_not_fit():
     from fastkdtf.callback.distill import Distill
     with pytest.raises(ValueError, match=r"student's shape \(16, 4\).*got \(16, 7\)"): train(Distill(linear(1), rewrite=Replace(linear(2, 7))))
     with pytest.raises(TypeError, match='teacher must be'): Distill(linear(1), rewrite=Replace(3))
     with pytest.raises(ValueError, match='not a number'): train(Distill(linear(1), rewrite=Replace(lambda step: step.z.detach()*float('nan'))))
 
-@needs_others
 def test_mixed_targets_of_a_subset_need_the_cross_entropy():
     from fastkdtf.callback.distill import Distill
     q = torch.softmax(some(4, 4), 1).float()

@@ -1,4 +1,4 @@
-"Campaigns: entries with their own network, schedule and stages; what a run's record says of time"
+"Campaigns: arms with their own network, schedule and stages; what a run's record says of time"
 import time
 from functools import partial
 
@@ -15,7 +15,7 @@ from fastkdtf.lab.compare import compare
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.stages import Stage
 from fastkdtf.teachers.network import NetworkTeacher
-from fastkdtf.lab.training import Campaign, Entry, make_callbacks, method_identity, train_run
+from fastkdtf.lab.training import Campaign, Arm, make_callbacks, method_identity, train_run
 from fastkdtf.callback.twostage import effdstl_stages
 
 def loaders(n=48, bs=16, wait=0., seed=0):
@@ -38,44 +38,44 @@ def large(): return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
 def fit_steadily(learn, n_epoch, lr=1e-2, cbs=None): learn.fit(n_epoch, lr, cbs=cbs)
 def learner(*args, **kwargs): return Learner(*args, loss_func=nn.CrossEntropyLoss(), **kwargs)
 
-def campaign(entries, **kwargs): return Campaign(entries, loaders(), small, 2, **{**dict(seeds=2, learner=learner), **kwargs})
+def campaign(arms, **kwargs): return Campaign(arms, loaders(), small, 2, **{**dict(seeds=2, learner=learner), **kwargs})
 
 class Watch(Callback):
     def __init__(self, seen): self.seen = seen
     def before_fit(self): self.seen.append((sum(p.numel() for p in self.model.parameters()), self.n_epoch, float(self.opt.hypers[-1]['lr'])))
 
-def test_an_entry_has_its_own_network_epochs_and_fit():
-    c = campaign({'teacher': Entry(keep='best', model_fn=large, n_epoch=3, fit=partial(fit_steadily, lr=.03)), 'student': Entry(KnowledgeDistillation, teacher='teacher')}, fit='fit')
+def test_an_arm_has_its_own_network_epochs_and_fit():
+    c = campaign({'teacher': Arm(keep='best', model_fn=large, n_epoch=3, fit=partial(fit_steadily, lr=.03)), 'student': Arm(KnowledgeDistillation, teacher='teacher')}, fit='fit')
     seen = []
-    for name in c.entries: c.train(name, 0, cbs=[Watch(seen)])
+    for name in c.arms: c.train(name, 0, cbs=[Watch(seen)])
     assert seen == [(32*6+32+32*3+3, 3, .03), (6*8+8+8*3+3, 2, .001)]
-    teacher,student = (c.runs[name, 0]['settings'] for name in c.entries)
+    teacher,student = (c.runs[name, 0]['settings'] for name in c.arms)
     assert (teacher['n_epoch'], teacher['fit'], teacher['n_params']) == (3, 'fit_steadily(lr=0.03)', 323)
     assert (student['n_epoch'], student['fit'], student['n_params']) == (2, 'fit', 83)
 
 def test_a_teacher_is_known_by_its_own_settings_only(tmp_path):
     "The same teacher is found in the folder whoever its student is"
-    teacher = Entry(keep='best', model_fn=large, fit=partial(fit_steadily, lr=.03))
-    one = campaign({'teacher': teacher, 'a': Entry(KnowledgeDistillation, teacher='teacher')}, out=tmp_path, seeds=1)
-    other = Campaign({'teacher': teacher, 'a': Entry(LsrKD)}, loaders(), partial(nn.Linear, 6, 3), 2, 1, out=tmp_path, learner=learner)
+    teacher = Arm(keep='best', model_fn=large, fit=partial(fit_steadily, lr=.03))
+    one = campaign({'teacher': teacher, 'a': Arm(KnowledgeDistillation, teacher='teacher')}, out=tmp_path, seeds=1)
+    other = Campaign({'teacher': teacher, 'a': Arm(LsrKD)}, loaders(), partial(nn.Linear, 6, 3), 2, 1, out=tmp_path, learner=learner)
     assert one.runs['teacher', 0]['key'] == other.runs['teacher', 0]['key'] and one.runs['a', 0]['key'] != other.runs['a', 0]['key']
     one.run()
     n = len((tmp_path/'results.jsonl').read_text().splitlines())
     other.run()
     assert n == 2 and len((tmp_path/'results.jsonl').read_text().splitlines()) == 3
 
-def test_settings_of_an_entry_tell_its_runs_apart():
-    keys = [campaign({'baseline': Entry(**o)}).runs['baseline', 0]['key'] for o in ({}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large), dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2)))]
+def test_settings_of_an_arm_tell_its_runs_apart():
+    keys = [campaign({'baseline': Arm(**o)}).runs['baseline', 0]['key'] for o in ({}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large), dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2)))]
     assert len(set(keys)) == len(keys)
-    assert campaign({'baseline': Entry(n_epoch=2, fit='fit_one_cycle', model_fn=small)}).runs['baseline', 0]['key'] == keys[0]
+    assert campaign({'baseline': Arm(n_epoch=2, fit='fit_one_cycle', model_fn=small)}).runs['baseline', 0]['key'] == keys[0]
 
 def test_two_teachers():
     seen = []
     def method(*teachers):
         seen.append(teachers)
         return LsrKD()
-    entries = {'a': Entry(keep='best'), 'b': Entry(keep='last', model_fn=large), 'student': Entry(method, teacher=('a', 'b'))}
-    c = campaign(entries, seeds=1)
+    arms = {'a': Arm(keep='best'), 'b': Arm(keep='last', model_fn=large), 'student': Arm(method, teacher=('a', 'b'))}
+    c = campaign(arms, seeds=1)
     records = c.run()
     assert [type(o.model[0]).__name__ for o in seen[-1]] == ['Linear']*2 and [o.model[0].out_features for o in seen[-1]] == [8, 32]
     for name,keep,t in zip('ab', ('best', 'last'), seen[-1]):
@@ -131,10 +131,10 @@ def test_waiting_for_batches_is_told_from_training():
 
 @pytest.mark.parametrize('fit', ['train', 3, None])
 def test_fits_that_are_none(fit):
-    with pytest.raises(ValueError, match='fit must name a training method'): campaign({'a': Entry()}, fit=fit)
+    with pytest.raises(ValueError, match='fit must name a training method'): campaign({'a': Arm()}, fit=fit)
 
 def test_train_says_what_is_missing():
-    c = campaign({'a': Entry(keep='last'), 'b': Entry(start='a')}, seeds=1)
+    c = campaign({'a': Arm(keep='last'), 'b': Arm(start='a')}, seeds=1)
     assert c.train('b', 0, wait=False) is None
     with pytest.raises(ValueError, match="'b', seed 0, needs 'a', which is not finished"): c.train('b', 0)
     c.train('a', 0)

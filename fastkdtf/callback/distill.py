@@ -85,7 +85,7 @@ class Distill(LossTerm):
         "The teacher's temperature and the student's"
         return tuple(_at(o, pct) for o in self.tau)
 
-    def hard_share(self, pct:float)->float: return self.weights(pct)[0]
+    def hard_weight(self, pct:float)->float: return self.weights(pct)[0]
 
     @property
     def idle(self)->bool:
@@ -165,7 +165,7 @@ class Distill(LossTerm):
         self.finite = finite if self.finite is None else self.finite & finite
         return torch.where(finite, zt, 0.)
 
-    def term(self, labels:list)->tuple:
+    def contribution(self, labels:list)->tuple:
         "Weight of the base loss, weight of the soft loss, soft loss; a soft loss without weight is not computed"
         pct,base = self.learn.pct_train,self.base_loss_func
         axis,ignore = getattr(base, 'axis', 1),getattr(getattr(base, 'func', base), 'ignore_index', -100)
@@ -177,7 +177,7 @@ class Distill(LossTerm):
             z,y = classification_batch(self.learn.pred, y, axis)
             step = self._step(y, z)
             step.zt = self.teacher_logits(step, axis)
-            step.others = {o: self.teacher_logits(step, axis, o) for o in self._with_teacher}
+            step.extra_logits = {o: self.teacher_logits(step, axis, o) for o in self._with_teacher}
             loss = self.sample_losses(step, ignore)
             if self.sample_weight is not None: loss = loss*self.sample_weight(step).detach()
             losses = losses + part*loss

@@ -57,9 +57,9 @@ class WatchedDistill(Distill):
         if not step.y.is_floating_point(): self.seen.append((step, step.y != ignore_index))
         return super().sample_losses(step, ignore_index)
 
-    def term(self, labels:list)->tuple:
+    def contribution(self, labels:list)->tuple:
         self.seen = []
-        out = super().term(labels)
+        out = super().contribution(labels)
         with torch.no_grad():
             for (step,keep),(_,part) in zip(self.seen, labels): self._watch(step, keep, part)
         self.seen = ()

@@ -109,7 +109,7 @@ class SelfGuidance(_Draws, LossTerm):
         if not (detach or full_backward): raise ValueError('detach=False teaches the full network too, full_backward=False leaves it untaught: choose one')
         self.detach,self.full_backward = detach,full_backward
 
-    def hard_share(self, pct:float)->float: return float(self.full_backward)
+    def hard_weight(self, pct:float)->float: return float(self.full_backward)
 
     @property
     def columns(self)->dict: return {**super().columns, 'student_loss': lambda: self.student_mean.value, 'divergence': lambda: self.kl_mean.value}
@@ -134,7 +134,7 @@ class SelfGuidance(_Draws, LossTerm):
     def after_pred(self):
         if not self.full_backward: self.learn.pred = self.learn.pred.detach()
 
-    def term(self, labels:list)->tuple:
+    def contribution(self, labels:list)->tuple:
         "Weight of the base loss, 1, and the loss of the sub-network"
         base,z = self.base_loss_func,at_least_float32(self.z)
         loss = self.learn.loss_func(z, *self.learn.yb)
@@ -148,7 +148,7 @@ class SelfGuidance(_Draws, LossTerm):
             self.kl_mean.add(kl, find_bs(self.learn.yb))
             loss = loss + self.lam*self.tau**2*kl
         self.z = None
-        return self.hard_share(None), 1., loss if self.full_backward else loss + self._unused(self.bits)
+        return self.hard_weight(None), 1., loss if self.full_backward else loss + self._unused(self.bits)
 
     def describe(self,
         n_classes:int|None=None, # number of classes; None once attached to a learner

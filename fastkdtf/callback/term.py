@@ -68,7 +68,7 @@ class TermMetric(ValueMetric):
 class LossTerm(Callback):
     """A method that adds a term to the training loss
 
-    A subclass defines `hard_share(pct)`, the weight of the base loss after a share `pct` of the training, and `term(labels)`. It may
+    A subclass defines `hard_weight(pct)`, the weight of the base loss after a share `pct` of the training, and `contribution(labels)`. It may
     name more `columns` than its loss."""
     _stateattrs = ('base_mean', 'soft_mean')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
@@ -88,7 +88,7 @@ class LossTerm(Callback):
         self.__dict__['_learn'] = learn
 
     @property
-    def terms(self)->list:
+    def siblings(self)->list:
         "The learner's terms, by name"
         return sorted((o for o in self.learn.cbs if isinstance(o, LossTerm) and o.run), key=lambda o: o.name)
 
@@ -123,7 +123,7 @@ class LossTerm(Callback):
 
     def before_fit(self):
         "Check learner and names, and add the columns"
-        terms = self.terms
+        terms = self.siblings
         names = [o.name for o in terms]
         if len(set(names)) < len(names):
             twice = next(n for n in names if names.count(n) > 1)
@@ -132,7 +132,7 @@ class LossTerm(Callback):
         if not self.fitting: return self._drop_columns()   # an interrupted fit may have left some
         self.base_mean,self.soft_mean = RunningMean(),RunningMean()
         if self is not terms[0]: return
-        share = max(sum(1-o.hard_share(pct/100) for o in terms) for pct in range(101))
+        share = max(sum(1-o.hard_weight(pct/100) for o in terms) for pct in range(101))
         if share > 1+1e-9: raise ValueError(f"the methods {', '.join(names)} take {share:.3g} of the hard loss between them; lower their alpha to a sum of at most 1")
         self._drop_columns()
         self.learn.metrics = self.learn.metrics + [TermMetric(f, name) for name,f in self.all_columns(terms).items()]
@@ -152,12 +152,12 @@ class LossTerm(Callback):
 
     def after_loss(self):
         "Add every method's term, by name, so that the order of callbacks never matters"
-        terms = self.terms
+        terms = self.siblings
         if self is not terms[0] or not len(self.learn.yb): return
         base,labels,n = self.learn.loss,self.labels(),find_bs(self.learn.yb)
         total,shown = self.learn.loss_grad,base   # regularisers add to the first only
         for o in terms:
-            hard,weight,soft = o.term(labels)
+            hard,weight,soft = o.contribution(labels)
             for part in [(hard-1)*base]*(hard != 1) + ([weight*soft] if weight else []): total,shown = total+part,shown+part
             if soft is not None: o.soft_mean.add(soft, n)
         self.base_mean.add(base, n)

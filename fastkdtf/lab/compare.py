@@ -24,7 +24,7 @@ from fastcore.basics import patch
 
 from ..core import *
 from ..teachers.frozen import copy_model
-from ..vision.loader import Gave, batch_info
+from ..vision.loader import LastBatch, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
 from .report import Comparison
 from ..teachers.network import first_output
@@ -53,10 +53,10 @@ def compare(
     for name,o in methods.items():
         if o is None and name != baseline: raise ValueError(f'methods: {name!r} is None, which only the baseline may be ({baseline!r})')
     if baseline not in methods: methods = {baseline: None, **methods}
-    entries = {name: Entry(*o) for name,o in with_controls(methods, dls.c, controls).items()}
-    settings = {**(settings or {}), 'loss_func': stable_words(loss_func), 'opt_func': stable_words(opt_func), **({} if learner is Learner else dict(learner=stable_words(learner)))}
+    arms = {name: Arm(*o) for name,o in with_controls(methods, dls.c, controls).items()}
+    settings = {**(settings or {}), 'loss_func': fingerprint(loss_func), 'opt_func': fingerprint(opt_func), **({} if learner is Learner else dict(learner=fingerprint(learner)))}
     learner = partial(learner, loss_func=loss_func, opt_func=opt_func)
-    return Campaign(entries, dls, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
+    return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
 
 # %% ../../nbs/41_lab.compare.ipynb #5de5dd39
 @patch
@@ -89,7 +89,7 @@ def describe_kd(self:Learner,
         self.pred = first_output(self.model(*self.xb))
         base = self.loss_func(self.pred, *self.yb)
         if term is None: return base, None
-        hard,weight,soft = term.term(term.labels())
+        hard,weight,soft = term.contribution(term.labels())
         return hard*base, weight*soft if weight else base*0
 
     def gradient(loss): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)])
@@ -97,7 +97,7 @@ def describe_kd(self:Learner,
 
     try:
         for term in terms: term.before_fit()
-        batches = [(to_device(b, device), Gave(batch_info(self.dls.train))) for b in islice(self.dls.train, n_batches)]
+        batches = [(to_device(b, device), LastBatch(batch_info(self.dls.train))) for b in islice(self.dls.train, n_batches)]
         rows = []
         for term in terms:
             hard,soft = (torch.stack(g) for g in zip(*[[gradient(o) for o in losses(b, term)] for b in batches]))

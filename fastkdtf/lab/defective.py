@@ -165,7 +165,7 @@ def poor_teachers(self:Learner,
     An accuracy that is never reached is told in a warning and in the caption. The learner itself stays as it is."""
     n_epoch,at_epochs,at_accuracies = _check_checkpoints(n_epoch, at_epochs, at_accuracies, fit)
     student = Student(self, model_fn)
-    plan = student.campaign({'baseline': Entry()}, n_epoch, [seed], fit, lr, None)
+    plan = student.campaign({'baseline': Arm()}, n_epoch, [seed], fit, lr, None)
     run = plan.runs['baseline', seed]
     key = settings_digest(dict(run=run['key'], at_epochs=at_epochs, at_accuracies=at_accuracies))
     if out is None: return _train_poor(student, plan, run, at_epochs, at_accuracies, key)

@@ -28,7 +28,7 @@ from ..callback.effdstl import WatchedDistill
 from .report import Comparison, last_accuracy
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
-from .training import Campaign, Entry
+from .training import Campaign, Arm
 
 # %% ../../nbs/43_lab.explore.ipynb #c817a4c2
 class SoftOnly(WatchedDistill):
@@ -73,7 +73,7 @@ class Exploration(Comparison):
 
     @property
     def rewritten(self)->list:
-        "Scheme and subset of each entry that has them, and its name"
+        "Scheme and subset of each arm that has them, and its name"
         return [(*name.split(' | '), name) for name in self.names if ' | ' in name]
 
     @property
@@ -111,7 +111,7 @@ class Exploration(Comparison):
         return ax
 
     def plot_overfitting(self,
-        names:Iterable|None=None, # which entries; None: all
+        names:Iterable|None=None, # which arms; None: all
         axs:np.ndarray|list|None=None,
     )->np.ndarray|list:
         "Training and validation accuracy by epoch, mean over seeds. Song et al. 2023, Fig. 8"
@@ -152,10 +152,10 @@ def explore(
     if not isinstance(schemes, dict) or not schemes: raise TypeError(f'schemes must be a dict such as exploration_schemes(strong) returns, got {schemes!r}')
     if not isinstance(subsets, dict) or not subsets: raise TypeError(f"subsets must be a dict from names to subsets, such as {{'correct': Correct()}}, got {subsets!r}")
     weak,strong = as_teacher(weak),as_teacher(strong)
-    entries = {Exploration.weak: Entry(SoftOnly(weak)), Exploration.strong: Entry(SoftOnly(strong))}
+    arms = {Exploration.weak: Arm(SoftOnly(weak)), Exploration.strong: Arm(SoftOnly(strong))}
     for scheme,make in schemes.items():
-        for subset,on in subsets.items(): entries[f'{scheme} | {subset}'] = Entry(SoftOnly(weak, make(on)))
-    return Campaign(entries, dls, model_fn, n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
+        for subset,on in subsets.items(): arms[f'{scheme} | {subset}'] = Arm(SoftOnly(weak, make(on)))
+    return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
 
 # %% ../../nbs/43_lab.explore.ipynb #9c3332bd
 def fgsm(

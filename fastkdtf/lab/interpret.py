@@ -70,7 +70,7 @@ class WatchTargets(Callback):
             if not isinstance(cb, Distill) or cb.idle: continue
             step = Step(y, z, (x,), tau=cb.temperatures(self.learn.pct_train))
             with torch.no_grad(): said = {k: check_teacher_logits(getattr(o, 'teacher', o)(step), z) for k,o in cb.teachers.items()}   # what a cache remembers is asked itself
-            step.zt,step.others = said.pop(None),said
+            step.zt,step.extra_logits = said.pop(None),said
             target = cb.target(step)
             target = target.dense(y, z.shape[1]) if isinstance(target, TwoValued) else target
             self.seen[cb.name] = step.p[0].cpu(),target.reshape(-1, z.shape[1]).mean(0).cpu()

@@ -106,7 +106,7 @@ class Student:
         self.dls,self.callbacks = learn.dls,own_callbacks(learn)
         own,kept = copy_model(get_model(learn.model)),('loss_func', 'opt_func', 'lr', 'splitter', 'wd', 'wd_bn_bias', 'train_bn', 'moms')
         self.args = {k: getattr(learn, k) for k in (*kept, 'path', 'model_dir')}
-        self.settings = {**{k: stable_words(self.args[k]) for k in kept}, 'learner_callbacks': method_identity(self.callbacks)}
+        self.settings = {**{k: fingerprint(self.args[k]) for k in kept}, 'learner_callbacks': method_identity(self.callbacks)}
         if model_fn is None: self.settings['initial'] = NetworkTeacher(own, teacher_norm=None).identity[:12]
         elif isinstance(model_fn, nn.Module) or not callable(model_fn): raise TypeError(f'model_fn must be a function that makes a model, got {type(model_fn).__name__}')
         else: self._check(own, model_fn())
@@ -122,7 +122,7 @@ class Student:
         return Learner(dls, model, cbs=make_callbacks(self.callbacks), **self.args, **kwargs)
 
     def campaign(self,
-        entries:dict, # name → `Entry`
+        arms:dict, # name → `Arm`
         n_epoch:int, # of each training
         seeds:int|Sequence, # how many, or a list of seeds
         fit:str, # training method of the learner
@@ -130,26 +130,26 @@ class Student:
         out:str|Path|None, # folder to keep runs in; None keeps nothing
     )->Campaign:
         "Their runs on the data of `learn`"
-        return Campaign(entries, self.dls, self.model_fn, n_epoch, seeds, fit, lr, out, settings=self.settings, learner=self.learner)
+        return Campaign(arms, self.dls, self.model_fn, n_epoch, seeds, fit, lr, out, settings=self.settings, learner=self.learner)
 
-    def entries(self,
+    def arms(self,
         students:dict, # name → teacher
         kd:Callable, # makes the callback of a teacher
         controls:bool, # with the matched controls?
-    )->dict: # name → `Entry`
+    )->dict: # name → `Arm`
         "The baseline, a student of each teacher, and their matched controls"
         methods = {'baseline': None, **{name: partial(kd, teacher) for name,teacher in students.items()}}
-        return {name: Entry(*o) for name,o in with_controls(methods, self.dls.c, controls).items()}
+        return {name: Arm(*o) for name,o in with_controls(methods, self.dls.c, controls).items()}
 
     def taught(self,
         teachers:dict, # name → teacher
         kd:Callable, # makes the callback of a teacher
         controls:bool, # with the matched controls?
-    )->dict: # name → `Entry`
+    )->dict: # name → `Arm`
         "The same for networks that are trained already"
-        entries = self.entries(teachers, kd, controls)
-        for name,o in teachers.items(): entries[name].teacher_accuracy = teacher_accuracy(o, self.learner(self.dls, self.model_fn()))
-        return entries
+        arms = self.arms(teachers, kd, controls)
+        for name,o in teachers.items(): arms[name].teacher_accuracy = teacher_accuracy(o, self.learner(self.dls, self.model_fn()))
+        return arms
 
 # %% ../../nbs/42_lab.procedures.ipynb #8f3948ab
 def teacher_accuracy(
@@ -197,11 +197,11 @@ def fit_tf_kd_self(self:Learner,
     check_choice('teacher', teacher, ('best', 'last'))
     student,name = Student(self, model_fn),'Tf-KD_self'
     kd = partial(KnowledgeDistillation, alpha=alpha, tau=tau, scale=scale, variant=variant, multiplier=multiplier)
-    entries = student.entries({name: Awaited('baseline', teacher)}, kd, controls)
-    entries['baseline'].keep = teacher
-    entries[name] = Entry(kd, teacher='baseline', keep='last')
-    if controls: entries['twice as long'] = Entry(None, [name], start='baseline')
-    campaign = student.campaign(entries, n_epoch, seeds, fit, lr, out)
+    arms = student.arms({name: Awaited('baseline', teacher)}, kd, controls)
+    arms['baseline'].keep = teacher
+    arms[name] = Arm(kd, teacher='baseline', keep='last')
+    if controls: arms['twice as long'] = Arm(None, [name], start='baseline')
+    campaign = student.campaign(arms, n_epoch, seeds, fit, lr, out)
     result = campaign.compare(Taught)
     get_model(self.model).load_state_dict(campaign.weights(name, campaign.seeds[-1]))
     self.opt = None

@@ -30,7 +30,7 @@ from .experiment import recipe_campaign
 from .recipes import Recipe, recipe as find_recipe
 from .report import last_accuracy
 from ..files import run_lock
-from .training import EpochBar, check_seeds, make_folder, settings_digest, stable_words
+from .training import EpochBar, check_seeds, make_folder, settings_digest, fingerprint
 
 # %% ../../nbs/48_lab.sweep.ipynb #9232dab9
 _wang = dict(alpha=[.01, .05, .1, .25, .5, .75, .9], tau=[1., 2., 3., 4., 5., 8., 12., 20.], gamma=[.01, .011, .015, .025, .05, .1, .25, .5, .75, .9],
@@ -205,8 +205,8 @@ def _error(record, n_epoch): return 1. if _diverged(record, n_epoch) else 1-last
 
 def _train_trial(trial, campaign, bar):
     "Train a trial's seeds and tell the study what came out"
-    *needed,name = campaign.entries
-    n_epoch,seeds = campaign.entries[name].n_epoch,campaign.seeds
+    *needed,name = campaign.arms
+    n_epoch,seeds = campaign.arms[name].n_epoch,campaign.seeds
     records,n_steps = [],n_epoch*len(seeds)
     for i,seed in enumerate(seeds):
         for o in needed: campaign.train(o, seed)
@@ -364,7 +364,7 @@ def sweep(
         except (TypeError, ValueError) as e: raise ValueError(f'{r.id} with {point}: {e}') from e
     first,*_ = [campaign(o) for o in points]   # bad settings are found before anything is trained
     keys = [first.runs[first.baseline, s]['key'] for s in seeds]
-    identity = stable_words(dict(recipe=r.id, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
+    identity = fingerprint(dict(recipe=r.id, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=n_epoch//3) if prune else optuna.pruners.NopPruner()
     baseline = [first.train(first.baseline, s) for s in seeds]
     with _quiet(optuna):
@@ -377,6 +377,6 @@ def sweep(
         trials.run(train)
         bar.update(bar.total)
     words = (f"{n_epoch:,} of {int(r.schedule.epochs):,} epochs, {len(seeds)} seed{'s'*(len(seeds) > 1)}, {len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} held out")
-    result = Sweep(r, own, space, trials.all(), [_error(o, first.entries[first.baseline].n_epoch) for o in baseline], words, tpe is None)
+    result = Sweep(r, own, space, trials.all(), [_error(o, first.arms[first.baseline].n_epoch) for o in baseline], words, tpe is None)
     result.save(out)
     return result

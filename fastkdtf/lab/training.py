@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.training.html.md"""
 
 # %% auto #0
 __all__ = ['make_callbacks', 'with_controls', 'weights_on_cpu', 'KeepBest', 'EpochTimer', 'EpochBar', 'evaluation_set',
-           'reported_scores', 'train_run', 'stable_words', 'method_identity', 'settings_digest', 'Entry', 'Awaited',
+           'reported_scores', 'train_run', 'fingerprint', 'method_identity', 'settings_digest', 'Arm', 'Awaited',
            'check_seeds', 'Campaign', 'make_folder']
 
 # %% ../../nbs/40a_lab.training.ipynb #10167232
@@ -177,20 +177,20 @@ def _fit(learn, method, n_epoch, fit, lr, cbs):
     else: getattr(learn, fit)(n_epoch, *rate, cbs=cbs)
 
 # %% ../../nbs/40a_lab.training.ipynb #f360fb36
-def stable_words(
+def fingerprint(
     o:object, # settings of a method or a learner
     depth:int=8, # of objects in objects
 ):
     "`o` in words that are the same in every process"
-    if isinstance(o, dict): return {str(k): stable_words(v, depth) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [stable_words(v, depth) for v in o]
+    if isinstance(o, dict): return {str(k): fingerprint(v, depth) for k,v in o.items()}
+    if isinstance(o, (list, tuple)): return [fingerprint(v, depth) for v in o]
     if isinstance(o, (set, frozenset)): return sorted(map(repr, o))
     if o is None or isinstance(o, (bool, int, float, str)): return o
     if isinstance(o, Teacher) and ' at 0x' not in (name := o.identity): return name   # with an address, it goes by its attributes
     if isinstance(o, torch.Tensor): return hashlib.sha1(o.detach().cpu().double().numpy().tobytes()).hexdigest()
-    if isinstance(o, partial): return [stable_words(p, depth-1) for p in (o.func, o.args, o.keywords)]
+    if isinstance(o, partial): return [fingerprint(p, depth-1) for p in (o.func, o.args, o.keywords)]
     if hasattr(o, '__qualname__'): return o.__qualname__   # functions and classes go by their name
-    if depth and hasattr(o, '__dict__'): return [type(o).__qualname__, stable_words(vars(o), depth-1)]
+    if depth and hasattr(o, '__dict__'): return [type(o).__qualname__, fingerprint(vars(o), depth-1)]
     return re.sub(r' at 0x\w+', '', repr(o))
 
 # %% ../../nbs/40a_lab.training.ipynb #b3f2b85e
@@ -201,9 +201,9 @@ def method_identity(
     return [_identity(o) for o in make_callbacks(method)]
 
 def _identity(o):
-    if isinstance(o, Stage): return {**{f.name: stable_words(getattr(o, f.name)) for f in fields(o)}, 'callback': 'Stage', 'cbs': [_identity(cb) for cb in o.cbs]}
+    if isinstance(o, Stage): return {**{f.name: fingerprint(getattr(o, f.name)) for f in fields(o)}, 'callback': 'Stage', 'cbs': [_identity(cb) for cb in o.cbs]}
     settings = getattr(o, 'settings', None) or {k: v for k,v in vars(o).items() if k[0] != '_'}
-    return dict(callback=type(o).__name__, **stable_words(settings))
+    return dict(callback=type(o).__name__, **fingerprint(settings))
 
 def settings_digest(
     settings:dict, # of words and numbers
@@ -213,14 +213,14 @@ def settings_digest(
 
 # %% ../../nbs/40a_lab.training.ipynb #3f40a86b
 @dataclass
-class Entry:
-    "One row of a campaign: a method, and what it needs from the runs of other entries"
+class Arm:
+    "One row of a campaign: a method, and what it needs from the runs of other arms"
     method:Callback|Callable|Iterable|None=None # as `make_callbacks` takes it; with `teacher`, a function of the teachers that returns that
     control_for:list=field(default_factory=list) # names of the methods it controls
-    teacher:str|Iterable|None=None # the entry whose trained network teaches, or several
-    start:str|None=None # the entry whose trained weights it starts from, for a second full schedule
-    keep:str|None=None # weights to keep for other entries and for `Campaign.weights`: 'last' | 'best' (on validation)
-    teacher_accuracy:float|None=None # of a teacher that is no entry
+    teacher:str|Iterable|None=None # the arm whose trained network teaches, or several
+    start:str|None=None # the arm whose trained weights it starts from, for a second full schedule
+    keep:str|None=None # weights to keep for other arms and for `Campaign.weights`: 'last' | 'best' (on validation)
+    teacher_accuracy:float|None=None # of a teacher that is no arm
     model_fn:Callable|None=None # makes its network; None: the campaign's
     n_epoch:int|None=None # its epochs; None: the campaign's
     fit:str|Callable|None=None # how it is trained, as `train_run` takes it; None: the campaign's
@@ -232,16 +232,16 @@ class Entry:
 
     @property
     def needs(self)->list:
-        "Names of other entries"
+        "Names of other arms"
         return [*self.teachers, *([] if self.start is None else [self.start])]
 
 # %% ../../nbs/40a_lab.training.ipynb #d3dd0734
 class Awaited(Teacher):
-    "Stands for a network that another entry will have trained"
+    "Stands for a network that another arm will have trained"
     before_student = True
-    def __init__(self, entry:str, keep:str): self.entry,self.keep = entry,keep
+    def __init__(self, arm:str, keep:str): self.arm,self.keep = arm,keep
     def __call__(self, step): raise TypeError(f'{self!r} does not exist yet')
-    def __repr__(self): return f'{self.keep} weights of {self.entry}'
+    def __repr__(self): return f'{self.keep} weights of {self.arm}'
 
 # %% ../../nbs/40a_lab.training.ipynb #9af993ee
 def check_seeds(
@@ -255,11 +255,11 @@ def check_seeds(
     if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {seeds!r}')
     return seeds
 
-def _check_entries(entries):
-    for i,(name,o) in enumerate(entries.items()):
+def _check_arms(arms):
+    for i,(name,o) in enumerate(arms.items()):
         for need in o.needs:
-            if need not in list(entries)[:i]: raise ValueError(f'{name!r} needs {need!r}, which must be an entry before it; the entries are {list(entries)}')
-            if entries[need].keep not in ('last', 'best'): raise ValueError(f"{name!r} needs the weights of {need!r}: give that entry keep='last' or keep='best'")
+            if need not in list(arms)[:i]: raise ValueError(f'{name!r} needs {need!r}, which must be an arm before it; the arms are {list(arms)}')
+            if arms[need].keep not in ('last', 'best'): raise ValueError(f"{name!r} needs the weights of {need!r}: give that arm keep='last' or keep='best'")
 
 def _check_fit(fit):
     if not callable(fit) and not callable(getattr(Learner, str(fit), None)):
@@ -268,18 +268,18 @@ def _check_fit(fit):
 def _fit_words(fit):
     "A training method with its arguments"
     if isinstance(fit, str): return fit
-    if not isinstance(fit, partial): return stable_words(fit)
-    said = [repr(stable_words(o)) for o in fit.args] + [f'{k}={stable_words(v)!r}' for k,v in fit.keywords.items()]
-    return f"{stable_words(fit.func)}({', '.join(said)})"
+    if not isinstance(fit, partial): return fingerprint(fit)
+    said = [repr(fingerprint(o)) for o in fit.args] + [f'{k}={fingerprint(v)!r}' for k,v in fit.keywords.items()]
+    return f"{fingerprint(fit.func)}({', '.join(said)})"
 
 # %% ../../nbs/40a_lab.training.ipynb #5650e84e
 class Campaign:
-    """The runs of several entries over the same seeds; with a folder, the same call goes on where the last one stopped
+    """The runs of several arms over the same seeds; with a folder, the same call goes on where the last one stopped
 
     Finished runs are in `out/results.jsonl`, weights that others need in `out/weights`, by `last` and `best`, and a run that is under way in a checkpoint.
     Several processes may work on one folder."""
     def __init__(self,
-        entries:dict, # name → `Entry`; an entry comes after those it needs
+        arms:dict, # name → `Arm`; an arm comes after those it needs
         dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
         model_fn:Callable, # makes the model; called once a run, with the run's seed set
         n_epoch:int, # epochs of each run
@@ -287,7 +287,7 @@ class Campaign:
         fit:str|Callable='fit_one_cycle', # training method of the learner, or a function `(learn, n_epoch, cbs)`
         lr:float|None=None, # learning rate; None: the learner's own
         out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
-        baseline:str='baseline', # the entry that others are held against
+        baseline:str='baseline', # the arm that others are held against
         settings:dict|None=None, # anything else that identifies these runs, in words and numbers
         learner:Callable=Learner, # makes a learner from loaders, model and `metrics`
     ):
@@ -295,15 +295,15 @@ class Campaign:
         check_whole('n_epoch', n_epoch)
         if isinstance(model_fn, torch.nn.Module) or not callable(model_fn):
             raise TypeError(f'model_fn must be a function that makes a model, such as partial(create_model, "resnet20", 10), got {type(model_fn).__name__}')
-        for o in [fit, *[e.fit for e in entries.values() if e.fit is not None]]: _check_fit(o)
+        for o in [fit, *[e.fit for e in arms.values() if e.fit is not None]]: _check_fit(o)
         if lr is not None: check_number('lr', lr, '(0,inf)')
-        _check_entries(entries)
+        _check_arms(arms)
         store_attr('dls,model_fn,n_epoch,seeds,fit,lr,out,baseline,learner')
         own = lambda o: replace(o, model_fn=o.model_fn or model_fn, n_epoch=o.n_epoch or n_epoch, fit=o.fit or fit, settings=o.settings or settings or {})
-        self.entries,self.sizes = {name: own(o) for name,o in entries.items()},{}   # sizes of networks, by what makes them
+        self.arms,self.sizes = {name: own(o) for name,o in arms.items()},{}   # sizes of networks, by what makes them
         self.runs,self.finished = {},{}   # by (name, seed); by key
         for seed in seeds:
-            for rank,name in enumerate(entries): self.runs[name, seed] = self._plan(name, seed, rank)
+            for rank,name in enumerate(arms): self.runs[name, seed] = self._plan(name, seed, rank)
         self.store = _Store(out)
         run_environment()   # notes the commit before a long training sees others
 
@@ -315,54 +315,54 @@ class Campaign:
             self.sizes[model_fn] = type(model).__name__,sum(p.numel() for p in model.parameters())
         return self.sizes[model_fn]
 
-    def _settings(self, entry):
+    def _settings(self, arm):
         dls,split,augment = self.dls,getattr(self.dls, 'split', None),getattr(self.dls.train, 'augment', None)
-        model,n_params = self._size(entry.model_fn)
-        return {**entry.settings, 'n_epoch': entry.n_epoch, 'fit': _fit_words(entry.fit), 'lr': self.lr, 'bs': entry.bs or dls.bs, 'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds),
+        model,n_params = self._size(arm.model_fn)
+        return {**arm.settings, 'n_epoch': arm.n_epoch, 'fit': _fit_words(arm.fit), 'lr': self.lr, 'bs': arm.bs or dls.bs, 'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds),
                 'n_classes': dls.c, 'model': model, 'n_params': n_params, 'evaluated_on': ('validation', 'test')[evaluation_set(dls)-1],
-                **(dict(split=stable_words(split)) if isinstance(split, dict) else {}), **(dict(augment=repr(augment)) if augment else {}),
+                **(dict(split=fingerprint(split)) if isinstance(split, dict) else {}), **(dict(augment=repr(augment)) if augment else {}),
                 **(dict(picked_on='test') if isinstance(split, dict) and split.get('valid_pct') == 0 else {})}
 
     def _plan(self, name, seed, rank):
-        entry = self.entries[name]
-        awaited = [Awaited(o, self.entries[o].keep) for o in entry.teachers]
-        made = make_callbacks(entry.method(*awaited) if awaited else entry.method)
-        settings = self._settings(entry)
+        arm = self.arms[name]
+        awaited = [Awaited(o, self.arms[o].keep) for o in arm.teachers]
+        made = make_callbacks(arm.method(*awaited) if awaited else arm.method)
+        settings = self._settings(arm)
         identity = dict(setting=settings, method=method_identity(made), seed=seed)
-        key_of = lambda o: [self.runs[o, seed]['key'], self.entries[o].keep]
-        needs = {k: o for k,o in (('teacher', L(entry.teachers).map(key_of)), ('start', L(entry.start).map(key_of))) if o}
+        key_of = lambda o: [self.runs[o, seed]['key'], self.arms[o].keep]
+        needs = {k: o for k,o in (('teacher', L(arm.teachers).map(key_of)), ('start', L(arm.start).map(key_of))) if o}
         if needs: identity['needs'] = {k: o[0] if len(o) == 1 else list(o) for k,o in needs.items()}
         described = [row for cb in _all_callbacks(made) if isinstance(cb, Distill) for d in [cb.describe(self.dls.c)] for row in [('method', d.title), *d.rows()]]
-        described += [(f'{k} from', repr(Awaited(o, self.entries[o].keep))) for k,names in (('teacher', entry.teachers), ('start', L(entry.start))) for o in names]
-        return dict(key=f'{name}/seed{seed}/{settings_digest(identity)}', method=name, rank=rank, control_for=entry.control_for, seed=seed,
+        described += [(f'{k} from', repr(Awaited(o, self.arms[o].keep))) for k,names in (('teacher', arm.teachers), ('start', L(arm.start))) for o in names]
+        return dict(key=f'{name}/seed{seed}/{settings_digest(identity)}', method=name, rank=rank, control_for=arm.control_for, seed=seed,
                     baseline=self.baseline, setting=_in_words(settings), settings=settings, callbacks=identity['method'],
                     description=[list(o) for o in described], evaluated_on=settings['evaluated_on'])
 
     def weights(self,
-        name:str, # an entry that keeps its weights
+        name:str, # an arm that keeps its weights
         seed:int,
     )->dict:
         "The kept weights of a finished run"
-        return self.store.weights(self.runs[name, seed], self.entries[name].keep)
+        return self.store.weights(self.runs[name, seed], self.arms[name].keep)
 
     def _teacher(self, name, seed):
-        model = self.entries[name].model_fn()
+        model = self.arms[name].model_fn()
         model.load_state_dict(self.weights(name, seed))
         return NetworkTeacher(model, teacher_norm=None)
 
     def _train(self, run, cbs):
-        entry,seed = self.entries[run['method']],run['seed']
-        method = entry.method(*[self._teacher(o, seed) for o in entry.teachers]) if entry.teachers else entry.method
-        start = None if entry.start is None else self.weights(entry.start, seed)
-        scores = train_run(method, seed, with_batch_size(self.dls, entry.bs), entry.model_fn, entry.n_epoch, entry.fit, self.lr, cbs, self.learner, start, entry.keep)
-        if entry.keep: self.store.keep(run, entry.keep, scores.pop('weights'))
-        taught_by = [self._known(self.runs[o, seed])[self.entries[o].keep]['accuracy'] for o in entry.teachers]
-        known = taught_by[0] if len(taught_by) == 1 else entry.teacher_accuracy
+        arm,seed = self.arms[run['method']],run['seed']
+        method = arm.method(*[self._teacher(o, seed) for o in arm.teachers]) if arm.teachers else arm.method
+        start = None if arm.start is None else self.weights(arm.start, seed)
+        scores = train_run(method, seed, with_batch_size(self.dls, arm.bs), arm.model_fn, arm.n_epoch, arm.fit, self.lr, cbs, self.learner, start, arm.keep)
+        if arm.keep: self.store.keep(run, arm.keep, scores.pop('weights'))
+        taught_by = [self._known(self.runs[o, seed])[self.arms[o].keep]['accuracy'] for o in arm.teachers]
+        known = taught_by[0] if len(taught_by) == 1 else arm.teacher_accuracy
         return {**run, **scores, **({} if known is None else dict(teacher_accuracy=known)), **run_environment()}
 
     def _known(self, run):
         "The record of a finished run, if its weights are there where others need them; else None"
-        key,keep = run['key'],self.entries[run['method']].keep
+        key,keep = run['key'],self.arms[run['method']].keep
         if key not in self.finished:
             done = self.store.find(run)
             if done is None or keep and not self.store.has_weights(run, keep): return None
@@ -370,14 +370,14 @@ class Campaign:
         return self.finished[key]
 
     def train(self,
-        name:str, # an entry; those that it needs must be finished
+        name:str, # an arm; those that it needs must be finished
         seed:int,
         wait:bool=True, # for another process that trains it; False returns None then, or where what it needs is not finished
         cbs:Iterable=(), # further callbacks, which change nothing
     )->dict|None:
         "The record of one run, trained now if it is not finished"
-        run,entry = self.runs[name, seed],self.entries[name]
-        missing = [o for o in entry.needs if self._known(self.runs[o, seed]) is None]
+        run,arm = self.runs[name, seed],self.arms[name]
+        missing = [o for o in arm.needs if self._known(self.runs[o, seed]) is None]
         if missing and wait: raise ValueError(f'{name!r}, seed {seed}, needs {missing[0]!r}, which is not finished')
         if missing: return None
         with self.store.claim(run, wait) as mine:
@@ -390,14 +390,14 @@ class Campaign:
 
     def run(self)->list:
         "Train what is not finished yet, and return all records"
-        ends = np.cumsum([self.entries[name].n_epoch for name,_ in self.runs])
+        ends = np.cumsum([self.arms[name].n_epoch for name,_ in self.runs])
         bar = progress_bar(range(ends[-1]))
         bar.update(0)
         for wait in (False, True):   # what another process had claimed is waited for, and done here if that process died
             for (name,seed),end in zip(self.runs, ends.tolist()):
                 if self.runs[name, seed]['key'] in self.finished: continue
                 bar.comment = f'{name}, seed {seed}'
-                self.train(name, seed, wait, [EpochBar(bar, end-self.entries[name].n_epoch)])
+                self.train(name, seed, wait, [EpochBar(bar, end-self.arms[name].n_epoch)])
                 bar.update(end)
         return [self.finished[run['key']] for run in self.runs.values()]
 

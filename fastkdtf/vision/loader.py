@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.loader.html.md"""
 
 # %% auto #0
 __all__ = ['Records', 'blank_records', 'to_records', 'image_tensor', 'CategorizeRecord', 'NormalizeBatch', 'BatchInfo',
-           'batch_info', 'Gave', 'IndexedDL', 'RecordDL', 'with_index']
+           'batch_info', 'LastBatch', 'IndexedDL', 'RecordDL', 'with_index']
 
 # %% ../../nbs/10b_vision.loader.ipynb #3e68eda6
 from collections.abc import Iterable, Iterator
@@ -81,7 +81,7 @@ def batch_info(
     attrs = getattr(dl, '__dict__', {})
     return getattr(attrs.get('dl', dl), '__dict__', {}).get('_last') # fastai's DistributedDL keeps the user's as `dl`
 
-class Gave:
+class LastBatch:
     "Stands for a loader that gave the batch of this `BatchInfo` last, for batches that were kept"
     def __init__(self, info:BatchInfo|None): self._last = info
 
