@@ -24,16 +24,19 @@ class Description:
     tau:float=1. # the student's temperature
     target:tuple|None=None # softened target `(on the label, elsewhere)`; None when it does not depend on the label alone
     notes:list=field(default_factory=list) # anything else to know
+    gradient:float|None=1. # factor of the soft loss's gradient beside the divergence's; None: not known
+    loss:str='D_KL' # the soft loss
 
     @property
-    def soft_gradient(self)->float:
-        "Factor on the soft term's gradient `p_τ - t`"
-        return self.soft/self.tau
+    def soft_gradient(self)->float|None:
+        "Factor on the soft term's gradient `p_τ - t`; None where it is not known"
+        if not self.soft: return 0.
+        return None if self.gradient is None else self.gradient*self.soft/self.tau
 
     @property
-    def scale(self)->float:
-        "Total scale `W` of the loss"
-        return self.hard + self.soft_gradient
+    def scale(self)->float|None:
+        "Total scale `W` of the loss; None where it is not known"
+        return None if self.soft_gradient is None else self.hard + self.soft_gradient
 
     @property
     def epsilon(self)->float|None:
@@ -51,7 +54,7 @@ class Description:
         confidence:float # the student's probability of the label; the others share the rest
     )->float|None: # None when the target does not depend on the label alone
         "Norm of the soft term's gradient over that of the hard term's, for a student of this confidence"
-        if self.target is None or not self.hard: return None
+        if self.target is None or not self.hard or self.soft_gradient is None: return None
         k = self.n_classes-1
         norm = lambda on, off: math.sqrt(on**2 + k*off**2)
         p,rest = confidence,(1-confidence)/k
@@ -89,9 +92,10 @@ class Description:
         "What the table shows, as pairs"
         n = lambda x: f'{x if abs(x) > 1e-12 else 0.:.3g}'
         tau = '' if self.tau == 1 else '_τ'
-        out = [('hard term', f'{n(self.hard)} · H(q, p)'), ('soft term', f'{n(self.soft)} · D_KL(t, p{tau})' + (f', τ = {n(self.tau)}' if tau else ''))]
+        out = [('hard term', f'{n(self.hard)} · H(q, p)'), ('soft term', f'{n(self.soft)} · {self.loss}(t, p{tau})' + (f', τ = {n(self.tau)}' if tau else ''))]
         if self.target: out.append(('target t', f'{self.target[0]:.6f} on the label, {self.target[1]:.6f} elsewhere'))
-        out += [('soft gradient', f'{n(self.soft_gradient)} · (p{tau} - t)'), ('scale of the loss', n(self.scale))]
+        if self.scale is None: out += [('soft gradient', 'not known'), ('scale of the loss', 'not known')]
+        else: out += [('soft gradient', f'{n(self.soft_gradient)} · (p{tau} - t)'), ('scale of the loss', n(self.scale))]
         if self.epsilon is not None: out.append(('label smoothing ε', f'{self.epsilon:.3f} ' + ('(exact)' if self.exact else '(first order)')))
         ratios = [self.gradient_ratio(o) for o in (1/self.n_classes, .9)]
         if None not in ratios: out.append(('soft/hard gradient', f'{n(ratios[0])} at uniform predictions, {n(ratios[1])} at 90 % confidence'))

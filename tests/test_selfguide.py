@@ -22,7 +22,7 @@ from fastkdtf.vision.data import kd_dataloaders
 from fastkdtf.callback.distill import KnowledgeDistillation, LsrKD, MemoryReplay, matched_controls
 from fastkdtf.lab.compare import compare
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
-from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
+from fastkdtf.callback.selfguide import Draws, SelfGuidance, StochasticDepth
 from fastkdtf.lab.interpret import TrainAccuracy, plot_errors, plot_subnetworks, subnetwork_outputs
 from fastkdtf.callback.survival import fold, residual_blocks, subnetwork, survival, survival_probs
 
@@ -56,13 +56,23 @@ def same(a, b):
     a,b = (o.model.state_dict() if isinstance(o, Learner) else o for o in (a, b))
     return all(torch.equal(a[k], b[k]) for k in a)
 
-class Fixed(SelfGuidance):
+class FixedDraws(Draws):
     "Draws what it is told"
     masks = None
-    def _draw(self): return [bool(int(o)) for o in self.masks]
-class FixedDepth(StochasticDepth):
-    masks = None
-    def _draw(self): return [bool(int(o)) for o in self.masks]
+    def __call__(self, model): return [bool(int(o)) for o in self.masks]
+
+class Told:
+    "A callback whose draws are told by `masks`"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.draws = FixedDraws(self.draws.p_last)
+    @property
+    def masks(self): return self.draws.masks
+    @masks.setter
+    def masks(self, bits): self.draws.masks = bits
+
+class Fixed(Told, SelfGuidance): pass
+class FixedDepth(Told, StochasticDepth): pass
 
 class Masks(Callback):
     "Notes what was drawn"

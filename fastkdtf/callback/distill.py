@@ -18,15 +18,14 @@ import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from ..closed_form import label_loss
 from ..core import *
 from ..describe import Description
-from ..vision.loader import batch_info
-from ..teachers.memory import MemoryTeacher
+from ..divergence import SoftLoss, as_soft_loss
 from ..targets import TeacherCorrection
 from ..teachers.base import LabelTeacher, UniformTeacher, VirtualTeacher
+from ..teachers.memory import MemoryTeacher
 from ..teachers.network import as_teacher
-from .term import LossTerm, known_classes, own_autocast
+from .term import LossTerm, known_classes, loss_kind, own_autocast
 
 # %% ../../nbs/31_callback.distill.ipynb #67bdce6d
 def _at(value, pct): return float(value(pct)) if callable(value) else value
@@ -38,179 +37,239 @@ def _check_schedule(name, value, interval):
 
 # %% ../../nbs/31_callback.distill.ipynb #332a8202
 class Distill(LossTerm):
-    "Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss; validation stays the learner's own"
-    _stateattrs = LossTerm._stateattrs + ('early', 'finite', 'skipped')
-    early,finite,skipped = {},None,False
+    """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
+
+    Validation stays the learner's own."""
+    _stateattrs = LossTerm._stateattrs + ('skipped',)
+    skipped,_label_matters = False,True
+    asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # of targets: `step → logits [N,K]`, `[n,N,K]` or `TwoValued`; or a network as `NetworkTeacher` takes it
+        teacher:nn.Module|Learner|Callable|str|Path, # of targets: a `Teacher`, a network as `NetworkTeacher` takes it, or `batch → logits`
         alpha:float|tuple|Callable=.9, # soft share in [0,1], or the pair `(hard, soft)` of weights; numbers or fastai schedules
         tau:float|tuple|Callable=4., # temperature, or the pair (teacher's, student's); numbers or fastai schedules
         scale:float|str='tau2', # factor of the soft term: 1 | 'tau' | 'tau2' (the student's) | a number
-        loss:str|Callable='kl', # 'kl': `D_KL(t, p_τ)` | 'ce': `H(t, p_τ)` | a function of (student logits/τ, target) returning `[N]`
-        rewrite:Callable|Iterable=(), # one or several `(softened target, step) → target`
-        sample_weight:Callable|None=None, # `step → [N]`, factors of the samples' soft losses
+        loss:str|SoftLoss|Callable='kl', # 'kl': `D_KL(t, p_τ)` | 'ce': `H(t, p_τ)` | a `SoftLoss` | `(student logits/τ, target) → [N]`
+        rewrite:Callable|Iterable=(), # one or several `(softened target, batch) → target`
+        sample_weight:Callable|None=None, # `batch → [N]`, factors of the samples' soft losses
         variant:str='paper', # 'official': the soft loss is averaged over classes too, and multiplied
         multiplier:float=1., # that multiplier
         name:str|None=None, # needed for a second callback of the same class
     ):
         super().__init__(name)
-        if isinstance(alpha, tuple): self.alpha = tuple(_check_schedule('alpha', o, '[0,inf)') for o in alpha)
+        if isinstance(alpha, tuple): self.alpha = tuple(_check_schedule('alpha', weight, '[0,inf)') for weight in alpha)
         else:                        self.alpha = _check_schedule('alpha', alpha, '[0,1]')
-        self.tau = tuple(_check_schedule('tau', o, '(0,inf)') for o in (tau if isinstance(tau, tuple) else (tau, tau)))
-        if not callable(loss): check_choice('loss', loss, ('kl', 'ce'))
-        self.rewrites = (rewrite,) if callable(rewrite) else tuple(rewrite)
-        self.teacher,self.scale,self.divergence,self.sample_weight = as_teacher(teacher),check_scale(scale),loss,sample_weight
-        for o in self._with_teacher: o.teacher = as_teacher(o.teacher)
+        self.tau = tuple(_check_schedule('tau', one, '(0,inf)') for one in (tau if isinstance(tau, tuple) else (tau, tau)))
+        self.scale,self.soft_loss,self.sample_weight = check_scale(scale),as_soft_loss(loss),sample_weight
+        self.teacher,self.rewrites = as_teacher(teacher),(rewrite,) if callable(rewrite) else tuple(rewrite)
         self.variant,self.multiplier = check_variant(variant, multiplier)
+        self._find_teachers()
         self.settings = dict(teacher=self.teacher, alpha=alpha, tau=tau, scale=scale, loss=loss, rewrite=rewrite, sample_weight=sample_weight,
                              variant=variant, multiplier=multiplier)
 
-    @property
-    def _with_teacher(self): return [o for o in self.rewrites if getattr(o, 'teacher', None) is not None]
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if 'divergence' not in state: return
+        self.soft_loss = as_soft_loss(self.__dict__.pop('divergence'))   # of 0.1.0
+        self._find_teachers()
 
-    @property
-    def teachers(self)->dict:
-        "Its own teacher, under None, and those of its rewrites, by rewrite"
-        return {None: self.teacher, **{o: o.teacher for o in self._with_teacher}}
+    def _find_teachers(self):
+        "Note the method's own teacher, under None, and those of its rewrites, by rewrite"
+        self.teachers = {None: self.teacher}
+        for rewrite in self.rewrites:
+            if getattr(rewrite, 'teacher', None) is None: continue
+            rewrite.teacher = as_teacher(rewrite.teacher)
+            self.teachers[rewrite] = rewrite.teacher
+
+    # how much, and how soft
 
     def weights(self,
-        pct:float, # share of the training that is done
+        pct:float, # part of the training that is done
     )->tuple:
-        "Weights of the hard and of the soft term, before the factor `s`"
-        if isinstance(self.alpha, tuple): return tuple(_at(o, pct) for o in self.alpha)
+        "Return the weights of the hard and of the soft term, before the factor `s`"
+        if isinstance(self.alpha, tuple): return _at(self.alpha[0], pct),_at(self.alpha[1], pct)
         alpha = _at(self.alpha, pct)
         return 1-alpha, alpha
 
     def temperatures(self, pct:float)->tuple:
-        "The teacher's temperature and the student's"
-        return tuple(_at(o, pct) for o in self.tau)
+        "Return the teacher's temperature and the student's"
+        return _at(self.tau[0], pct),_at(self.tau[1], pct)
 
-    def hard_weight(self, pct:float)->float: return self.weights(pct)[0]
+    def hard_weight(self, pct:float)->float:
+        "Return the weight of the base loss"
+        return self.weights(pct)[0]
+
+    def soft_weight(self, n_classes:int, pct:float)->float:
+        "Return the factor of the soft loss, all in all"
+        return self._factor(self.weights(pct)[1], self.temperatures(pct)[1], n_classes)
+
+    def _factor(self, soft, tau, n_classes): return soft*soft_scale(self.scale, tau, n_classes, self.variant, self.multiplier)
 
     @property
     def idle(self)->bool:
-        "Whether the soft term never has a weight"
+        "True if the soft term never has a weight, and no teacher has to see each batch"
         soft = self.alpha[1] if isinstance(self.alpha, tuple) else self.alpha
-        return not callable(soft) and soft == 0
+        return not callable(soft) and soft == 0 and not any(teacher.every_batch for teacher in self.teachers.values())
 
-    def soft_weight(self, n_classes:int, pct:float)->float:
-        "The factor of the soft loss, all in all"
-        return self.weights(pct)[1]*soft_scale(self.scale, self.temperatures(pct)[1], n_classes, self.variant, self.multiplier)
-
-    def target(self, step:Step)->Tensor|TwoValued:
-        "The softened target of a batch, rewritten"
-        target = step.pt
-        for o in self.rewrites: target = o(target, step)
-        return target
-
-    def sample_losses(self,
-        step:Step,
-        ignore_index:int=-100, # positions with this label count 0
-    )->Tensor: # `[N,…]`
-        "The soft loss of each sample, without its weights"
-        if self.divergence == 'kl' and step.y.is_floating_point() and any(getattr(o, 'on', None) is not None for o in self.rewrites):
-            raise TypeError("a rewrite on some samples needs loss='ce' where labels are probabilities: the entropy of a mixed target is not the mean of the entropies")
-        tau,target = step.tau[1],self.target(step)
-        if callable(self.divergence):
-            dense = target.dense(step.y, step.n_classes) if isinstance(target, TwoValued) else target
-            return self.divergence(step.z/tau, dense)
-        if isinstance(target, TwoValued): return label_loss(step.z, step.y, target, tau, entropy=self.divergence == 'kl', ignore_index=ignore_index)
-        return soft_target_loss(step.z, target, tau, entropy=self.divergence == 'kl')
-
-    @property
-    def columns(self)->dict: return {**super().columns, **self.teacher.columns}
+    # a fit
 
     def before_fit(self):
         super().before_fit()
-        self.early,self.finite,self.skipped = {},None,False
+        self.skipped = False
         if not self.fitting: return
-        for o in self.teachers.values(): o.attach(self.learn)
+        self._find_teachers()
+        self._label_matters = self._asks_label()
+        for teacher in self.teachers.values(): teacher.attach(self.learn)
 
     def after_fit(self):
         super().after_fit()
         if not self.fitting: return
-        for o in self.teachers.values(): o.detach()
+        for teacher in self.teachers.values(): teacher.detach()
+
+    def _asks_label(self):
+        "True if the soft loss depends on the label. A `sample_losses` of a subclass may, so it is taken to"
+        if self.asks_label is not None: return self.asks_label
+        own = type(self).sample_losses is not Distill.sample_losses or self.sample_weight is not None or len(self.rewrites) > 0
+        return own or self.teacher.asks_label or self.soft_loss.asks_label
+
+    # a batch
+
+    def before_batch(self):
+        "Begin a batch, and ask the teachers that need no student"
+        self.batch = None
+        if self.idle: return
+        for teacher in self.teachers.values(): teacher.before_batch()
+        pct = self.learn.pct_train
+        hard,soft = self.weights(pct)
+        self.batch = self.new_batch(tau=self.temperatures(pct), hard=hard, soft=soft)
+        with own_autocast(self.learn): self.ask(self.batch, before_student=True)
+
+    def ask(self,
+        batch:Batch,
+        before_student:bool, # ask those that need no student, or the others
+    ):
+        "Ask the teachers whose turn it is, unless nothing depends on them"
+        for key,teacher in self.teachers.items():
+            early = teacher.before_student and not (teacher.asks_label and self.mixing)   # mixed images have two labels, so it is asked for each
+            if early != before_student or not (batch.soft or teacher.every_batch): continue
+            with torch.no_grad(): batch.answers[key] = teacher(batch)
+
+    def hear(self,
+        batch:Batch, # with the student's logits, and all answers
+        axis:int=1, # the classes' axis of the model's outputs
+    ):
+        "Check the answers and hand them to the parts; one that is infinite or not a number becomes 0, and `batch.finite` False"
+        for key,teacher in self.teachers.items():
+            logits = check_teacher_logits(batch.answers[key], batch.z, axis if teacher.before_student else 1)
+            if isinstance(logits, Tensor):
+                finite = logits.isfinite().all()
+                batch.finite = finite if batch.finite is None else batch.finite & finite
+                logits = torch.where(finite, logits, 0.)
+            if key is None: batch.zt = logits
+            else:           batch.extra_logits[key] = logits
+
+    def contribution(self, labels:list)->tuple:
+        "Return the weight of the base loss, the weight of the soft loss, and the soft loss; without a weight it is not computed"
+        batch,kind = self.batch,loss_kind(self.base_loss_func)
+        if batch is None: return self.hard_weight(self.learn.pct_train), 0., None
+        if not self._label_matters: labels = [(labels[0][0], 1.)]
+        losses = 0.
+        for y,portion in labels:
+            z,y = classification_batch(self.learn.pred, y, kind.axis)
+            labelled = batch.labelled(y, z, kind.ignore_index)
+            self.ask(labelled, before_student=False)
+            if not batch.soft: return batch.hard, 0., None
+            self.hear(labelled, kind.axis)
+            losses = losses + self._portion_of(self.weighted_losses(labelled), portion)
+            self.watch(labelled, portion)
+            batch.finite = labelled.finite
+        loss = losses if not losses.ndim else reduce_samples(losses, y, 'sum' if kind.reduction == 'sum' else 'mean', kind.ignore_index)
+        if batch.finite is not None: loss = torch.where(batch.finite, loss, 0.)
+        batch.release()
+        return batch.hard, self._factor(batch.soft, batch.tau[1], z.shape[1]), loss
+
+    def _portion_of(self, losses, portion):
+        if losses.ndim or not isinstance(portion, Tensor) or portion.numel() == 1: return portion*losses
+        raise TypeError(f'{self.soft_loss!r} returns one number for the batch and asks for the label, but here each image has two labels in a '
+                        'portion of its own: train without MixUp, or let it return [N]')
+
+    def target(self, batch:Batch)->Tensor|TwoValued:
+        "Return the softened target of a batch, rewritten"
+        target = batch.pt
+        for rewrite in self.rewrites: target = rewrite(target, batch)
+        return target
+
+    def sample_losses(self,
+        batch:Batch,
+    )->Tensor: # `[N,…]`, or what the `SoftLoss` returns
+        "Return the soft loss of each sample, without its weights"
+        partial_rewrite = any(getattr(rewrite, 'on', None) is not None for rewrite in self.rewrites)
+        if partial_rewrite and batch.y.is_floating_point() and getattr(self.soft_loss, 'kind', None) == 'kl':
+            raise TypeError("a rewrite on some samples needs loss='ce' where labels are probabilities: the entropy of a mixed target is not the mean of the entropies")
+        return self.soft_loss(batch, self.target(batch))
+
+    def weighted_losses(self, batch:Batch)->Tensor:
+        "Return `sample_losses`, each times its sample's weight"
+        losses = self.sample_losses(batch)
+        if self.sample_weight is None: return losses
+        batch.sample_weight = self.sample_weight(batch).detach()
+        return losses*batch.sample_weight
+
+    def watch(self,
+        batch:Batch, # whose soft loss was computed
+        portion:float|Tensor, # of its labels: less than 1 under MixUp
+    ):
+        "Look at a batch, for a subclass that shows what it sees"
+
+    def after_batch(self):
+        "Stop if a teacher broke; here the recorder waits for the device anyway"
+        batch,self.batch = self.batch,None
+        if batch is None or batch.finite is None or batch.finite: return
+        who = ' or '.join(map(repr, self.teachers.values()))
+        raise ValueError(f'the teacher {who} returned logits that are infinite or not a number; this batch was trained on without it')
 
     def after_cancel_step(self): self.skipped = True   # half precision saw an overflow
     def after_step(self):
         if not self.skipped:
-            for o in self.teachers.values(): o.after_step()
+            for teacher in self.teachers.values(): teacher.after_step()
         self.skipped = False
 
-    def state_dict(self)->dict: return dict(teachers=[o.state_dict() for o in self.teachers.values()])
+    # what it is
+
+    @property
+    def columns(self)->dict: return {**super().columns, **self.teacher.columns}
+
+    def state_dict(self)->dict: return dict(teachers=[teacher.state_dict() for teacher in self.teachers.values()])
     def load_state_dict(self, state:dict):
-        for o,s in zip(self.teachers.values(), state['teachers']): o.load_state_dict(s)
-
-    def _step(self, y, z=None):
-        info = None if self.mixing else batch_info(self.learn.dl)
-        xb = tuple(x.as_subclass(Tensor) if isinstance(x, Tensor) else x for x in self.learn.xb)
-        return Step(y, z, xb, idx=info and info.idx, view=info and info.view, tau=self.temperatures(self.learn.pct_train))
-
-    def before_batch(self):
-        "Ask a teacher that needs no student before the student's graph takes its memory"
-        self.early,self.finite = {},None
-        if self.idle: return
-        for o in self.teachers.values(): o.before_batch()
-        early = {k: o for k,o in self.teachers.items() if o.before_student}
-        if not early or not self.weights(self.learn.pct_train)[1]: return
-        step = self._step(self.learn.y)
-        with torch.no_grad(), own_autocast(self.learn): self.early = {k: o(step) for k,o in early.items()}
-
-    def teacher_logits(self, step:Step, axis:int, key:Callable|None=None)->Tensor|TwoValued:
-        "What a teacher, by its key in `teachers`, says of a batch; zeros, and `finite` unset, if that is no number"
-        early = key in self.early
-        zt = check_teacher_logits(self.early[key] if early else self.teachers[key](step), step.z, axis if early else 1)
-        if isinstance(zt, TwoValued): return zt
-        finite = zt.isfinite().all()
-        self.finite = finite if self.finite is None else self.finite & finite
-        return torch.where(finite, zt, 0.)
-
-    def contribution(self, labels:list)->tuple:
-        "Weight of the base loss, weight of the soft loss, soft loss; a soft loss without weight is not computed"
-        pct,base = self.learn.pct_train,self.base_loss_func
-        axis,ignore = getattr(base, 'axis', 1),getattr(getattr(base, 'func', base), 'ignore_index', -100)
-        hard,share = self.weights(pct)
-        if not share: return hard, 0., None
-        if None in self.early and not self.rewrites and self.sample_weight is None: labels = [(labels[0][0], 1.)]   # nothing asks for the label
-        losses = 0.
-        for y,part in labels:
-            z,y = classification_batch(self.learn.pred, y, axis)
-            step = self._step(y, z)
-            step.zt = self.teacher_logits(step, axis)
-            step.extra_logits = {o: self.teacher_logits(step, axis, o) for o in self._with_teacher}
-            loss = self.sample_losses(step, ignore)
-            if self.sample_weight is not None: loss = loss*self.sample_weight(step).detach()
-            losses = losses + part*loss
-        self.early = {}
-        reduction = 'sum' if getattr(base, 'reduction', 'mean') == 'sum' else 'mean'
-        loss = reduce_samples(losses, y, reduction, ignore)
-        return hard, self.soft_weight(z.shape[1], pct), loss if self.finite is None else torch.where(self.finite, loss, 0.)
-
-    def after_batch(self):
-        "Stop if the teacher broke; here the recorder waits for the device anyway"
-        if self.finite is not None and not self.finite:
-            raise ValueError(f'the teacher {" or ".join(map(repr, self.teachers.values()))} returned logits that are infinite or not a number; this batch was trained on without it')
+        for teacher,saved in zip(self.teachers.values(), state['teachers']): teacher.load_state_dict(saved)
 
     def describe(self,
         n_classes:int|None=None, # number of classes; None once attached to a learner
-        pct:float=1., # share of the training that is done, for schedules
+        pct:float=1., # part of the training that is done, for schedules
     )->Description:
-        "What this method really does"
-        k = known_classes(self, n_classes)
-        target = None
-        if isinstance(self.teacher, LabelTeacher) and not self._with_teacher:
-            step = Step(torch.zeros(1, dtype=torch.long), torch.zeros(1, k), tau=self.temperatures(pct))
-            step.zt = self.teacher(step)
-            target = self.target(step)
-        notes = self.teacher.notes(k, self.learn)
+        "Describe what this method really does; where its soft loss has a gradient of its own, scale and controls are not known"
+        n_classes = known_classes(self, n_classes)
+        target,gradient = self._label_target(n_classes, pct),self.soft_loss.gradient(n_classes)
+        if type(self).sample_losses is not Distill.sample_losses: gradient = None
+        return Description(type(self).__name__, self.settings, n_classes, self.weights(pct)[0], self.soft_weight(n_classes, pct),
+                           self.temperatures(pct)[1], target, self._notes(n_classes, pct, target), gradient, self.soft_loss.name or type(self.soft_loss).__name__)
+
+    def _label_target(self, n_classes, pct):
+        "The softened target `(on the label, elsewhere)`; None where it does not depend on the label alone"
+        if not isinstance(self.teacher, LabelTeacher) or len(self.teachers) > 1: return None
+        batch = Batch(torch.zeros(1, dtype=torch.long), torch.zeros(1, n_classes), tau=self.temperatures(pct))
+        batch.zt = self.teacher(batch)
+        target = self.target(batch)
+        return target if isinstance(target, TwoValued) else None
+
+    def _notes(self, n_classes, pct, target):
+        notes = self.teacher.notes(n_classes, self.learn)
         if self.sample_weight is not None: notes.append('weights of samples are not counted')
-        if callable(self.divergence): notes.append('the loss is a function of your own: gradient and scale are those of the divergence')
-        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
-        if any(map(callable, alphas+self.tau)): notes.append(f'on a schedule; shown at {pct:.0%} of the training')
-        if not isinstance(target, TwoValued):
-            target = None
-            notes += [n for o in self.rewrites for n in getattr(o, 'notes', lambda k: [])(k)]
-        return Description(type(self).__name__, self.settings, k, self.weights(pct)[0], self.soft_weight(k, pct), self.temperatures(pct)[1], target, notes)
+        notes += self.soft_loss.notes(n_classes)
+        weights = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        if any(map(callable, weights+self.tau)): notes.append(f'on a schedule; shown at {pct:.0%} of the training')
+        if target is None:
+            for rewrite in self.rewrites: notes += getattr(rewrite, 'notes', lambda n_classes: [])(n_classes)
+        return notes
 
 # %% ../../nbs/31_callback.distill.ipynb #b64958de
 class LsrKD(Distill):

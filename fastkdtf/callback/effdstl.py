@@ -24,54 +24,42 @@ from .term import RunningMean
 
 # %% ../../nbs/32_callback.effdstl.ipynb #fd56ddf2
 def agreement(
-    step:Step, # of integer labels
+    batch:Batch, # of integer labels
 )->Tensor: # bool `[N,…]`, or `[n,N,…]` for `n` teachers
-    "Whether teacher and student put the same class first"
-    own = step.z.argmax(1)
-    if isinstance(step.zt, TwoValued): return own == step.y if step.zt.on > step.zt.off else torch.zeros_like(own, dtype=torch.bool)
-    return step.zt.argmax(1+step.zt.ndim-step.z.ndim) == own
+    "True where teacher and student put the same class first"
+    own,zt = batch.z.argmax(1),batch.zt
+    if not isinstance(zt, TwoValued): return zt.argmax(1 + zt.ndim - batch.z.ndim) == own
+    return own == batch.y if zt.on > zt.off else torch.zeros_like(own, dtype=torch.bool)
 
 class WatchedDistill(Distill):
-    """`Distill` that shows means over the samples of what a subclass's `facts(step)` returns
+    """`Distill` that shows means over the samples of what a subclass's `facts(batch)` returns
 
-    Under MixUp and CutMix a sample counts for each of its labels by the label's share."""
-    _stateattrs = Distill._stateattrs + ('means', 'seen')
-    means,seen = None,()
+    Under MixUp and CutMix a sample counts for each of its labels by the label's portion."""
+    _stateattrs = Distill._stateattrs + ('means',)
+    means = None
     fact_names = ()   # a subclass's
 
-    def _new_means(self): self.means = {k: RunningMean() for k in self.fact_names}
-    def _mean(self, name): return self.means[name].value
+    def _new_means(self):
+        super()._new_means()
+        self.means = {name: RunningMean() for name in self.fact_names}
+
+    def _fact(self, name): return self.means[name].value
 
     @property
-    def columns(self)->dict: return {**super().columns, **{k: partial(self._mean, k) for k in self.fact_names}}
+    def columns(self)->dict: return {**super().columns, **{name: partial(self._fact, name) for name in self.fact_names}}
 
-    def before_fit(self):
-        self._new_means()
-        super().before_fit()
-
-    def before_train(self):
-        super().before_train()
-        self._new_means()
-
-    def sample_losses(self, step:Step, ignore_index:int=-100)->Tensor:
-        if not step.y.is_floating_point(): self.seen.append((step, step.y != ignore_index))
-        return super().sample_losses(step, ignore_index)
-
-    def contribution(self, labels:list)->tuple:
-        self.seen = []
-        out = super().contribution(labels)
+    def watch(self, batch:Batch, portion:float|Tensor):
+        "Add the facts of a batch, unless its labels are probabilities"
+        if batch.y.is_floating_point(): return
+        keep = batch.y != batch.ignore_index
+        if isinstance(portion, Tensor) and portion.ndim: portion = portion.view(-1, *[1]*(keep.ndim-1))
+        counted = keep*portion
+        n = counted.sum().clamp(min=1e-9)
         with torch.no_grad():
-            for (step,keep),(_,part) in zip(self.seen, labels): self._watch(step, keep, part)
-        self.seen = ()
-        return out
-
-    def _watch(self, step, keep, part):
-        share = keep*(part.view(-1, *[1]*(keep.ndim-1)) if isinstance(part, Tensor) and part.ndim else part)
-        n = share.sum().clamp(min=1e-9)
-        for k,fact in self.facts(step).items():
-            fact = fact.float()
-            if fact.ndim > keep.ndim: fact = fact.mean(0)
-            self.means[k].add((fact*share).sum()/n, n)
+            for name,fact in self.facts(batch).items():
+                fact = fact.float()
+                if fact.ndim > keep.ndim: fact = fact.mean(0)
+                self.means[name].add((fact*counted).sum()/n, n)
 
 # %% ../../nbs/32_callback.effdstl.ipynb #22234818
 class WSL(WatchedDistill):
@@ -94,12 +82,13 @@ class WSL(WatchedDistill):
         teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
         **kwargs # what is to differ
     )->'WSL':
-        "The method as it was published, but for the learner's loss"
+        "Make the method with a published setting; the learner's loss stays its own"
         given = {k: v for k,v in wsl_settings[check_choice('setting', setting, tuple(wsl_settings))].items() if k != 'smoothing'}
         return cls(teacher, **{**given, **kwargs})
 
-    def facts(self, step:Step)->dict:
-        return dict(weight=self.sample_weight(step), correct=Correct()(step), student_ahead=StudentAhead()(step), agreement=agreement(step))
+    def facts(self, batch:Batch)->dict:
+        "Return what is shown of each sample"
+        return dict(weight=batch.sample_weight, correct=Correct()(batch), student_ahead=StudentAhead()(batch), agreement=agreement(batch))
 
 # %% ../../nbs/32_callback.effdstl.ipynb #8c73d32e
 class CKM(WatchedDistill):
@@ -118,6 +107,7 @@ class CKM(WatchedDistill):
         super().__init__(teacher, (0., 1.), (tau_teacher, tau_student), scale=1, loss='ce', rewrite=rule, name=name)
         self.settings = dict(teacher=self.teacher, tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)
 
-    def facts(self, step:Step)->dict:
-        correct,ahead = Correct()(step),StudentAhead()(step)
-        return dict(mined=correct & ahead, correct=correct, student_ahead=ahead, agreement=agreement(step))
+    def facts(self, batch:Batch)->dict:
+        "Return what is shown of each sample"
+        correct,ahead = Correct()(batch),StudentAhead()(batch)
+        return dict(mined=correct & ahead, correct=correct, student_ahead=ahead, agreement=agreement(batch))

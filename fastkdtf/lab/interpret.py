@@ -68,12 +68,12 @@ class WatchTargets(Callback):
         self.y,self.seen = y.item(),{}
         for cb in self.learn.cbs:
             if not isinstance(cb, Distill) or cb.idle: continue
-            step = Step(y, z, (x,), tau=cb.temperatures(self.learn.pct_train))
-            with torch.no_grad(): said = {k: check_teacher_logits(getattr(o, 'teacher', o)(step), z) for k,o in cb.teachers.items()}   # what a cache remembers is asked itself
-            step.zt,step.extra_logits = said.pop(None),said
-            target = cb.target(step)
-            target = target.dense(y, z.shape[1]) if isinstance(target, TwoValued) else target
-            self.seen[cb.name] = step.p[0].cpu(),target.reshape(-1, z.shape[1]).mean(0).cpu()
+            batch = Batch(y, z, (x,), tau=cb.temperatures(self.learn.pct_train))
+            with torch.no_grad(): batch.answers = {key: teacher.live(batch) for key,teacher in cb.teachers.items()}
+            cb.hear(batch)
+            target = cb.target(batch)
+            if isinstance(target, TwoValued): target = target.dense(y, z.shape[1])
+            self.seen[cb.name] = batch.p[0].cpu(),target.reshape(-1, z.shape[1]).mean(0).cpu()
 
     def plot(self)->np.ndarray:
         "The student's softened distribution above, the target below, a column for each method (orange: the labelled class)"

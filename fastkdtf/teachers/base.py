@@ -16,54 +16,63 @@ from ..core import *
 
 # %% ../../nbs/20_teachers.base.ipynb #5c25c3f5
 class Teacher:
-    "Base of teachers; a subclass defines `__call__(step)`, which returns logits"
-    before_student = False   # True: it does not look at `step.z`, and runs before the student's graph exists
+    "Base of teachers; a subclass defines `__call__(batch)`, which returns logits"
+    before_student = False   # True: it does not look at `batch.z`, and is asked before the student's graph exists
+    asks_label = True   # False: it does not look at `batch.y`, and is asked once where each image has two labels
+    every_batch = False   # True: it must see every batch, also while its weight is 0
     columns = {}   # name → function: what the recorder shows beside the losses
 
-    def attach(self, learn:Learner): "A fit of `learn` begins; checks that need the learner belong here"
-    def detach(self): "The fit is over; `attach` comes before the next one, also when this one was interrupted and not detached"
-    def before_batch(self): "A batch of training begins, whether this teacher will be asked or not"
-    def after_step(self): "The optimizer has made a step"
+    def attach(self, learn:Learner): "Begin a fit of `learn`; checks that need the learner belong here"
+    def detach(self): "End a fit. An interrupted fit does not come here, so `attach` must begin afresh"
+    def before_batch(self): "Begin a batch of training, whether this teacher will be asked or not"
+    def after_step(self): "Note that the optimizer has made a step"
 
     def state_dict(self)->dict:
-        "What a training that goes on from a checkpoint needs"
+        "Return what a training that goes on from a checkpoint needs"
         return {}
     def load_state_dict(self, state:dict): "Go on from `state`"
 
+    @property
+    def live(self)->'Teacher':
+        "The teacher to ask about other samples than those of the training: itself, but for one that remembers answers"
+        return self
+
     def notes(self, n_classes:int, learn:Learner|None=None)->list:
-        "What `describe` says of it"
+        "Return sentences for `describe`"
         return []
 
     @property
     def identity(self)->str:
-        "What tells this teacher from others, the same in every process"
+        "A string that names this teacher in every process"
         return repr(self)
 
 # %% ../../nbs/20_teachers.base.ipynb #19d80533
 class FunctionTeacher(Teacher):
-    "Any function of a `Step` that returns logits"
+    "A function from a `Batch` to logits, as a teacher"
     def __init__(self, function:Callable): self.function = function
-    def __call__(self, step:Step): return self.function(step)
+    def __call__(self, batch:Batch): return self.function(batch)
     def __repr__(self): return f"FunctionTeacher({getattr(self.function, '__qualname__', None) or self.function!r})"
 
 # %% ../../nbs/20_teachers.base.ipynb #d1b0fef6
 class LabelTeacher(Teacher):
     "Base of teachers that know only the label; a subclass defines `logits(n_classes)`"
-    def __call__(self, step:Step)->TwoValued:
-        "The logits for this batch"
-        return self.logits(step.n_classes)
+    def __call__(self, batch:Batch)->TwoValued:
+        "Return the logits for this batch"
+        return self.logits(batch.n_classes)
 
     def soft_targets(self,
         n_classes:int,
         tau:float=1., # temperature
     )->TwoValued: # probabilities
-        "The softened target"
+        "Return the softened target `(on the label, elsewhere)`"
         return self.logits(n_classes).soften(check_number('tau', tau, '(0,inf)'), n_classes)
 
 # %% ../../nbs/20_teachers.base.ipynb #69c432f6
 class UniformTeacher(LabelTeacher):
     "Knows nothing: every class is as likely. The teacher behind label smoothing. Yuan et al. 2020, §3; Wang et al. 2020, §3.2"
-    def logits(self, n_classes:int)->TwoValued: return TwoValued(0., 0.)
+    def logits(self, n_classes:int)->TwoValued:
+        "Return equal logits"
+        return TwoValued(0., 0.)
     def __repr__(self): return 'UniformTeacher()'
 
 # %% ../../nbs/20_teachers.base.ipynb #e5eaf0f3
@@ -76,5 +85,7 @@ class VirtualTeacher(LabelTeacher):
         self.correct_prob = check_number('correct_prob', correct_prob, '(0,1)')
         self.variant = check_choice('variant', variant, ('paper', 'official'))
 
-    def logits(self, n_classes:int)->TwoValued: return virtual_logits(self.correct_prob, n_classes, self.variant)
+    def logits(self, n_classes:int)->TwoValued:
+        "Return the logits of `p^d`, or, for 'official', its probabilities"
+        return virtual_logits(self.correct_prob, n_classes, self.variant)
     def __repr__(self): return f'VirtualTeacher({self.correct_prob}, variant={self.variant!r})'

@@ -261,7 +261,7 @@ class CachedTeacher(Teacher):
     Each sample is known by its index and the number of its view, so the loader must tell both: `kd_dataloaders` does, `with_index` makes
     others do so. Random transforms that nobody recorded are refused with a `ValueError`, and so are views without end, MixUp and CutMix,
     and a folder that holds the logits of another teacher, data set or transform."""
-    before_student = True
+    before_student,asks_label = True,False
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path, # as `NetworkTeacher` takes it, or a teacher that needs no student
         path:str|Path, # the folder; several trainings may share it
@@ -340,6 +340,11 @@ class CachedTeacher(Teacher):
         epoch = getattr(self.learn, 'epoch', None)
         if epoch != self.epoch: self.hits,self.calls,self.epoch = 0,0,epoch
         self.hits,self.calls = self.hits+n-n_missing,self.calls+n
+
+    @property
+    def live(self)->Teacher:
+        "The teacher whose answers are kept here"
+        return self.teacher
 
     @property
     def hit_rate(self)->float:

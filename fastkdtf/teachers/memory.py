@@ -70,7 +70,7 @@ class MemoryTeacher(Teacher):
     """Past copies of the student, refreshed every `interval`
 
     A new `fit` starts with new copies; `Checkpoint` keeps them, `learn.export` does not."""
-    before_student = True
+    before_student,asks_label = True,False
     def __init__(self,
         n_copies:int=3, # how many, `n`
         interval:float|Fraction|None=None, # epochs between refreshes, `κ`; None: an eighth of the training
@@ -139,8 +139,8 @@ class MemoryTeacher(Teacher):
         self.checked = t
         if is_due(t, self.kappa): self._refresh()
 
-    def __call__(self, step:Step)->Tensor: # `[n,N,K,…]`, or `[N,K,…]` while all copies are one
-        said = {net: self._ask(net, step.xb) for net in dict.fromkeys(self.copies)}
+    def __call__(self, batch:Batch)->Tensor: # `[n,N,K,…]`, or `[N,K,…]` while all copies are one
+        said = {net: self._ask(net, batch.xb) for net in dict.fromkeys(self.copies)}
         return torch.stack([said[o] for o in self.copies]) if len(said) > 1 else said[self.copies[0]]
 
     def state_dict(self)->dict:

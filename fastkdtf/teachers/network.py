@@ -173,7 +173,7 @@ class NetworkTeacher(Teacher):
     It works on a private copy, in evaluation mode and without a graph, that lives as long as the fit: what is given here is neither
     moved nor changed, takes no part in the training, and is left out of `learn.export`. The copy's convolutions swallow their batch
     norms where that leaves the outputs what they are (to 1e-4)."""
-    before_student = True
+    before_student,asks_label = True,False
     def __init__(self,
         model:nn.Module|Learner|str|Path, # the network; the path of an exported learner or of weights; or a name that timm knows
         arch:nn.Module|str|None=None, # for weights: the network, or its name for `create_model`
@@ -218,9 +218,9 @@ class NetworkTeacher(Teacher):
 
     def detach(self): self.copy = None
 
-    def __call__(self, step:Step)->Tensor: # `[N,K,…]`
+    def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         if self.copy is None: self.copy = FrozenCopy(self.model, self.fast)
-        x,*rest = step.xb
+        x,*rest = batch.xb
         if self.rescale is not None: x = x*self.rescale[0].to(x) + self.rescale[1].to(x)
         if self.size is not None: x = F.interpolate(x, self.size, mode='bilinear', antialias=True)
         out = self.copy(x, *rest)
@@ -272,6 +272,7 @@ class EnsembleTeacher(Teacher):
         for o in self.teachers:
             if not o.before_student or type(o).after_step is not Teacher.after_step:
                 raise TypeError(f'an ensemble takes networks that stay as they are, got {o!r}; as a callback of its own it combines with others')
+        self.asks_label = any(teacher.asks_label for teacher in self.teachers)
         self.average = check_choice('average', average, ('probs', 'logits'))
 
     def attach(self, learn:Learner):
@@ -281,14 +282,14 @@ class EnsembleTeacher(Teacher):
     def detach(self):
         for o in self.teachers: o.detach()
 
-    def __call__(self, step:Step)->Tensor: # `[N,K,…]`
-        zs = [o(step) for o in self.teachers]
+    def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
+        zs = [teacher(batch) for teacher in self.teachers]
         shapes = {z.shape for z in zs}
         if len(shapes) > 1: raise ValueError(f"the teachers of an ensemble must agree in shape, got {', '.join(map(str, map(tuple, shapes)))}")
         zs = torch.stack(zs)
         if self.average == 'logits': return zs.mean(0)
         # logits whose softmax at this temperature is the mean of the softened probabilities
-        axis,tau = self.axis if self.axis < 0 else self.axis+1, step.tau[0]
+        axis,tau = self.axis if self.axis < 0 else self.axis+1,batch.tau[0]
         return tau*(torch.log_softmax(at_least_float32(zs)/tau, axis).logsumexp(0) - math.log(len(zs)))
 
     @property
