@@ -255,7 +255,9 @@ class Batch:
     extra_logits:dict=field(default_factory=dict) # logits of the rewrites' own teachers, keyed by rewrite
     hard:float=1. # weight of the base loss
     soft:float=1. # weight of the soft loss, before the factor `s`
+    axis:int=1 # the classes' axis of the model's outputs; that of `z` is always 1
     ignore_index:int=-100 # positions with this label do not count
+    reduction:str='mean' # of the base loss
     answers:dict=field(default_factory=dict) # what was asked of the teachers so far, keyed by rewrite, and by None for the method's own
     sample_weight:Tensor|None=None # factors of the samples' soft losses, where the method weighs them
     finite:Tensor|None=None # False where a teacher returned no numbers; stays on the device until it is read
@@ -277,10 +279,9 @@ class Batch:
     def labelled(self,
         y:Tensor, # labels `[N,…]`, or probabilities
         z:Tensor, # the student's logits `[N,K,…]`
-        ignore_index:int=-100, # positions with this label do not count
     )->'Batch':
         "Return this batch with labels and the student's logits, as often as it has labels"
-        return replace(self, y=y, z=z, ignore_index=ignore_index, answers=dict(self.answers), extra_logits={})
+        return replace(self, y=y, z=z, answers=dict(self.answers), extra_logits={})
 
     def release(self):
         "Let go of inputs and answers, which nothing needs after the loss"

@@ -10,6 +10,7 @@ __all__ = ['Distill', 'LsrKD', 'TfKDReg', 'KnowledgeDistillation', 'MemoryReplay
 
 # %% ../../nbs/31_callback.distill.ipynb #4a4a6ae3
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..targets import TeacherCorrection
 from ..teachers.base import LabelTeacher, UniformTeacher, VirtualTeacher
 from ..teachers.memory import MemoryTeacher
 from ..teachers.network import as_teacher
-from .term import LossTerm, known_classes, loss_kind, own_autocast
+from .term import LossTerm, known_classes, own_autocast
 
 # %% ../../nbs/31_callback.distill.ipynb #67bdce6d
 def _at(value, pct): return float(value(pct)) if callable(value) else value
@@ -137,11 +138,11 @@ class Distill(LossTerm):
         "Begin a batch, and ask the teachers that need no student"
         self.batch = None
         if self.idle: return
-        for teacher in self.teachers.values(): teacher.before_batch()
         pct = self.learn.pct_train
-        hard,soft = self.weights(pct)
-        self.batch = self.new_batch(tau=self.temperatures(pct), hard=hard, soft=soft)
-        with own_autocast(self.learn): self.ask(self.batch, before_student=True)
+        (hard,soft),tau = self.weights(pct),self.temperatures(pct)
+        for teacher in self.teachers.values(): teacher.before_batch()
+        self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
+        self.ask(self.batch, before_student=True)
 
     def ask(self,
         batch:Batch,
@@ -151,15 +152,15 @@ class Distill(LossTerm):
         for key,teacher in self.teachers.items():
             early = teacher.before_student and not (teacher.asks_label and self.mixing)   # mixed images have two labels, so it is asked for each
             if early != before_student or not (batch.soft or teacher.every_batch): continue
-            with torch.no_grad(): batch.answers[key] = teacher(batch)
+            precision = own_autocast(self.learn) if before_student else nullcontext()   # after the student's pass it is still in force
+            with torch.no_grad(), precision: batch.answers[key] = teacher(batch)
 
     def hear(self,
         batch:Batch, # with the student's logits, and all answers
-        axis:int=1, # the classes' axis of the model's outputs
     ):
         "Check the answers and hand them to the parts; one that is infinite or not a number becomes 0, and `batch.finite` False"
         for key,teacher in self.teachers.items():
-            logits = check_teacher_logits(batch.answers[key], batch.z, axis if teacher.before_student else 1)
+            logits = check_teacher_logits(batch.answers[key], batch.z, batch.axis if teacher.before_student else 1)
             if isinstance(logits, Tensor):
                 finite = logits.isfinite().all()
                 batch.finite = finite if batch.finite is None else batch.finite & finite
@@ -169,23 +170,24 @@ class Distill(LossTerm):
 
     def contribution(self, labels:list)->tuple:
         "Return the weight of the base loss, the weight of the soft loss, and the soft loss; without a weight it is not computed"
-        batch,kind = self.batch,loss_kind(self.base_loss_func)
+        batch = self.batch
         if batch is None: return self.hard_weight(self.learn.pct_train), 0., None
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = 0.
         for y,portion in labels:
-            z,y = classification_batch(self.learn.pred, y, kind.axis)
-            labelled = batch.labelled(y, z, kind.ignore_index)
+            z,y = classification_batch(self.learn.pred, y, batch.axis)
+            labelled = batch.labelled(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
-            self.hear(labelled, kind.axis)
+            self.hear(labelled)
             losses = losses + self._portion_of(self.weighted_losses(labelled), portion)
             self.watch(labelled, portion)
             batch.finite = labelled.finite
-        loss = losses if not losses.ndim else reduce_samples(losses, y, 'sum' if kind.reduction == 'sum' else 'mean', kind.ignore_index)
+        weight = self._factor(batch.soft, batch.tau[1], z.shape[1])
+        loss = losses if not losses.ndim else reduce_samples(losses, y, 'sum' if batch.reduction == 'sum' else 'mean', batch.ignore_index)
         if batch.finite is not None: loss = torch.where(batch.finite, loss, 0.)
         batch.release()
-        return batch.hard, self._factor(batch.soft, batch.tau[1], z.shape[1]), loss
+        return batch.hard, weight, loss
 
     def _portion_of(self, losses, portion):
         if losses.ndim or not isinstance(portion, Tensor) or portion.numel() == 1: return portion*losses

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core import *
 from ..describe import Description
 from .survival import *
-from .term import LossTerm, RunningMean, is_fit, known_classes, loss_kind, own_autocast
+from .term import LossTerm, RunningMean, is_fit, known_classes, own_autocast
 
 # %% ../../nbs/34_callback.selfguide.ipynb #d8492f83
 class Draws:
@@ -185,14 +185,16 @@ class SelfGuidance(LossTerm):
             self.kl_mean.add(kl, n)
             loss = loss + self.lam*self.tau**2*kl
         if not self.full_backward: loss = loss + zero_through_dropped(get_model(self.learn.model), self.bits)
-        return self.hard_weight(None), 1., loss
+        return float(self.full_backward), 1., loss
 
     def _divergence(self, batch, y):
         "`D_KL(p^T_τ, p^S_τ)`; unlike a teacher's, the target may carry a gradient"
-        kind = loss_kind(self.base_loss_func)
-        (zs,y),(zt,_) = (classification_batch(z, y, kind.axis) for z in (batch.z, at_least_float32(self.learn.pred)))
-        logp,logt = (torch.log_softmax(shifted(z, self.tau, detach=True), 1) for z in (zs, zt.detach() if self.detach else zt))
-        return reduce_samples((logt.exp()*(logt-logp)).sum(1), y, kind.reduction, kind.ignore_index)
+        zs,labels = classification_batch(batch.z, y, batch.axis)
+        zt,_ = classification_batch(at_least_float32(self.learn.pred), y, batch.axis)
+        if self.detach: zt = zt.detach()
+        logp = torch.log_softmax(shifted(zs, self.tau, detach=True), 1)
+        logt = torch.log_softmax(shifted(zt, self.tau, detach=True), 1)
+        return reduce_samples((logt.exp()*(logt-logp)).sum(1), labels, batch.reduction, batch.ignore_index)
 
     def state_dict(self)->dict: return self.draws.state_dict()
     def load_state_dict(self, state:dict): self.draws.load_state_dict(state)

@@ -12,6 +12,7 @@ __all__ = ['check_classification', 'LossKind', 'loss_kind', 'own_autocast', 'kno
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import NamedTuple
 
 from fastai.callback.fp16 import MixedPrecision
@@ -120,7 +121,7 @@ class LossTerm(Callback):
     `contribution(labels)`, the triple (weight of the base loss, weight of the soft loss, soft loss). It may show more `columns`."""
     _stateattrs = ('base_mean', 'soft_mean', 'batch', 'siblings')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
-    siblings,batch = (),None
+    siblings,batch,_learn = (),None,None
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
@@ -129,13 +130,11 @@ class LossTerm(Callback):
     @property
     def name(self)->str: return self._name or super().name
 
-    def __setattr__(self, name, value):
-        if name == 'learn' and value is None and self.learn is not None: TermMetric.drop(self.learn)   # it is taken off its learner
-        super().__setattr__(name, value)
+    def _set_learn(self, learn):
+        if learn is None and self._learn is not None: TermMetric.drop(self._learn)   # taken off its learner, after Ctrl-C too
+        self.__dict__['_learn'] = learn
 
-    def __setstate__(self, state):
-        if '_learn' in state: state = {**{k: v for k,v in state.items() if k != '_learn'}, 'learn': state['_learn']}   # of 0.1.0
-        super().__setstate__(state)
+    learn = property(attrgetter('_learn'), _set_learn, doc="The learner; its columns go with the method")
 
     @property
     def mixing(self)->MixHandler|None:
@@ -208,9 +207,10 @@ class LossTerm(Callback):
 
     def new_batch(self, **kwargs)->Batch:
         "Return the batch under way, before the student has seen it; `kwargs` are further fields"
-        learn = self.learn
-        info = None if self.mixing else batch_info(learn.dl)   # a mixed image is no longer one of the data set
-        return Batch(learn.y, xb=plain_tensors(tuple(learn.xb)), idx=info and info.idx, view=info and info.view, **kwargs)
+        learn,mixing = self.learn,self.mixing
+        kind = loss_kind(mixing.old_lf if mixing else learn.loss_func)
+        info = None if mixing else batch_info(learn.dl)   # a mixed image is no longer one of the data set
+        return Batch(learn.y, xb=plain_tensors(tuple(learn.xb)), idx=info and info.idx, view=info and info.view, **kind._asdict(), **kwargs)
 
     def labels(self)->list:
         "Return the labels of this batch as pairs (labels, portion): two under MixUp and CutMix"

@@ -58,7 +58,7 @@ class LabelTeacher(Teacher):
     "Base of teachers that know only the label; a subclass defines `logits(n_classes)`"
     def __call__(self, batch:Batch)->TwoValued:
         "Return the logits for this batch"
-        return self.logits(batch.n_classes)
+        return self.logits(batch.z.shape[1])
 
     def soft_targets(self,
         n_classes:int,
