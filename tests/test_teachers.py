@@ -28,8 +28,8 @@ from fastkdtf.callback.distill import Distill, KnowledgeDistillation
 from fastkdtf.losses import KDLoss
 from fastkdtf.vision.models import create_model
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
-from fastkdtf.teachers.network import (
-    EnsembleTeacher, NetworkTeacher, UniformTeacher, as_teacher, class_names, class_order, input_stats, renormalise)
+from fastkdtf.teachers.base import UniformTeacher
+from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher, class_names, class_order, input_stats, renormalise
 
 K = 10
 f16,bf16,f32,f64 = torch.float16,torch.bfloat16,torch.float32,torch.float64

@@ -130,7 +130,7 @@ class Distill(LossTerm):
         "True if the soft loss depends on the label. A `sample_losses` of a subclass may, so it is taken to"
         if self.asks_label is not None: return self.asks_label
         own = type(self).sample_losses is not Distill.sample_losses or self.sample_weight is not None or len(self.rewrites) > 0
-        return own or self.teacher.asks_label or self.soft_loss.asks_label
+        return own or self.teacher.reads_label or self.soft_loss.asks_label
 
     # a batch
 
@@ -150,7 +150,7 @@ class Distill(LossTerm):
     ):
         "Ask the teachers whose turn it is, unless nothing depends on them"
         for key,teacher in self.teachers.items():
-            early = teacher.before_student and not (teacher.asks_label and self.mixing)   # mixed images have two labels, so it is asked for each
+            early = teacher.before_student and not (teacher.reads_label and self.mixing)   # mixed images have two labels, so it is asked for each
             if early != before_student or not (batch.soft or teacher.every_batch): continue
             precision = own_autocast(self.learn) if before_student else nullcontext()   # after the student's pass it is still in force
             with torch.no_grad(), precision: batch.answers[key] = teacher(batch)

@@ -18,7 +18,7 @@ from ..core import *
 class Teacher:
     "Base of teachers; a subclass defines `__call__(batch)`, which returns logits"
     before_student = False   # True: it does not look at `batch.z`, and is asked before the student's graph exists
-    asks_label = True   # False: it does not look at `batch.y`, and is asked once where each image has two labels
+    asks_label = None   # whether it looks at `batch.y`, and is asked for each label where images have two; None: unless it is asked before the student
     every_batch = False   # True: it must see every batch, also while its weight is 0
     columns = {}   # name → function: what the recorder shows beside the losses
 
@@ -31,6 +31,11 @@ class Teacher:
         "Return what a training that goes on from a checkpoint needs"
         return {}
     def load_state_dict(self, state:dict): "Go on from `state`"
+
+    @property
+    def reads_label(self)->bool:
+        "True if it looks at the label, as far as it says"
+        return not self.before_student if self.asks_label is None else self.asks_label
 
     @property
     def live(self)->'Teacher':

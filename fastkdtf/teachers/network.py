@@ -272,7 +272,7 @@ class EnsembleTeacher(Teacher):
         for o in self.teachers:
             if not o.before_student or type(o).after_step is not Teacher.after_step:
                 raise TypeError(f'an ensemble takes networks that stay as they are, got {o!r}; as a callback of its own it combines with others')
-        self.asks_label = any(teacher.asks_label for teacher in self.teachers)
+        self.asks_label = any(teacher.reads_label for teacher in self.teachers)
         self.average = check_choice('average', average, ('probs', 'logits'))
 
     def attach(self, learn:Learner):
