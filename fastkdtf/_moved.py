@@ -10,7 +10,7 @@ moved = {old: tuple(new.split()) for old,new in dict(
     augment='vision.augment', cifar_nets='vision.cifar_nets', data='vision.data', identity='vision.identity', loader='vision.loader',
     models='vision.models', readers='vision.readers',
     cache='teachers.cache', frozen='teachers.frozen', memory='teachers.memory', teachers='teachers.base teachers.network',
-    distill='callback.distill', effdstl='callback.effdstl', schedules='callback.schedules', selfguide='callback.selfguide lab.interpret',
+    distill='callback.distill callback.methods', effdstl='callback.effdstl', schedules='callback.schedules', selfguide='callback.selfguide lab.interpret',
     stages='callback.stages', survival='callback.survival', terms='callback.term', twostage='callback.twostage',
     bench='lab.bench', defective='lab.defective', draw='lab.draw', experiment='lab.experiment', explore='lab.explore',
     interpret='lab.interpret', learner='lab.compare', measure='lab.measure', page='lab.page', peers='lab.peers',

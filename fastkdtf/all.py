@@ -20,6 +20,7 @@ from fastkdtf.callback.distill import *
 from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.callback.schedules import Schedule, fit_schedule
 from fastkdtf.callback.selfguide import *
+from fastkdtf.callback.methods import find_method, register_method, teacher_free
 from fastkdtf.callback.stages import Stage, scale_epochs
 from fastkdtf.callback.survival import fold, register_block, subnetwork, survival, survival_probs
 from fastkdtf.callback.term import LossTerm

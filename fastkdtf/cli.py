@@ -66,7 +66,7 @@ def _count(n, what): return f"{n:,} {what}{'' if n == 1 else 's'}"
 def _compare(a):
     from fastkdtf.vision.augment import Augment
     from fastkdtf.vision.data import kd_dataloaders
-    from fastkdtf.callback.distill import teacher_free
+    from fastkdtf.callback.methods import teacher_free
     from fastkdtf.lab.compare import compare
     from fastkdtf.lab.measure import keep_freed_memory
     from fastkdtf.vision.models import create_model
@@ -201,11 +201,9 @@ def _settings(pairs):
 def _settings_of(d): return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k,v in d.settings.items()}
 
 def _describe(a):
-    from fastkdtf.callback import distill
-    known = {o.__name__: o for o in (distill.LsrKD, distill.TfKDReg, distill.ScaledCE, distill.ScaledLS)}
-    known |= distill.teacher_free(a.classes)
-    if a.method not in known: raise UsageError(f"{a.method} is not one of {', '.join(known)}")
-    try: d = known[a.method](**_settings(a.settings)).describe(a.classes)
+    from fastkdtf.callback.methods import methods
+    if a.method not in methods: raise UsageError(f"{a.method} is not one of {', '.join(methods)}")
+    try: d = methods[a.method].describe(a.classes, **_settings(a.settings))
     except TypeError as e: raise UsageError(str(e)) from e
     said = 'nothing' if d.epsilon is None else f"label smoothing {d.epsilon:.3f} of scale {d.scale:.3g}, {'exactly' if d.exact else 'to first order'}"
     numbers = {k: getattr(d, k) for k in ('name', 'n_classes', 'hard', 'soft', 'tau', 'target', 'soft_gradient', 'scale', 'epsilon', 'exact', 'negligible', 'notes')}

@@ -305,7 +305,7 @@ def test_mixing(mix):
     class Note(Callback):
         order = 5.5
         def after_pred(self):
-            if self.training: got.setdefault('z', (cb.z.detach(), self.learn.pred.detach()))
+            if self.training: got.setdefault('z', (cb.batch.z.detach(), self.learn.pred.detach()))
         def after_loss(self):
             if not self.training or 'loss' in got: return
             m = next(o for o in self.learn.cbs if isinstance(o, mix))

@@ -36,7 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..teachers.cache import CachedTeacher
 from ..core import *
-from ..callback.distill import KnowledgeDistillation, MemoryReplay, teacher_free
+from ..callback.distill import KnowledgeDistillation, MemoryReplay
+from ..callback.methods import teacher_free
 from ..teachers.frozen import FrozenCopy, copy_model
 from ..vision.loader import with_index
 from ..losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss

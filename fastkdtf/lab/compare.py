@@ -9,6 +9,7 @@ __all__ = ['compare']
 
 # %% ../../nbs/41_lab.compare.ipynb #2209335c
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -28,12 +29,27 @@ from ..vision.loader import LastBatch, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
 from .report import Comparison
 from ..teachers.network import first_output
+from ..callback.methods import find_method
 from ..callback.term import LossTerm
 from .training import *
 
 # %% ../../nbs/41_lab.compare.ipynb #3a58bcbc
+def _by_name(methods, n_classes, baseline):
+    "`methods` as a dict; a name in the list of methods becomes what makes its callback"
+    if isinstance(methods, (list, tuple)) and methods and all(isinstance(name, str) for name in methods): methods = {name: name for name in methods}
+    if not isinstance(methods, dict) or not methods:
+        raise TypeError(f"methods must be a dict from names to methods, such as {{'LsrKD': LsrKD}}, or a list of names, got {methods!r}")
+    for name,method in methods.items():
+        if method is None and name != baseline: raise ValueError(f'methods: {name!r} is None, which only the baseline may be ({baseline!r})')
+    return {name: _found(method, n_classes) if isinstance(method, str) else method for name,method in methods.items()}
+
+def _found(name, n_classes):
+    method = find_method(name)
+    if not method.needs_teacher: return method.maker(n_classes)
+    raise ValueError(f'{name} needs a teacher: give a dict with {name!r}: partial({getattr(method.make, "__name__", name)}, teacher)')
+
 def compare(
-    methods:dict, # name → None (the baseline), callback class, function that makes a callback, callback, `Stage`, or a list of these
+    methods:dict|Sequence, # names of the list of methods; or a dict: name → None (the baseline), callback class, function that makes a callback, callback, `Stage`, or a list of these
     dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
     model_fn:Callable, # makes the model; called once a run, with the run's seed set
     n_epoch:int, # epochs of each run
@@ -49,68 +65,77 @@ def compare(
     learner:Callable=Learner, # makes the learner from loaders, model, `metrics`, `loss_func` and `opt_func`
 )->Comparison:
     "Train a network with each method and its matched controls over several seeds, from the same weights on the same batches"
-    if not isinstance(methods, dict) or not methods: raise TypeError(f"methods must be a dict from names to methods, such as {{'LsrKD': LsrKD}}, got {methods!r}")
-    for name,o in methods.items():
-        if o is None and name != baseline: raise ValueError(f'methods: {name!r} is None, which only the baseline may be ({baseline!r})')
+    methods = _by_name(methods, dls.c, baseline)
     if baseline not in methods: methods = {baseline: None, **methods}
     arms = {name: Arm(*o) for name,o in with_controls(methods, dls.c, controls).items()}
     settings = {**(settings or {}), 'loss_func': fingerprint(loss_func), 'opt_func': fingerprint(opt_func), **({} if learner is Learner else dict(learner=fingerprint(learner)))}
     learner = partial(learner, loss_func=loss_func, opt_func=opt_func)
     return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
 
+# %% ../../nbs/41_lab.compare.ipynb #e53d3f19
+@contextmanager
+def _on_a_copy(learn, pct):
+    "A copy of the model takes the learner's place; afterwards learner, loader and random states are what they were"
+    states,model,loader = get_random_states(),learn.model,learn.dls.train
+    kept = {name: vars(learn).get(name) for name in ('dl', 'xb', 'yb', 'pred', 'pct_train')}
+    order,generator = (vars(loader).get(name) for name in ('rng', 'generator'))   # fastai's loader has the one, PyTorch's the other
+    order,drawn = deepcopy(order),generator and generator.get_state()
+    device = getattr(learn.dls, 'device', default_device())
+    learn.model = copy_model(get_model(model)).to(device).train()   # a method may change the network, as stochastic depth does
+    learn.pct_train = pct
+    try: yield device
+    finally:
+        learn.model = model
+        for name,value in kept.items(): setattr(learn, name, value)
+        if order is not None: loader.rng = order
+        if generator is not None: generator.set_state(drawn)
+        set_random_states(**states)
+
+def _losses(learn, batch, term=None):
+    "The weighted hard and soft loss of a batch; without a method the plain loss and None"
+    b,learn.dl = batch
+    learn._split(b)
+    if hasattr(type(term), 'before_batch'): term.before_batch()
+    for cb in learn._grab_cbs(CastToTensor): cb.before_batch()
+    learn.pred = first_output(learn.model(*learn.xb))
+    base = learn.loss_func(learn.pred, *learn.yb)
+    if term is None: return base,None
+    hard,weight,soft = term.contribution(term.labels())
+    return hard*base,weight*soft if weight else base*0
+
+def _measured(learn, term, batches, device):
+    "A row of `describe_kd`"
+    params = [p for p in learn.model.parameters() if p.requires_grad]
+    def gradient(loss):
+        grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in grads])
+    def step(batch, term=None): return torch.autograd.grad(sum(loss for loss in _losses(learn, batch, term) if loss is not None), params)
+
+    grads = [[gradient(loss) for loss in _losses(learn, batch, term)] for batch in batches]
+    hard,soft = (torch.stack(part) for part in zip(*grads))
+    times = interleaved_times({'plain': lambda: [step(b) for b in batches], 'method': lambda: [step(b, term) for b in batches]}, rounds=5)
+    plain,own = (peak_memory(lambda: step(batches[0], method), device) for method in (None, term))
+    return {'method': term.name, 'soft/hard gradient': (soft.norm(dim=1)/hard.norm(dim=1)).mean().item(),
+            'cosine': torch.cosine_similarity(hard, soft).mean().item(), 'time': median_ratio(times, 'method', 'plain'), 'memory': own/plain}
+
 # %% ../../nbs/41_lab.compare.ipynb #5de5dd39
 @patch
 def describe_kd(self:Learner,
     n_batches:int=4, # training batches to measure on
-    pct:float=1., # share of the training that is done, for schedules
+    pct:float=1., # part of the training that is done, for schedules
 )->pd.DataFrame: # one row a method
     """Measure the learner's methods on its own batches; model, optimizer and random states stay as they are
 
     Columns: norm of the soft term's gradient over that of the hard one's, their cosine, time and peak memory of forward and
     backward as ratios to those without the method."""
-    terms = sorted((o for o in self.cbs if isinstance(o, LossTerm)), key=lambda o: o.name)
+    terms = sorted((cb for cb in self.cbs if isinstance(cb, LossTerm)), key=lambda term: term.name)
     if not terms: raise ValueError('this learner has no method to describe: learn.add_cb(LsrKD()) adds one')
     check_whole('n_batches', n_batches)
     check_number('pct', pct, '[0,1]')
-    states,model = get_random_states(),self.model
-    order,generator = (vars(self.dls.train).get(o) for o in ('rng', 'generator'))   # fastai's loader has the one, PyTorch's the other
-    order,drawn = deepcopy(order),generator and generator.get_state()
-    kept = {k: vars(self).get(k) for k in ('dl', 'xb', 'yb', 'pred', 'pct_train')}
-    device = getattr(self.dls, 'device', default_device())
-    self.model = copy_model(get_model(model)).to(device).train()   # a method may change the network, as stochastic depth does
-    params = [p for p in self.model.parameters() if p.requires_grad]
-    self.pct_train = pct
-
-    def losses(batch, term=None):
-        b,self.dl = batch
-        self._split(b)
-        if hasattr(type(term), 'before_batch'): term.before_batch()
-        for cb in self._grab_cbs(CastToTensor): cb.before_batch()
-        self.pred = first_output(self.model(*self.xb))
-        base = self.loss_func(self.pred, *self.yb)
-        if term is None: return base, None
-        hard,weight,soft = term.contribution(term.labels())
-        return hard*base, weight*soft if weight else base*0
-
-    def gradient(loss): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)])
-    def step(batch, term=None): return torch.autograd.grad(sum(o for o in losses(batch, term) if o is not None), params)
-
-    try:
-        for term in terms: term.before_fit()
-        batches = [(to_device(b, device), LastBatch(batch_info(self.dls.train))) for b in islice(self.dls.train, n_batches)]
-        rows = []
-        for term in terms:
-            hard,soft = (torch.stack(g) for g in zip(*[[gradient(o) for o in losses(b, term)] for b in batches]))
-            norms = hard.norm(dim=1),soft.norm(dim=1)
-            times = interleaved_times({'plain': lambda: [step(b) for b in batches], 'method': lambda: [step(b, term) for b in batches]}, rounds=5)
-            memory = [peak_memory(lambda: step(batches[0], t), device) for t in (None, term)]
-            rows.append({'method': term.name, 'soft/hard gradient': (norms[1]/norms[0]).mean().item(), 'cosine': torch.cosine_similarity(hard, soft).mean().item(),
-                         'time': median_ratio(times, 'method', 'plain'), 'memory': memory[1]/memory[0]})
-        return pd.DataFrame(rows).set_index('method').round(3)
-    finally:
-        for term in terms: term.after_fit()
-        self.model = model
-        for k,v in kept.items(): setattr(self, k, v)
-        if order is not None: self.dls.train.rng = order
-        if generator is not None: generator.set_state(drawn)
-        set_random_states(**states)
+    with _on_a_copy(self, pct) as device:
+        try:
+            for term in terms: term.before_fit()
+            batches = [(to_device(b, device), LastBatch(batch_info(self.dls.train))) for b in islice(self.dls.train, n_batches)]
+            return pd.DataFrame([_measured(self, term, batches, device) for term in terms]).set_index('method').round(3)
+        finally:
+            for term in terms: term.after_fit()
