@@ -40,20 +40,20 @@ class Description:
 
     @property
     def epsilon(self)->float|None:
-        "Label smoothing it is equivalent to; None when the target does not depend on the label alone"
+        "Label smoothing it is equivalent to; None where the target does not depend on the label alone"
         if self.target is None or not self.scale: return None
         on,off = self.target
         return 1 - (self.hard + self.soft_gradient*(on-off))/self.scale
 
     @property
     def exact(self)->bool:
-        "Whether the equivalence holds for every prediction; otherwise to first order at uniform predictions"
+        "True if the equivalence holds for every prediction; otherwise it holds to first order, at uniform predictions"
         return self.tau == 1 or not self.soft
 
     def gradient_ratio(self,
         confidence:float # the student's probability of the label; the others share the rest
     )->float|None: # None when the target does not depend on the label alone
-        "Norm of the soft term's gradient over that of the hard term's, for a student of this confidence"
+        "Return the norm of the soft term's gradient over that of the hard term's, for a student of this confidence"
         if self.target is None or not self.hard or self.soft_gradient is None: return None
         k = self.n_classes-1
         norm = lambda on, off: math.sqrt(on**2 + k*off**2)
@@ -64,8 +64,8 @@ class Description:
 
     @property
     def negligible(self)->bool:
-        "Whether the soft term moves a student by less than 1 % of what the hard term does, at uniform predictions and at 90 % confidence"
-        ratios = [self.gradient_ratio(o) for o in (1/self.n_classes, .9)]
+        "True if the soft term moves a student by less than 1 % of what the hard term does, at uniform predictions and at 90 % confidence"
+        ratios = self._ratios()
         return None not in ratios and max(ratios) < .01
 
     def _named(self, hard, soft):
@@ -75,34 +75,40 @@ class Description:
 
     @property
     def as_control(self)->str|None:
-        "The name of the control that this method itself is, or None: it is one if its target is uniform and the student not softened"
+        "The name of the control that this method itself is: it is one if its target is uniform and the student not softened; else None"
         if self.soft and not (self.exact and self.target and math.isclose(*self.target)): return None
         return self._named(self.hard, self.soft) if self.scale else None
 
     @property
     def controls(self)->dict:
         "Matched controls, as `{name: (weight of H(q,p), weight of D_KL(u,p))}`; plain cross-entropy and the method itself are left out"
-        w,eps = self.scale,self.epsilon
-        if not w: return {}
-        weights = [(w, 0.)] + ([(w*(1-eps), w*eps)] if eps is not None and 1e-6 < eps < 1 else [])
-        named = {self._named(*o): o for o in weights}
-        return {k: o for k,o in named.items() if k not in ('CE', self.as_control)}
+        scale,epsilon = self.scale,self.epsilon
+        if not scale: return {}
+        weights = [(scale, 0.)]
+        if epsilon is not None and 1e-6 < epsilon < 1: weights.append((scale*(1-epsilon), scale*epsilon))
+        named = {self._named(hard, soft): (hard, soft) for hard,soft in weights}
+        return {name: weights for name,weights in named.items() if name not in ('CE', self.as_control)}
 
     def rows(self)->list:
-        "What the table shows, as pairs"
+        "Return what the table shows, as pairs"
         n = lambda x: f'{x if abs(x) > 1e-12 else 0.:.3g}'
-        tau = '' if self.tau == 1 else '_τ'
-        out = [('hard term', f'{n(self.hard)} · H(q, p)'), ('soft term', f'{n(self.soft)} · {self.loss}(t, p{tau})' + (f', τ = {n(self.tau)}' if tau else ''))]
-        if self.target: out.append(('target t', f'{self.target[0]:.6f} on the label, {self.target[1]:.6f} elsewhere'))
-        if self.scale is None: out += [('soft gradient', 'not known'), ('scale of the loss', 'not known')]
-        else: out += [('soft gradient', f'{n(self.soft_gradient)} · (p{tau} - t)'), ('scale of the loss', n(self.scale))]
-        if self.epsilon is not None: out.append(('label smoothing ε', f'{self.epsilon:.3f} ' + ('(exact)' if self.exact else '(first order)')))
-        ratios = [self.gradient_ratio(o) for o in (1/self.n_classes, .9)]
-        if None not in ratios: out.append(('soft/hard gradient', f'{n(ratios[0])} at uniform predictions, {n(ratios[1])} at 90 % confidence'))
-        if self.controls: out.append(('controls', ', '.join(self.controls)))
+        tau,at_tau = ('', '') if self.tau == 1 else ('_τ', f', τ = {n(self.tau)}')
+        rows = [('hard term', f'{n(self.hard)} · H(q, p)'), ('soft term', f'{n(self.soft)} · {self.loss}(t, p{tau}){at_tau}')]
+        if self.target: rows.append(('target t', f'{self.target[0]:.6f} on the label, {self.target[1]:.6f} elsewhere'))
+        if self.scale is None: rows += [('soft gradient', 'not known'), ('scale of the loss', 'not known')]
+        else:                  rows += [('soft gradient', f'{n(self.soft_gradient)} · (p{tau} - t)'), ('scale of the loss', n(self.scale))]
+        if self.epsilon is not None: rows.append(('label smoothing ε', f'{self.epsilon:.3f} ' + ('(exact)' if self.exact else '(first order)')))
+        ratios = self._ratios()
+        if None not in ratios: rows.append(('soft/hard gradient', f'{n(ratios[0])} at uniform predictions, {n(ratios[1])} at 90 % confidence'))
+        if self.controls: rows.append(('controls', ', '.join(self.controls)))
+        return rows + [('note', note) for note in self._all_notes()]
+
+    def _ratios(self): return [self.gradient_ratio(confidence) for confidence in (1/self.n_classes, .9)]
+
+    def _all_notes(self):
         notes = self.notes + (['the soft term is negligible'] if self.negligible else [])
-        if self.target and self.soft and self.target[0] < self.target[1]*(1-1e-9): notes.append('the target ranks the labelled class last')
-        return out + [('note', o) for o in notes]
+        ranked_last = self.target and self.soft and self.target[0] < self.target[1]*(1-1e-9)
+        return notes + (['the target ranks the labelled class last'] if ranked_last else [])
 
     @property
     def title(self)->str:

@@ -29,12 +29,12 @@ def is_due(
     t:int, # the step about to be made, from 1
     interval:Fraction, # steps between refreshes
 )->bool:
-    "Whether the copies move before step `t`. Wang et al. 2020, Algorithm 1"
+    "True if the copies move before step `t`. Wang et al. 2020, Algorithm 1"
     return math.floor(t/interval) != math.floor((t-1)/interval)
 
 def _steps_per_epoch(learn):
     "Steps of the optimizer in an epoch"
-    accumulated = next((o.n_acc for o in learn.cbs if isinstance(o, GradientAccumulation)), 1)
+    accumulated = next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 1)
     return Fraction(learn.n_iter, math.ceil(accumulated/find_bs(learn.yb)))
 
 def _fraction(value): return value if isinstance(value, Fraction) else max(Fraction(value).limit_denominator(10**6), Fraction(1, 10**6))
@@ -46,28 +46,31 @@ def _check_device(copy_device):
     "`copy_device`, if it names devices"
     devices = copy_device if isinstance(copy_device, (list, tuple)) else [copy_device]
     if not devices: raise ValueError('copy_device is an empty list: name at least one device, or give None')
-    if copy_device != 'spread':
-        for o in devices:
-            try: torch.device(o or 'cpu')
-            except (RuntimeError, TypeError) as e: raise ValueError(f'copy_device: {o!r} is no device ({str(e).splitlines()[0]})') from e
+    if copy_device == 'spread': return copy_device
+    for device in devices:
+        try: torch.device(device or 'cpu')
+        except (RuntimeError, TypeError) as e: raise ValueError(f'copy_device: {device!r} is no device ({str(e).splitlines()[0]})') from e
     return copy_device
 
 def _devices(copy_device):
-    "Where copies live, in turn; None: beside the student"
-    if copy_device == 'spread': return [None] if _world_size() > 1 else [torch.device('cuda', i) for i in range(torch.cuda.device_count())] or [None]
-    return [None if o is None else torch.device(o) for o in (copy_device if isinstance(copy_device, (list, tuple)) else [copy_device])]
+    "Devices to take in turn; None: beside the student"
+    if copy_device == 'spread':
+        if _world_size() > 1: return [None]
+        return [torch.device('cuda', i) for i in range(torch.cuda.device_count())] or [None]
+    devices = copy_device if isinstance(copy_device, (list, tuple)) else [copy_device]
+    return [None if device is None else torch.device(device) for device in devices]
 
 # %% ../../nbs/23_teachers.memory.ipynb #34778c20
 def _synchronised(model):
     "`model`, or under data parallelism a copy with the buffers of the first process"
     if _world_size() == 1: return model
     model = copy_model(model)
-    for b in model.buffers(): dist.broadcast(b, 0)
+    for buffer in model.buffers(): dist.broadcast(buffer, 0)
     return model
 
 # %% ../../nbs/23_teachers.memory.ipynb #48094c6d
 class MemoryTeacher(Teacher):
-    """Past copies of the student, refreshed every `interval`
+    """Past copies of the student, refreshed every `interval`. Wang et al. 2020, Algorithm 1
 
     A new `fit` starts with new copies; `Checkpoint` keeps them, `learn.export` does not."""
     before_student,asks_label = True,False
@@ -80,8 +83,9 @@ class MemoryTeacher(Teacher):
     ):
         self.n_copies = check_whole('n_copies', n_copies)
         if interval is not None and interval_steps is not None: raise ValueError('give interval, in epochs, or interval_steps, not both')
-        for name,v in (('interval', interval), ('interval_steps', interval_steps)):
-            setattr(self, name, v if v is None or isinstance(v, Fraction) and v > 0 else check_number(name, v, '(0,inf)'))
+        for name,value in (('interval', interval), ('interval_steps', interval_steps)):
+            exact = value is None or isinstance(value, Fraction) and value > 0
+            setattr(self, name, value if exact else check_number(name, value, '(0,inf)'))
         if copy_dtype is not None and not (isinstance(copy_dtype, torch.dtype) and copy_dtype.is_floating_point):
             raise TypeError(f'copy_dtype must be a floating-point torch.dtype, got {copy_dtype!r}')
         self.copy_dtype,self.copy_device = copy_dtype,_check_device(copy_device)
@@ -95,22 +99,24 @@ class MemoryTeacher(Teacher):
         self.learn,self.copies,self.resumed,self.kappa = None,None,None,None
         self.done,self.checked,self.made = 0,0,0   # steps; the step whose refresh was looked at; networks
 
+    def before_batch(self):
+        "Make the copies at the first batch, and move them at the first one of each step that is due"
+        if self.copies is None: self._begin()
+        t = self.done+1
+        if t == self.checked: return
+        self.checked = t
+        if is_due(t, self.kappa): self._refresh()
+
     def after_step(self): self.done += 1
 
-    def _new(self, model):
-        net,places = FrozenCopy(model, untrained=True),_devices(self.copy_device)
-        if self.copy_dtype is not None: net.model.to(self.copy_dtype)
-        net.place,self.made = places[self.made%len(places)],self.made+1
-        return net
-
     def _begin(self):
-        "The initial copies, or those of the checkpoint that is continued; made at the first batch, when all processes have the same weights"
+        "Make the initial copies, or those of the checkpoint that is continued"
         model,saved = get_model(self.learn.model),self.resumed
         if self.kappa is None: self._set_interval()
         if saved is None or saved['copies'] is None: self.copies = [self._new(_synchronised(model))]*self.n_copies
         else:
             nets = [self._new(model) for _ in saved['copies']]
-            for net,o in zip(nets, saved['copies']): net.load_state_dict(o)
+            for net,state in zip(nets, saved['copies']): net.load_state_dict(state)
             self.copies = [nets[i] for i in saved['order']]
         self.resumed = None
 
@@ -118,35 +124,40 @@ class MemoryTeacher(Teacher):
         per_epoch,n_epoch = _steps_per_epoch(self.learn),self.learn.n_epoch
         if self.interval_steps is not None: self.kappa = _fraction(self.interval_steps)
         else: self.kappa = per_epoch*(Fraction(n_epoch, 8) if self.interval is None else _fraction(self.interval))
-        if self.kappa > per_epoch*n_epoch and not hasattr(self.learn, 'lr_finder'):
-            warnings.warn(f'an interval of {float(self.kappa):g} steps is longer than the training, {float(per_epoch*n_epoch):g} steps: the copies stay the initial network throughout')
+        if self.kappa <= per_epoch*n_epoch or hasattr(self.learn, 'lr_finder'): return
+        warnings.warn(f'an interval of {float(self.kappa):g} steps is longer than the training, {float(per_epoch*n_epoch):g} steps: '
+                      'the copies stay the initial network throughout')
+
+    def _new(self, model):
+        net,places = FrozenCopy(model, untrained=True),_devices(self.copy_device)
+        if self.copy_dtype is not None: net.model.to(self.copy_dtype)
+        net.place,self.made = places[self.made%len(places)],self.made+1
+        return net
 
     def _refresh(self):
         *kept,last = self.copies
         model = _synchronised(get_model(self.learn.model))
-        self.copies = [self._new(model) if last in kept else last.refill(model), *kept]
+        self.copies = [self._new(model) if last in kept else last.refill(model),*kept]
+
+    def __call__(self, batch:Batch)->Tensor: # `[n,N,K,…]`, or `[N,K,…]` while all copies are one
+        "Return the logits of each copy"
+        said = {net: self._ask(net, batch.xb) for net in dict.fromkeys(self.copies)}
+        if len(said) == 1: return said[self.copies[0]]
+        return torch.stack([said[net] for net in self.copies])
 
     def _ask(self, net, xb):
         device = xb[0].device
         if net.place is None and self.copy_dtype is None: return first_output(net(*xb))
-        move = lambda x: x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x
-        with torch.autocast(device.type, enabled=False): return first_output(net(*map(move, xb))).to(device, torch.float32)
-
-    def before_batch(self):
-        if self.copies is None: self._begin()
-        t = self.done+1
-        if t == self.checked: return   # not the first batch of this step
-        self.checked = t
-        if is_due(t, self.kappa): self._refresh()
-
-    def __call__(self, batch:Batch)->Tensor: # `[n,N,K,…]`, or `[N,K,…]` while all copies are one
-        said = {net: self._ask(net, batch.xb) for net in dict.fromkeys(self.copies)}
-        return torch.stack([said[o] for o in self.copies]) if len(said) > 1 else said[self.copies[0]]
+        def moved(x):
+            if not isinstance(x, Tensor): return x
+            return x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None)
+        with torch.autocast(device.type, enabled=False): return first_output(net(*map(moved, xb))).to(device, torch.float32)
 
     def state_dict(self)->dict:
         if self.copies is None: return self.resumed or dict(done=self.done, checked=self.checked, copies=None)
         nets = list(dict.fromkeys(self.copies))
-        return dict(done=self.done, checked=self.checked, copies=[o.state_dict() for o in nets], order=[nets.index(o) for o in self.copies])
+        order = [nets.index(net) for net in self.copies]
+        return dict(done=self.done, checked=self.checked, copies=[net.state_dict() for net in nets], order=order)
 
     def load_state_dict(self, state:dict):
         "Go on from `state` at the next batch"
@@ -155,16 +166,19 @@ class MemoryTeacher(Teacher):
     @property
     def n_bytes(self)->int:
         "Memory that the copies hold"
-        return sum(o.n_bytes for o in set(self.copies or ()))
+        return sum(net.n_bytes for net in set(self.copies or ()))
 
     def notes(self, n_classes:int, learn:Learner|None=None)->list:
-        "What `describe` says of it"
+        "Return how much memory the copies will take"
         if learn is None: return []
-        model,size = get_model(learn.model),lambda t: (self.copy_dtype or t.dtype).itemsize if t.is_floating_point() else t.itemsize
+        model = get_model(learn.model)
+        size = lambda t: (self.copy_dtype or t.dtype).itemsize if t.is_floating_point() else t.itemsize
         each = sum(t.numel()*size(t) for t in [*model.parameters(), *model.buffers()])
-        return [f"{self.n_copies} cop{'y' if self.n_copies == 1 else 'ies'} of the network hold{'s'*(self.n_copies == 1)} {self.n_copies*each/2**20:.1f} MiB"]
+        hold = 'copy of the network holds' if self.n_copies == 1 else 'copies of the network hold'
+        return [f'{self.n_copies} {hold} {self.n_copies*each/2**20:.1f} MiB']
 
     def __getstate__(self): return {**vars(self), 'learn': None, 'copies': None, 'resumed': None}
     def __repr__(self):
         given = dict(interval=self.interval, interval_steps=self.interval_steps, copy_dtype=self.copy_dtype, copy_device=self.copy_device)
-        return f"MemoryTeacher({', '.join([str(self.n_copies), *(f'{k}={v!r}' for k,v in given.items() if v is not None)])})"
+        args = [str(self.n_copies), *(f'{name}={value!r}' for name,value in given.items() if value is not None)]
+        return f"MemoryTeacher({', '.join(args)})"
