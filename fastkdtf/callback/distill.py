@@ -360,7 +360,6 @@ def matched_controls(
     method:Distill, # the method to be held against them
     n_classes:int,
 )->dict: # name → callback
-    "The controls of a method: cross-entropy of the same scale, and label smoothing of the equivalent ε and scale"
-    d,out = method.describe(n_classes),{}
-    for name,(hard,soft) in d.controls.items(): out[name] = ScaledLS(soft/(hard+soft), hard+soft) if soft else ScaledCE(hard)
-    return out
+    "Make the controls of a method: cross-entropy of the same scale, and label smoothing of the equivalent ε and scale"
+    controls = method.describe(n_classes).controls
+    return {name: ScaledLS(soft/(hard+soft), hard+soft) if soft else ScaledCE(hard) for name,(hard,soft) in controls.items()}
