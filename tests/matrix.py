@@ -147,12 +147,15 @@ class Method:
     off:dict|None=None # arguments that leave it without weight
     net:object=convolutions # makes the student
 
-METHODS = {
+def smoothing(z, y, o): return .3*kl(torch.full_like(z, 1/K), z, 1.)
+
+METHODS = {   # by the name in the list of methods; others are forms of these
+    'LSR':              Method(partial(LsrKD, alpha=.3, tau=1.), smoothing, .7, dict(alpha=0.)),
     'LsrKD':            Method(partial(LsrKD, alpha=.3), uniform, .7, dict(alpha=0.)),
     'LsrKD-TC':         Method(partial(LsrKD, alpha=.3, gamma=.25), corrected, .7, dict(alpha=0.)),
     'TfKDReg':          Method(partial(TfKDReg, alpha=.3), tf_kd_reg, .7, dict(alpha=0.)),
-    'TfKDReg official': Method(partial(TfKDReg, alpha=.3, variant='official', multiplier=5.), tf_kd_official, .7, dict(alpha=0.)),
-    'KD network':       Method(lambda alpha=.6, **kw: KnowledgeDistillation(network(7), alpha, **kw), kd, .4, dict(alpha=0.)),
+    'TfKDReg-official': Method(partial(TfKDReg, alpha=.3, variant='official', multiplier=5.), tf_kd_official, .7, dict(alpha=0.)),
+    'KD':               Method(lambda alpha=.6, **kw: KnowledgeDistillation(network(7), alpha, **kw), kd, .4, dict(alpha=0.)),
     'KD cached':        Method(lambda alpha=.6, **kw: KnowledgeDistillation(cached(), alpha, **kw), kd, .4, dict(alpha=0.)),
     'KD ensemble':      Method(lambda alpha=.6, **kw: KnowledgeDistillation(EnsembleTeacher([network(7), network(8)]), alpha, **kw), ensemble, .4, dict(alpha=0.)),
     'MemoryReplay':     Method(partial(MemoryReplay, 2, interval_steps=2), replay, .75, dict(alpha=0.)),

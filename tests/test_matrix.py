@@ -536,3 +536,8 @@ def test_the_documentation_shows_these_cells():
     kinds = {(o['method'], o['situation']): o['result'].partition(': ')[0] for o in kept}
     assert set(kinds.values()) <= {'works', 'refused', 'skipped'}
     assert {k for k,v in kinds.items() if v == 'refused'} == set(REFUSED)
+
+def test_every_method_of_the_list_is_in_the_matrix():
+    from fastkdtf.callback.methods import methods
+    ours = [m.name for m in methods.values() if not m.control]
+    assert len(ours) > 10 and set(ours) <= set(METHODS)

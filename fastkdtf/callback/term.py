@@ -132,7 +132,7 @@ class LossTerm(Callback):
 
     def _set_learn(self, learn):
         if learn is None and self._learn is not None: TermMetric.drop(self._learn)   # taken off its learner, after Ctrl-C too
-        self.__dict__['_learn'] = learn
+        self.__dict__.update(_learn=learn, batch=None)
 
     learn = property(attrgetter('_learn'), _set_learn, doc="The learner; its columns go with the method")
 

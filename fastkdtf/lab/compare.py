@@ -35,13 +35,14 @@ from .training import *
 
 # %% ../../nbs/41_lab.compare.ipynb #3a58bcbc
 def _by_name(methods, n_classes, baseline):
-    "`methods` as a dict; a name in the list of methods becomes what makes its callback"
-    if isinstance(methods, (list, tuple)) and methods and all(isinstance(name, str) for name in methods): methods = {name: name for name in methods}
+    "`methods` as a dict; names in the list of methods become what makes their callbacks"
+    if isinstance(methods, (list, tuple)) and all(isinstance(name, str) for name in methods):
+        methods = {name: None if name == baseline else _found(name, n_classes) for name in methods}
     if not isinstance(methods, dict) or not methods:
         raise TypeError(f"methods must be a dict from names to methods, such as {{'LsrKD': LsrKD}}, or a list of names, got {methods!r}")
     for name,method in methods.items():
         if method is None and name != baseline: raise ValueError(f'methods: {name!r} is None, which only the baseline may be ({baseline!r})')
-    return {name: _found(method, n_classes) if isinstance(method, str) else method for name,method in methods.items()}
+    return methods
 
 def _found(name, n_classes):
     method = find_method(name)

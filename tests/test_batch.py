@@ -1,0 +1,179 @@
+"The batch under way: who is asked about it, when, with which labels, and what is left of it"
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.basics import DataLoaders, Learner, SGD
+from fastai.callback.all import CutMix, MixUp, SchedLin
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.progress import ProgressCallback
+from fastai.losses import CrossEntropyLossFlat
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, matched_controls
+from fastkdtf.callback.selfguide import SelfGuidance
+from fastkdtf.core import Batch, Step
+from fastkdtf.divergence import SoftLoss
+from fastkdtf.teachers.base import Teacher, UniformTeacher
+from fastkdtf.vision.models import create_model
+
+K = 5
+
+class Keep(Callback):
+    "Keep logits, labels and the loss of each step"
+    order = 5.5
+    def before_fit(self): self.steps = []
+    def after_loss(self):
+        if not self.training: return
+        mixing = next((cb for cb in self.learn.cbs if isinstance(cb, (MixUp, CutMix))), None)
+        pairs = [(self.learn.y, mixing.lam), (mixing.yb1[0], 1-mixing.lam)] if mixing else [(self.learn.y, 1.)]
+        self.steps.append(SimpleNamespace(z=self.learn.pred.detach().double(), x=self.learn.x, pairs=pairs, loss=self.learn.loss_grad.item(),
+                                          base=self.learn.loss_func(self.learn.pred, *self.learn.yb).item()))
+
+def fit(cbs, n_epoch=1, size=8, net=None):
+    g = torch.Generator().manual_seed(0)
+    x,y = torch.randn(32, 3, size, size, generator=g),torch.randint(0, K, (32,), generator=g)
+    dls = DataLoaders(DataLoader(TensorDataset(x, y), 16), DataLoader(TensorDataset(x, y), 16))
+    dls.c = K
+    torch.manual_seed(1)
+    net = net or nn.Sequential(nn.Flatten(), nn.Linear(3*size*size, K))
+    keep = Keep()
+    learn = Learner(dls, net, CrossEntropyLossFlat(), opt_func=SGD, lr=.01, cbs=[*cbs, keep]).remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit(n_epoch)
+    return learn,keep.steps
+
+def log_probs(z): return torch.log_softmax(z, 1)
+
+class LabelSquared(SoftLoss):
+    "Reads the label and nothing else: `(1 - p_label)²`"
+    calls = 0
+    def __call__(self, batch, target):
+        self.calls += 1
+        return (1 - batch.z.softmax(1).gather(1, batch.y[:,None])[:,0])**2
+
+class Entropy(SoftLoss):
+    "Reads no label"
+    asks_label,calls = False,0
+    def __call__(self, batch, target):
+        self.calls += 1
+        p = batch.z.log_softmax(1)
+        return -(p.exp()*p).sum(1)
+
+class Says(Teacher):
+    "Notes when it is asked, and about which labels"
+    def __init__(self, **declared):
+        self.asked = []
+        for name,value in declared.items(): setattr(self, name, value)
+    def __call__(self, batch):
+        self.asked.append(SimpleNamespace(y=batch.y, early=batch.z is None, grad=torch.is_grad_enabled()))
+        return torch.zeros(len(batch.y), K)
+
+# labels
+
+@pytest.mark.parametrize('mix', [None, MixUp, CutMix])
+def test_a_loss_that_reads_the_label_is_computed_for_each_and_mixed_as_the_labels_are(mix):
+    loss = LabelSquared()
+    _,steps = fit([Distill(UniformTeacher(), (1., .5), 1., scale=1, loss=loss), *([mix(.4)] if mix else [])])
+    assert len(steps) == 2 and loss.calls == (4 if mix else 2)
+    for o in steps:
+        soft = lambda y: (1 - o.z.softmax(1).gather(1, y[:,None])[:,0])**2
+        want = sum((torch.as_tensor(part).double()*soft(y)).mean().item() for y,part in o.pairs)
+        assert o.loss == pytest.approx(o.base + .5*want, rel=1e-5)
+
+def test_a_loss_that_reads_no_label_is_computed_once():
+    loss = Entropy()
+    _,steps = fit([Distill(Says(before_student=True), (1., .5), 1., scale=1, loss=loss), MixUp(.4)])
+    assert len(steps) == 2 and loss.calls == 2
+    for o in steps: assert o.loss == pytest.approx(o.base + .5*-(log_probs(o.z).exp()*log_probs(o.z)).sum(1).mean().item(), rel=1e-5)
+
+def test_a_subclass_whose_losses_read_the_label_is_right_under_mixup_without_saying_so():
+    class Own(Distill):
+        def sample_losses(self, batch): return (1 - batch.z.softmax(1).gather(1, batch.y[:,None])[:,0])**2
+    method = Own(Says(before_student=True), (1., .5), 1., scale=1)
+    _,steps = fit([method, MixUp(.4)])
+    assert len(steps) == 2
+    for o in steps:
+        want = sum((torch.as_tensor(part).double()*(1 - o.z.softmax(1).gather(1, y[:,None])[:,0])**2).mean().item() for y,part in o.pairs)
+        assert o.loss == pytest.approx(o.base + .5*want, rel=1e-5)
+    d = method.describe(K)
+    assert d.scale is None and d.epsilon is None and matched_controls(method, K) == {} and ('scale of the loss', 'not known') in d.rows()
+
+def test_what_a_method_declares_goes_before_what_its_parts_say():
+    class Own(Distill):
+        asks_label = False
+        def sample_losses(self, batch): return batch.z.pow(2).sum(1)
+    seen = Says(before_student=True)
+    fit([Own(seen, (1., .5), 1., scale=1), MixUp(.4)])
+    assert len(seen.asked) == 2
+
+def test_a_teacher_that_reads_the_label_before_the_student_is_asked_for_each_label_of_a_mixed_image():
+    mixed,plain = Says(before_student=True, asks_label=True),Says(before_student=True, asks_label=True)
+    _,steps = fit([Distill(mixed, .5, 1.), MixUp(.4)])
+    assert [o.early for o in mixed.asked] == [False]*4
+    for i,o in enumerate(steps):
+        for asked,(y,_) in zip(mixed.asked[2*i:2*i+2], o.pairs, strict=True): assert torch.equal(asked.y, y)
+    fit([Distill(plain, .5, 1.)])
+    assert [o.early for o in plain.asked] == [True]*2
+
+def test_one_number_for_the_batch_is_a_soft_loss_too_but_not_for_two_labels():
+    class Whole(SoftLoss):
+        asks_label = False
+        def __call__(self, batch, target): return batch.z.std()
+    _,steps = fit([Distill(Says(before_student=True), (1., .5), 1., scale=1, loss=Whole), MixUp(.4)])
+    assert len(steps) == 2
+    for o in steps: assert o.loss == pytest.approx(o.base + .5*o.z.std().item(), rel=1e-5)
+    Whole.asks_label = True
+    with pytest.raises(TypeError, match='two labels'): fit([Distill(UniformTeacher(), (1., .5), 1., scale=1, loss=Whole), MixUp(.4)])
+
+# when
+
+def test_a_teacher_that_must_see_every_batch_is_asked_at_weight_0_and_others_are_not():
+    for alpha in (0., SchedLin(0., 0.)):
+        for early in (False, True):
+            keen,other = Says(every_batch=True, before_student=early),Says(before_student=early)
+            fit([Distill(keen, alpha, 1.)], 2)
+            fit([Distill(other, alpha, 1.)], 2)
+            assert len(keen.asked) == 4 and not other.asked
+
+def test_a_method_of_weight_0_changes_nothing_though_its_teacher_sees_every_batch():
+    a,b = (fit(cbs, 2)[0].model[1].weight for cbs in ([Distill(Says(every_batch=True), 0., 1.)], []))
+    assert torch.equal(a, b)
+
+def test_every_teacher_is_asked_without_a_graph():
+    late,early = Says(),Says(before_student=True)
+    fit([Distill(late, .5, 1.), Distill(early, .5, 1., name='early')])
+    assert [o.grad for o in late.asked+early.asked] == [False]*4 and [o.early for o in late.asked+early.asked] == [False]*2 + [True]*2
+
+# what is left
+
+def test_the_batch_goes_when_it_ends():
+    class Look(Callback):
+        order,run_valid = 100,False
+        def before_fit(self): self.seen = []
+        def before_batch(self): self.seen.append(isinstance(method.batch, Batch))
+        def before_backward(self): self.seen.append((method.batch.xb, method.batch.answers))
+        def after_batch(self): self.seen.append(method.batch)
+    method,look = KnowledgeDistillation(nn.Sequential(nn.Flatten(), nn.Linear(192, K))),Look()
+    fit([method, look])
+    assert look.seen == [True, ((), {}), None]*2 and method.batch is None
+
+@pytest.mark.parametrize('make', [lambda: KnowledgeDistillation(nn.Sequential(nn.Flatten(), nn.Linear(192, K))), SelfGuidance, LsrKD])
+def test_the_batch_goes_when_it_is_skipped(make):
+    class Skip(Callback):
+        order,run_valid = 20,False
+        def before_batch(self): raise CancelBatchException()
+    method = make()
+    net = create_model('resnet8', K) if isinstance(method, SelfGuidance) else None
+    fit([method, Skip()], net=net)
+    assert method.batch is None
+
+def test_step_is_the_old_name():
+    assert Step is Batch and Step(torch.tensor([0]), None, (1,)).xb == (1,)
+
+def test_a_batch_with_labels_shares_what_was_said_and_keeps_its_own():
+    batch = Batch(torch.tensor([0]), answers={None: 1})
+    labelled = batch.labelled(torch.tensor([1]), torch.zeros(1, 3))
+    labelled.answers['more'] = 2
+    assert batch.answers == {None: 1} and labelled.answers == {None: 1, 'more': 2} and labelled.extra_logits is not batch.extra_logits
