@@ -78,7 +78,7 @@ class Spy(Callback):
         self.pred.retain_grad()
         for cb in self.learn.cbs:
             if isinstance(cb, (SelfGuidance, StochasticDepth)): self.now.bits = cb.bits
-            if isinstance(cb, SelfGuidance): self.now.sub = plain(cb.z)
+            if isinstance(cb, SelfGuidance): self.now.sub = plain(cb.batch.z)
     def after_loss(self):
         mix,y = getattr(self.learn.loss_func, '__self__', None),plain(self.learn.y)
         lam = None if mix is None else plain(torch.as_tensor(mix.lam))
