@@ -27,8 +27,8 @@ def log_odds(
     tau:float=1., # temperature
 )->Tensor: # `[N,…]`, or `[n,N,…]`
     "`log(p_k/(1-p_k))` for the probability `p_k` of the labelled class at temperature `tau`"
-    (index,axis),z = at_label(logits, y),at_least_float32(logits)
-    z = (z - z.amax(axis, keepdim=True))/tau
+    index,axis = at_label(logits, y)
+    z = shifted(logits, tau, axis)
     return z.gather(axis, index).squeeze(axis) - z.scatter(axis, index, -math.inf).logsumexp(axis)
 
 def _teacher_log_odds(step, tau):
@@ -100,9 +100,8 @@ class WSLWeight:
         "Cross-entropies on the label; on each class for labels that are probabilities"
         if not step.y.is_floating_point(): return F.softplus(-log_odds(logits, step.y, self.tau))
         if isinstance(logits, TwoValued): return -torch.tensor(logits.soften(self.tau, step.n_classes).on, device=step.y.device).log()
-        z = at_least_float32(logits)
-        axis = 1+z.ndim-step.z.ndim
-        return -torch.log_softmax((z - z.amax(axis, keepdim=True))/self.tau, axis)
+        axis = 1+logits.ndim-step.z.ndim
+        return -torch.log_softmax(shifted(logits, self.tau, axis), axis)
 
     def __repr__(self): return f'WSLWeight(tau={self.tau!r}, eps={self.eps!r})'
 
