@@ -69,7 +69,7 @@ def _subtract_target(grad, y, coefs, unit):
 
 # %% ../nbs/01_closed_form.ipynb #6c759d72
 def _pieces(shape, itemsize):
-    "Yield slices that cut the samples of `[N,K]` or `[N,K,M]` into pieces of about 1 MiB, or of 1/8 of the whole where that is more"
+    "Yield slices that cut the samples of `[N,K]` or `[N,K,M]` into pieces of 1 MiB, or of 1/8 of the whole where that is more"
     n,k,m = (*shape, 1)[:3]
     size = max(2**20, n*k*m*itemsize//8)
     samples = size//(k*itemsize)
@@ -77,7 +77,7 @@ def _pieces(shape, itemsize):
     for i in range(0, n, rows):
         for j in range(0, m, cols): yield (slice(i, i+rows), slice(j, j+cols))[:len(shape)-1]
 
-# %% ../nbs/01_closed_form.ipynb #2ac4899a
+# %% ../nbs/01_closed_form.ipynb #062c9bed
 def _cut_loss(z, y, grad_scale, coefs, grad):
     "Do what `_piece_loss` does, piece by piece"
     loss,scratch = torch.empty_like(grad_scale),None
@@ -120,8 +120,9 @@ class _LabelLoss(torch.autograd.Function):
             z,y = ctx.saved_tensors
             grad = torch.empty_like(z)
             _loss_and_gradient(z, y, grad, *ctx.args)
-        if not g.ndim and g.is_cpu and g.item() == 1: return grad, None, None, None, None   # a look at a GPU's number would wait for it
-        return grad.mul_(g.unsqueeze(1) if g.ndim else g), None, None, None, None
+        is_one = not g.ndim and g.is_cpu and g.item() == 1   # to look at a GPU's number is to wait for it
+        if not is_one: grad.mul_(g.unsqueeze(1) if g.ndim else g)
+        return grad, None, None, None, None
 
 # %% ../nbs/01_closed_form.ipynb #c465421a
 def label_loss(
@@ -135,7 +136,7 @@ def label_loss(
     reduction:str='none', # over samples and positions: 'none' (`[N,d1,…]`) | 'mean' | 'sum'
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor: # in float32 at least
-    "Return `hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone. Raises `ValueError` if both weights are 0"
+    "Return `hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone. Raises `ValueError` without weights"
     check_choice('reduction', reduction, ('none', 'mean', 'sum'))
     z = at_least_float32(z)
     if type(y) is not Tensor: y = y.as_subclass(Tensor)

@@ -178,7 +178,9 @@ def classification_batch(
     targ:Tensor, # the labels: integers `[N,…]`, also with a class axis of 1, or probabilities of `pred`'s shape
     axis:int=1, # the classes' axis of `pred`
 )->tuple: # logits `[N,K,…]`, labels `[N,…]` or `[N,K,…]`
-    "Return logits and labels with the classes on axis 1. Raises `TypeError` or `ValueError` unless they belong to one classification batch"
+    """Return logits and labels with the classes on axis 1
+
+    Raises `TypeError` or `ValueError` unless they are logits and labels of one classification batch."""
     if not isinstance(pred, Tensor):
         raise TypeError(f"predictions must be one tensor of logits [N,K] or [N,K,…], got {type(pred).__name__}")
     if not isinstance(targ, Tensor): raise TypeError(f"targ, the labels, must be one tensor, got {type(targ).__name__}")
@@ -206,9 +208,10 @@ def check_teacher_logits(
 )->Tensor|TwoValued:
     """Return `zt`, detached, with the classes on `z`'s axis
 
-    Raises `TypeError` or `ValueError` unless it is `TwoValued`, or of `z`'s shape, with or without an axis for several teachers before it."""
+    Raises `TypeError` or `ValueError` unless it is `TwoValued`, or of `z`'s shape. An axis for several teachers may come first."""
     if isinstance(zt, TwoValued): return zt
-    if not isinstance(zt, Tensor): raise TypeError(f'a teacher must return logits as a tensor or TwoValued, got {type(zt).__name__}')
+    if not isinstance(zt, Tensor):
+        raise TypeError(f'a teacher must return logits as a tensor or TwoValued, got {type(zt).__name__}')
     if not zt.is_floating_point(): raise TypeError(f'a teacher must return floating-point logits, got {zt.dtype}')
     if z.ndim > 2 and zt.ndim >= z.ndim: zt = zt.movedim(axis if axis < 0 else axis-z.ndim, 1-z.ndim)
     if z.shape not in (zt.shape, zt.shape[1:]):
@@ -241,7 +244,7 @@ def at_label(
     y = y.long().clamp(0, t.shape[axis]-1)
     return y.unsqueeze(1).expand(shape), axis
 
-# %% ../nbs/00_core.ipynb #3cf74d73
+# %% ../nbs/00_core.ipynb #c8c1b669
 def put_confidence(
     logits:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
     y:Tensor, # integer labels `[N,…]`

@@ -139,7 +139,7 @@ class TeacherLoss(ClassLoss):
     def forward(self,
         pred:Tensor, # logits `[N,K]`, or `[N,K,d1,…]` with the classes on `axis`
         targ:Tensor, # labels: integers `[N,d1,…]`, or probabilities of `pred`'s shape
-        teacher_pred:Tensor, # the teacher's logits, of `pred`'s shape, or `[n,…]` for `n` teachers, who count alike; no gradient reaches them
+        teacher_pred:Tensor, # the teacher's logits, of `pred`'s shape, or `[n,…]` for `n` teachers, who count alike; a constant
     )->Tensor: # in float32 at least; a scalar unless `reduction='none'`
         "Return the loss. Raises `TypeError` or `ValueError` when the shapes do not fit"
         z,y = classification_batch(pred, targ, self.axis)
@@ -218,7 +218,8 @@ class WSLLoss(TeacherLoss):
         "Return the loss of each sample"
         soft = self.weight(step)*soft_target_loss(step.z, step.pt, self.tau, entropy=False)
         uniform = TwoValued(1/step.n_classes, 1/step.n_classes)
-        hard = label_loss(step.z, step.y, uniform, hard=1-self.smoothing, soft=self.smoothing, entropy=False, ignore_index=self.ignore_index)
+        hard = label_loss(step.z, step.y, uniform, hard=1-self.smoothing, soft=self.smoothing, entropy=False,
+                          ignore_index=self.ignore_index)
         return hard + self.beta*self.tau**2*soft
 
     def describe(self,
@@ -226,7 +227,8 @@ class WSLLoss(TeacherLoss):
     )->Description:
         "Return the weights in force and the total scale, with notes on what they leave out"
         check_whole('n_classes', n_classes, 2)
-        notes = ['each sample counts with a weight of its own, 1 at most', 'the value is the cross-entropy H(t, p_τ), whose gradient is the same']
+        notes = ['each sample counts with a weight of its own, 1 at most',
+                 'the value is the cross-entropy H(t, p_τ), whose gradient is the same']
         if self.smoothing: notes.append(f'the labels of the hard term are smoothed by {self.smoothing:g}')
         return Description('WSLLoss', self.settings, n_classes, 1., self.beta*self.tau**2, self.tau, notes=notes)
 
@@ -254,6 +256,7 @@ class CKMLoss(TeacherLoss):
         "Return the weights in force, with notes on the rule"
         check_whole('n_classes', n_classes, 2)
         smooth_to,(tau_teacher,tau_student) = self.settings['smooth_to'],self.tau
-        rule = f"the target is {smooth_to:g} on the label where the teacher is right and the student surer, else the teacher's at τ = {tau_teacher:g}"
-        return Description('CKMLoss', self.settings, n_classes, 0., 1., tau_student,
-                           notes=[rule, 'the value is the cross-entropy H(t, p), whose gradient is the same'])
+        notes = [f'the target is {smooth_to:g} on the label where the teacher is right and the student surer, '
+                 f"else the teacher's at τ = {tau_teacher:g}",
+                 'the value is the cross-entropy H(t, p), whose gradient is the same']
+        return Description('CKMLoss', self.settings, n_classes, 0., 1., tau_student, notes=notes)
