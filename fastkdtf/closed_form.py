@@ -18,87 +18,99 @@ from torch.autograd.function import once_differentiable
 
 from .core import *
 
-# %% ../nbs/01_closed_form.ipynb #6c759d72
-def _chunks(shape, itemsize):
-    "Index tuples that cut `[N,K]` or `[N,K,M]` into pieces of about 1 MiB, 8 pieces at most"
-    n,k,m = (*shape, 1)[:3]
-    limit = max(2**20, n*k*m*itemsize//8) // (k*itemsize)
-    rows,cols = max(1, limit//m), max(1, min(m, limit))
-    for i in range(0, n, rows):
-        if len(shape) == 2: yield (slice(i, i+rows),)
-        else: yield from ((slice(i, i+rows), slice(j, j+cols)) for j in range(0, m, cols))
-
 # %% ../nbs/01_closed_form.ipynb #8d485505
-class _Plan(NamedTuple):
-    "What `Σ w·H(t, p_τ) + constant` needs besides logits and labels"
-    heads:tuple # one or two `(w, τ)`, a softened one last
-    at_label:float # Σ w·(on-off)/τ
-    elsewhere:float # Σ w·off/τ
-    constant:float
+class _Coefficients(NamedTuple):
+    "The numbers of `Σ w·lse(z/τ) - at_label·z_c - everywhere·Σ z + constant`"
+    softmaxes:tuple # one or two pairs `(w, τ)`, a softened one last
+    at_label:float # `b` of line 10
+    everywhere:float # `a` of line 10
+    constant:float # with the `log K` that `_piece_loss` leaves out
+
+def _xlogx(t): return t*math.log(t) if t else 0.
 
 @lru_cache
-def _plan(target, tau, hard, soft, entropy, n_classes):
+def _coefficients(target, tau, hard, soft, entropy, n_classes):
+    "Return the `_Coefficients` of `hard·H(q, p) + soft·D_KL(t, p_τ)`"
     if not hard+soft: raise ValueError('this loss has no weight: alpha=1 and scale=0 leave nothing to learn from')
     on,off = target
-    if tau == 1: parts = ((hard+soft, 1., hard+soft*on, soft*off),)
-    else:        parts = tuple(o for o in ((hard, 1., hard, 0.), (soft, tau, soft*on, soft*off)) if o[0])
-    xlogx = lambda t: t*math.log(t) if t else 0.
-    constant = soft*(xlogx(on) + (n_classes-1)*xlogx(off)) if entropy else 0.
-    if tau != 1: constant += soft*math.log(n_classes)   # see _chunk_loss
-    return _Plan(tuple((w, t) for w,t,_,_ in parts), sum((on-off)/t for _,t,on,off in parts), sum(off/t for _,t,_,off in parts), constant)
+    constant = soft*(_xlogx(on) + (n_classes-1)*_xlogx(off)) if entropy else 0.
+    if tau == 1: return _Coefficients(((hard+soft, 1.),), hard + soft*on - soft*off, soft*off, constant)
+    softmaxes = tuple((w, t) for w,t in ((hard, 1.), (soft, tau)) if w)
+    at_label,everywhere = hard + (soft*on-soft*off)/tau, soft*off/tau
+    return _Coefficients(softmaxes, at_label, everywhere, constant + soft*math.log(n_classes))
 
 # %% ../nbs/01_closed_form.ipynb #9a8f0be3
-def _chunk_loss(z, y, share, plan, grad, scratch):
-    """The loss of each sample; its gradient, times `share`, goes into `grad` unless that is `None`
+def _piece_loss(z, y, grad_scale, coefs, grad, scratch):
+    """Return the loss of each sample; write its gradient times `grad_scale` into `grad`, unless that is `None`
 
     `scratch` is room for a tensor of `z`'s shape."""
-    z = torch.sub(z, z.amax(1, keepdim=True), out=scratch)
-    dense = y.is_floating_point()
-    if not dense: y = y.unsqueeze(1)
-    hit  = (y*z).sum(1, keepdim=True) if dense else z.gather(1, y)
-    loss = torch.rsub(z.sum(1, keepdim=True), plan.constant, alpha=plan.elsewhere) if plan.elsewhere else torch.full_like(hit, plan.constant)
-    first = plan.heads[0][0]/plan.heads[0][1]
-    for i,(w,tau) in enumerate(plan.heads):
+    z,mixed = torch.sub(z, z.amax(1, keepdim=True), out=scratch),y.is_floating_point()
+    if not mixed: y = y.unsqueeze(1)
+    z_label = (y*z).sum(1, keepdim=True) if mixed else z.gather(1, y)
+    if coefs.everywhere: loss = torch.rsub(z.sum(1, keepdim=True), coefs.constant, alpha=coefs.everywhere)
+    else:                loss = torch.full_like(z_label, coefs.constant)
+    unit = coefs.softmaxes[0][0]/coefs.softmaxes[0][1]
+    for i,(w,tau) in enumerate(coefs.softmaxes):
         p = torch.softmax(z if tau == 1 else z.mul_(1/tau), 1, out=z if i else grad)
         if p.shape[1] > 2**16: p.div_(p.sum(1, keepdim=True))   # softmax adds a long row up one by one, sum does not
-        top = p.amax(1, keepdim=True)   # 1/Σexp(z/τ), as z's largest entry is 0
-        if i and grad is not None: grad.add_(p, alpha=w/tau/first)
-        loss.sub_((top if tau == 1 else top.mul_(p.shape[1])).log_(), alpha=w)   # the other log K is in the constant: they would cancel
-    if grad is not None:
-        if plan.elsewhere: grad.sub_(plan.elsewhere/first)
-        if dense: grad.mul_(y.sum(1, keepdim=True)).sub_(y, alpha=plan.at_label/first)   # labels that are probabilities count by their sum
-        else:     grad.scatter_add_(1, y, torch.full_like(hit, -plan.at_label/first))
-        grad.mul_(share*first)
-    if dense: loss.mul_(y.sum(1, keepdim=True))
-    return loss.sub_(hit, alpha=plan.at_label).squeeze(1)
+        largest = p.amax(1, keepdim=True)
+        if tau != 1: largest.mul_(p.shape[1])   # the constant has this log K
+        loss.sub_(largest.log_(), alpha=w)
+        if i and grad is not None: grad.add_(p, alpha=w/tau/unit)
+    if grad is not None: _subtract_target(grad, y, coefs, unit).mul_(grad_scale*unit)
+    if mixed: loss.mul_(y.sum(1, keepdim=True))   # labels that are probabilities count by their sum
+    return loss.sub_(z_label, alpha=coefs.at_label).squeeze(1)
+
+def _subtract_target(grad, y, coefs, unit):
+    "Turn the softmaxes in `grad` into the gradient, in units of `unit`"
+    if coefs.everywhere: grad.sub_(coefs.everywhere/unit)
+    if y.is_floating_point(): return grad.mul_(y.sum(1, keepdim=True)).sub_(y, alpha=coefs.at_label/unit)
+    return grad.scatter_add_(1, y, grad.new_full(y.shape, -coefs.at_label/unit))
+
+# %% ../nbs/01_closed_form.ipynb #6c759d72
+def _pieces(shape, itemsize):
+    "Yield slices that cut the samples of `[N,K]` or `[N,K,M]` into pieces of 1 MiB, or of 1/8 of the whole where that is more"
+    n,k,m = (*shape, 1)[:3]
+    size = max(2**20, n*k*m*itemsize//8)
+    samples = size//(k*itemsize)
+    rows,cols = max(1, samples//m),max(1, min(m, samples))
+    for i in range(0, n, rows):
+        for j in range(0, m, cols): yield (slice(i, i+rows), slice(j, j+cols))[:len(shape)-1]
+
+# %% ../nbs/01_closed_form.ipynb #062c9bed
+def _cut_loss(z, y, grad_scale, coefs, grad):
+    "Do what `_piece_loss` does, piece by piece"
+    loss,scratch = torch.empty_like(grad_scale),None
+    for samples in _pieces(z.shape, z.element_size()):
+        entries = samples[:1] + (slice(None),) + samples[1:]   # the same with the classes' axis
+        piece,labels = z[entries],y[entries if y.is_floating_point() else samples]
+        if scratch is None: scratch = z.new_empty(piece.shape)   # the first piece is the largest
+        room = scratch[tuple(slice(n) for n in piece.shape)]
+        piece_grad = None if grad is None else grad[entries]
+        loss[samples] = _piece_loss(piece, labels, grad_scale[samples].unsqueeze(1), coefs, piece_grad, room)
+    return loss
 
 # %% ../nbs/01_closed_form.ipynb #1ce1777a
+def _loss_and_gradient(z, y, grad, coefs, reduction, ignore_index):
+    "Return the reduced loss of logits `[N,K]` or `[N,K,M]`; write its gradient into `grad`, unless that is `None`"
+    if y.is_floating_point(): keep = torch.ones(z.shape[:1] + z.shape[2:], dtype=torch.bool, device=z.device)
+    else:
+        keep = y != ignore_index
+        y = y.where(keep, 0)
+    factor = keep.sum(dtype=z.dtype).reciprocal_() if reduction == 'mean' else z.new_ones(())
+    grad_scale = torch.where(keep, factor, 0.)
+    if z.nbytes <= 2**20: loss = _piece_loss(z, y, grad_scale.unsqueeze(1), coefs, grad, torch.empty_like(z))
+    else:                 loss = _cut_loss(z, y, grad_scale, coefs, grad)
+    loss = loss.where(keep, 0.)
+    return loss if reduction == 'none' else loss.sum()*factor
+
 class _LabelLoss(torch.autograd.Function):
-    "The loss; its gradient is made in `forward` and handed over, scaled, by the first `backward`"
+    "The loss as autograd sees it"
     @staticmethod
     def forward(ctx, z, y, *args):
         ctx.save_for_backward(z, y)
         ctx.args,ctx.grad = args,torch.empty_like(z) if ctx.needs_input_grad[0] else None
-        return _LabelLoss.fill(z, y, ctx.grad, *args)
-
-    @staticmethod
-    def fill(z, y, grad, plan, reduction, ignore_index):
-        if y.is_floating_point(): keep = torch.ones(z.shape[:1] + z.shape[2:], dtype=torch.bool, device=z.device)
-        else:
-            keep = y != ignore_index
-            y = y.where(keep, 0)
-        factor = keep.sum(dtype=z.dtype).reciprocal_() if reduction == 'mean' else z.new_ones(())
-        share = torch.where(keep, factor, 0.)
-        if z.nbytes <= 2**20: loss = _chunk_loss(z, y, share.unsqueeze(1), plan, grad, torch.empty_like(z))
-        else:
-            loss,scratch = torch.empty_like(share),None
-            for i in _chunks(z.shape, z.element_size()):
-                k = i[:1] + (slice(None),) + i[1:]
-                if scratch is None: scratch = z.new_empty(z[k].shape)   # the first piece is the largest
-                loss[i] = _chunk_loss(z[k], y[k if y.is_floating_point() else i], share[i].unsqueeze(1), plan,
-                                      None if grad is None else grad[k], scratch[tuple(slice(n) for n in z[k].shape)])
-        loss = loss.where(keep, 0.)
-        return loss if reduction == 'none' else loss.sum()*factor
+        return _loss_and_gradient(z, y, ctx.grad, *args)
 
     @staticmethod
     @once_differentiable
@@ -107,8 +119,9 @@ class _LabelLoss(torch.autograd.Function):
         if grad is None:   # a second backward through a retained graph
             z,y = ctx.saved_tensors
             grad = torch.empty_like(z)
-            _LabelLoss.fill(z, y, grad, *ctx.args)
-        if g.ndim or not g.is_cpu or g.item() != 1: grad.mul_(g.unsqueeze(1) if g.ndim else g)   # on CPU a look is cheaper than a pass over the gradient
+            _loss_and_gradient(z, y, grad, *ctx.args)
+        is_one = not g.ndim and g.is_cpu and g.item() == 1   # to look at a GPU's number is to wait for it
+        if not is_one: grad.mul_(g.unsqueeze(1) if g.ndim else g)
         return grad, None, None, None, None
 
 # %% ../nbs/01_closed_form.ipynb #c465421a
@@ -123,12 +136,13 @@ def label_loss(
     reduction:str='none', # over samples and positions: 'none' (`[N,d1,…]`) | 'mean' | 'sum'
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor: # in float32 at least
-    "`hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone"
+    "Return `hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone. Raises `ValueError` without weights"
     check_choice('reduction', reduction, ('none', 'mean', 'sum'))
     z = at_least_float32(z)
     if type(y) is not Tensor: y = y.as_subclass(Tensor)
     y = y.detach().to(z.dtype) if y.is_floating_point() else y.long()
-    plan = _plan(target, tau, hard, soft, entropy, z.shape[1])
-    if z.ndim < 4: return _LabelLoss.apply(z, y, plan, reduction, ignore_index)
-    loss = _LabelLoss.apply(z.flatten(2), y.flatten(2 if y.is_floating_point() else 1), plan, reduction, ignore_index)
+    coefs = _coefficients(target, tau, hard, soft, entropy, z.shape[1])
+    if z.ndim < 4: return _LabelLoss.apply(z, y, coefs, reduction, ignore_index)
+    z_flat,y_flat = z.flatten(2),y.flatten(2 if y.is_floating_point() else 1)
+    loss = _LabelLoss.apply(z_flat, y_flat, coefs, reduction, ignore_index)
     return loss.view(z.shape[:1] + z.shape[2:]) if reduction == 'none' else loss

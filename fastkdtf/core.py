@@ -26,8 +26,9 @@ def check_number(
     value:object, # what was given
     interval:str, # where it must lie, in the usual notation: `'[0,1]'`, `'(0,inf)'`
 )->float|int:
-    "`value` if it is a number in `interval`. Raises `TypeError` or `ValueError` naming the argument"
-    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f"{name} must be a number in {interval}, got {value!r}")
+    "Return `value` if it is a number in `interval`. Raises `TypeError` or `ValueError` naming the argument"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in {interval}, got {value!r}")
     low,high = map(float, interval[1:-1].split(','))
     above = value > low if interval[0]  == '(' else value >= low
     below = value < high if interval[-1] == ')' else value <= high
@@ -40,8 +41,9 @@ def check_whole(
     value:object, # what was given
     least:int=1, # the smallest that makes sense
 )->int:
-    "`value` if it is a whole number of at least `least`. Raises `TypeError` or `ValueError` naming the argument"
-    if isinstance(value, bool) or not isinstance(value, Integral): raise TypeError(f'{name} must be a whole number, got {value!r}')
+    "Return `value` if it is a whole number of at least `least`. Raises `TypeError` or `ValueError` naming the argument"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f'{name} must be a whole number, got {value!r}')
     if value < least: raise ValueError(f'{name} must be at least {least}, got {value!r}')
     return int(value)
 
@@ -51,15 +53,15 @@ def check_choice(
     value:object, # what was given
     choices:tuple, # what may be given
 ):
-    "`value` if it is one of `choices`. Raises `ValueError` naming the argument and the choices"
-    if value not in choices: raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
+    "Return `value` if it is one of `choices`. Raises `ValueError` naming the argument and the choices"
+    if value in choices: return value
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 # %% ../nbs/00_core.ipynb #4ca9d657
 def check_scale(
     scale:float|str, # 1 | 'tau' | 'tau2' | a number
 )->float|str:
-    "`scale` if it names a factor of the soft term"
+    "Return `scale` if it names a factor of the soft term, or is one. Raises `TypeError` or `ValueError` otherwise"
     if isinstance(scale, str): return check_choice('scale', scale, ('tau', 'tau2'))
     return check_number('scale', scale, '[0,inf)')
 
@@ -71,7 +73,7 @@ def soft_scale(
     variant:str='paper', # 'official': mean over samples **and** classes, as `nn.KLDivLoss()` has it
     multiplier:float=1., # the authors' factor on top of that
 )->float:
-    "The factor `s` of the soft term"
+    "Return the factor `s` of the soft term"
     s = {'tau': tau, 'tau2': tau**2}[scale] if isinstance(scale, str) else float(scale)
     return s * (multiplier/n_classes if variant == 'official' else 1.)
 
@@ -79,11 +81,12 @@ def soft_scale(
 def check_variant(
     variant:str, # 'paper' | 'official'
     multiplier:float, # the authors' factor
-)->tuple: # both
-    "Both, if they go together"
+)->tuple: # `variant` and `multiplier`
+    "Check that `multiplier` is used only with `variant='official'`. Raises `ValueError` or `TypeError` otherwise"
     check_choice('variant', variant, ('paper', 'official'))
     check_number('multiplier', multiplier, '(0,inf)')
-    if variant == 'paper' and multiplier != 1: raise ValueError(f"multiplier={multiplier!r} belongs to variant='official'; the paper's form takes its factor from scale")
+    if variant == 'paper' and multiplier != 1:
+        raise ValueError(f"multiplier={multiplier!r} belongs to variant='official'; the paper's form takes its factor from scale")
     return variant, multiplier
 
 # %% ../nbs/00_core.ipynb #1e5ff97e
@@ -120,14 +123,16 @@ class TwoValued(NamedTuple):
     off:float
 
     def soften(self, tau:float, n_classes:int)->'TwoValued':
-        "These logits' softmax at temperature `tau`"
+        "Return these logits' softmax at temperature `tau`"
         r = math.exp((self.off-self.on)/tau)
         on = 1/(1+(n_classes-1)*r)
         return TwoValued(on, on*r)
 
     def dense(self, y:Tensor, n_classes:int)->Tensor:
-        "The target as a float32 tensor `[N,K,…]`, for integer labels or probabilities `y`"
-        q = y if y.is_floating_point() else torch.zeros(y.shape[0], n_classes, *y.shape[1:], device=y.device).scatter_(1, y.unsqueeze(1), 1.)
+        "Return the target as a tensor `[N,K,…]`: float32 for integer labels `y`, of `y`'s type for probabilities"
+        q = y
+        if not y.is_floating_point():
+            q = torch.zeros(y.shape[0], n_classes, *y.shape[1:], device=y.device).scatter_(1, y.unsqueeze(1), 1.)
         return self.off + (self.on-self.off)*q
 
 # %% ../nbs/00_core.ipynb #77544df0
@@ -136,7 +141,7 @@ def virtual_logits(
     n_classes:int,
     variant:str='paper', # 'paper': logits are `log p^d`; 'official': the authors' code softens the probabilities themselves
 )->TwoValued:
-    "Logits of the virtual teacher `p^d`: `a` on the label, `(1-a)/(K-1)` elsewhere. Yuan et al. 2020, eq. 8"
+    "Return the logits of the virtual teacher `p^d`: `a` on the label, `(1-a)/(K-1)` elsewhere. Yuan et al. 2020, eq. 8"
     p = TwoValued(correct_prob, (1-correct_prob)/(n_classes-1))
     return p if variant == 'official' else TwoValued(*map(math.log, p))
 
@@ -147,7 +152,7 @@ def soften(
     n_classes:int,
     axis:int=1, # the classes' axis of a tensor
 )->Tensor|TwoValued:
-    "The distribution `softmax(logits/tau)`, in float32 at least"
+    "Return the distribution `softmax(logits/tau)`, in float32 at least"
     if isinstance(logits, TwoValued): return logits.soften(tau, n_classes)
     return torch.softmax(shifted(logits, tau, axis), axis)
 
@@ -158,15 +163,14 @@ def soft_target_loss(
     tau:float=1., # the student's temperature
     entropy:bool=True, # `D_KL(t, p_τ)`; False: `H(t, p_τ)`
 )->Tensor: # `[N,…]`
-    "`D_KL(t, p_τ)` per sample; a zero in the target contributes 0"
+    "Return `D_KL(t, p_τ)` of each sample; a zero in the target contributes 0"
     logp = torch.log_softmax(shifted(z, tau, detach=True), 1)
     several = target.ndim > z.ndim
     mean = target.mean(0) if several else target
     loss = -(mean*logp).sum(1)
-    if entropy:
-        negative_entropy = torch.xlogy(target, target).sum(2 if several else 1)
-        loss = loss + (negative_entropy.mean(0) if several else negative_entropy)
-    return loss
+    if not entropy: return loss
+    negative_entropy = torch.xlogy(target, target).sum(2 if several else 1)
+    return loss + (negative_entropy.mean(0) if several else negative_entropy)
 
 # %% ../nbs/00_core.ipynb #fbe21c72
 def classification_batch(
@@ -174,19 +178,26 @@ def classification_batch(
     targ:Tensor, # the labels: integers `[N,…]`, also with a class axis of 1, or probabilities of `pred`'s shape
     axis:int=1, # the classes' axis of `pred`
 )->tuple: # logits `[N,K,…]`, labels `[N,…]` or `[N,K,…]`
-    "Both, with the classes on axis 1. Raises `TypeError` or `ValueError` unless they are logits and labels of one classification batch"
-    if not isinstance(pred, Tensor): raise TypeError(f"predictions must be one tensor of logits [N,K] or [N,K,…], got {type(pred).__name__}")
+    """Return logits and labels with the classes on axis 1
+
+    Raises `TypeError` or `ValueError` unless they are logits and labels of one classification batch."""
+    if not isinstance(pred, Tensor):
+        raise TypeError(f"predictions must be one tensor of logits [N,K] or [N,K,…], got {type(pred).__name__}")
     if not isinstance(targ, Tensor): raise TypeError(f"targ, the labels, must be one tensor, got {type(targ).__name__}")
     if not pred.is_floating_point(): raise TypeError(f"predictions must be floating-point logits, got {pred.dtype}")
     if not -pred.ndim <= axis < pred.ndim or pred.ndim < 2 or pred.shape[axis] < 2:
-        raise ValueError(f"predictions must be logits [N,K] or [N,K,…] with K ≥ 2 classes on axis {axis}, got shape {tuple(pred.shape)}; give a binary problem two outputs")
+        raise ValueError(f"predictions must be logits [N,K] or [N,K,…] with K ≥ 2 classes on axis {axis}, "
+                         f"got shape {tuple(pred.shape)}; give a binary problem two outputs")
     z = pred if axis == 1 else pred.movedim(axis, 1)
     if targ.is_floating_point():
         if targ.shape == pred.shape: return z, targ.movedim(axis, 1)
-        raise ValueError(f"targ, the labels, must be probabilities of the predictions' shape {tuple(pred.shape)}, or integers, got {targ.dtype} {tuple(targ.shape)}")
+        raise ValueError(f"targ, the labels, must be probabilities of the predictions' shape {tuple(pred.shape)}, or integers, "
+                         f"got {targ.dtype} {tuple(targ.shape)}")
     shape = z.shape[:1] + z.shape[2:]
-    if targ.shape not in (shape, shape[:1] + (1,) + shape[1:]):
-        raise ValueError(f"targ, the labels, must be integers of shape {tuple(shape)} for predictions {tuple(pred.shape)}, got {tuple(targ.shape)}")
+    with_class_axis = shape[:1] + (1,) + shape[1:]
+    if targ.shape not in (shape, with_class_axis):
+        raise ValueError(f"targ, the labels, must be integers of shape {tuple(shape)} for predictions {tuple(pred.shape)}, "
+                         f"got {tuple(targ.shape)}")
     return z, targ if targ.shape == shape else targ.reshape(shape)
 
 # %% ../nbs/00_core.ipynb #e19971d8
@@ -195,13 +206,17 @@ def check_teacher_logits(
     z:Tensor, # the student's logits
     axis:int=1, # the classes' axis of one teacher's logits
 )->Tensor|TwoValued:
-    "`zt`, detached, classes on `z`'s axis. Raises unless it is `TwoValued`, or of `z`'s shape, with an axis for several teachers before it or not"
+    """Return `zt`, detached, with the classes on `z`'s axis
+
+    Raises `TypeError` or `ValueError` unless it is `TwoValued`, or of `z`'s shape. An axis for several teachers may come first."""
     if isinstance(zt, TwoValued): return zt
-    if not isinstance(zt, Tensor): raise TypeError(f'a teacher must return logits as a tensor or TwoValued, got {type(zt).__name__}')
+    if not isinstance(zt, Tensor):
+        raise TypeError(f'a teacher must return logits as a tensor or TwoValued, got {type(zt).__name__}')
     if not zt.is_floating_point(): raise TypeError(f'a teacher must return floating-point logits, got {zt.dtype}')
     if z.ndim > 2 and zt.ndim >= z.ndim: zt = zt.movedim(axis if axis < 0 else axis-z.ndim, 1-z.ndim)
     if z.shape not in (zt.shape, zt.shape[1:]):
-        raise ValueError(f"a teacher must return logits of the student's shape {tuple(z.shape)}, or (n, {', '.join(map(str, z.shape))}), got {tuple(zt.shape)}")
+        several = f"(n, {', '.join(map(str, z.shape))})"
+        raise ValueError(f"a teacher must return logits of the student's shape {tuple(z.shape)}, or {several}, got {tuple(zt.shape)}")
     return zt.detach().to(at_least_float32(z).dtype)
 
 # %% ../nbs/00_core.ipynb #ebdf4c3e
@@ -211,7 +226,7 @@ def reduce_samples(
     reduction:str='mean', # 'mean' | 'sum' | 'none'
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor:
-    "Mean (sum, or none) over the samples and positions that count"
+    "Return the mean (the sum, or each loss) of the samples and positions that count"
     if not y.is_floating_point():
         keep = y != ignore_index
         loss = torch.where(keep, loss, 0.)
@@ -221,20 +236,22 @@ def reduce_samples(
 # %% ../nbs/00_core.ipynb #e33a5d2a
 def at_label(
     t:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
-    y:Tensor, # integer labels `[N,…]`; what lies at a label outside the classes, such as `ignore_index`, is of no use
+    y:Tensor, # integer labels `[N,…]`; the entry at a label outside the classes, such as `ignore_index`, is any class's
 )->tuple: # index of the labels in `t` and the classes' axis, as `gather` takes them
-    "Where the labelled class is in `t`"
+    "Find the labelled class in `t`"
     axis = t.ndim - y.ndim
     shape = *t.shape[:axis], 1, *t.shape[axis+1:]
-    return y.long().clamp(0, t.shape[axis]-1).unsqueeze(1).expand(shape), axis
+    y = y.long().clamp(0, t.shape[axis]-1)
+    return y.unsqueeze(1).expand(shape), axis
 
+# %% ../nbs/00_core.ipynb #c8c1b669
 def put_confidence(
     logits:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
     y:Tensor, # integer labels `[N,…]`
     value:float|Tensor, # probability of the labelled class; a tensor has a class axis of 1
     tau:float=1., # temperature
 )->Tensor: # probabilities, in float32 at least
-    "The distribution with `value` on the label and the rest shared as `softmax(logits/tau)` shares it"
+    "Return the distribution with `value` on the label and the rest shared as `softmax(logits/tau)` shares it"
     index,axis = at_label(logits, y)
     others = at_least_float32(logits).scatter(axis, index, -math.inf)
     others = torch.softmax(shifted(others, tau, axis), axis)

@@ -19,7 +19,7 @@ from .targets import Correct, SmoothTo, StudentAhead, WSLWeight
 
 # %% ../nbs/03_losses.ipynb #e8ed34d6
 class ClassLoss(nn.Module):
-    "What fastai asks of a loss over classes"
+    "Base of losses over classes, with what fastai asks of them"
     y_int = True   # fastai's MixUp may mix losses of integer labels
 
     def __init__(self,
@@ -28,11 +28,18 @@ class ClassLoss(nn.Module):
         ignore_index:int=-100, # positions with this label do not count
     ):
         super().__init__()
-        self.axis,self.reduction,self.ignore_index = axis,check_choice('reduction', reduction, ('mean', 'sum', 'none')),ignore_index
+        self.axis,self.ignore_index = axis,ignore_index
+        self.reduction = check_choice('reduction', reduction, ('mean', 'sum', 'none'))
 
-    def activation(self, x): return F.softmax(x, dim=self.axis)
-    def decodes(self, x):    return x.argmax(dim=self.axis)
-    def extra_repr(self):    return ', '.join(f'{k}={v!r}' for k,v in self.settings.items())
+    def activation(self, x:Tensor)->Tensor:
+        "Return the probabilities of logits `x`"
+        return F.softmax(x, dim=self.axis)
+
+    def decodes(self, x:Tensor)->Tensor:
+        "Return the most likely class of logits or probabilities `x`"
+        return x.argmax(dim=self.axis)
+
+    def extra_repr(self): return ', '.join(f'{name}={value!r}' for name,value in self.settings.items())
 
 # %% ../nbs/03_losses.ipynb #c04a3708
 class LabelOnlyLoss(ClassLoss):
@@ -46,7 +53,7 @@ class LabelOnlyLoss(ClassLoss):
         pred:Tensor, # logits `[N,K]`, or `[N,K,d1,…]` with the classes on `axis`
         targ:Tensor, # labels: integers `[N,d1,…]`, or probabilities of `pred`'s shape
     )->Tensor: # in float32 at least; a scalar unless `reduction='none'`
-        "The loss. Raises `ValueError` when the shapes do not fit"
+        "Return the loss. Raises `TypeError` or `ValueError` when the shapes do not fit"
         z,y = classification_batch(pred, targ, self.axis)
         hard,soft,tau,target = self.parts(z.shape[1])
         return label_loss(z, y, target, tau, hard, soft, not self.cross_entropy, self.reduction, self.ignore_index)
@@ -54,7 +61,7 @@ class LabelOnlyLoss(ClassLoss):
     def describe(self,
         n_classes:int, # number of classes, which the weights may depend on
     )->Description:
-        "What this loss really does"
+        "Return the weights in force, the total scale, and the label smoothing that this loss amounts to"
         hard,soft,tau,target = self.parts(check_whole('n_classes', n_classes, 2))
         return Description(type(self).__name__, self.settings, n_classes, hard, soft, tau, target)
 
@@ -67,11 +74,13 @@ class LabelSmoothingKDLoss(LabelOnlyLoss):
         **kwargs # `axis`, `reduction`, `ignore_index`
     ):
         super().__init__(**kwargs)
-        self.alpha,self.variant = check_number('alpha', alpha, '[0,1]'),check_choice('variant', variant, ('paper', 'official'))
+        self.alpha   = check_number('alpha', alpha, '[0,1]')
+        self.variant = check_choice('variant', variant, ('paper', 'official'))
         self.settings = dict(alpha=alpha, variant=variant)
         self.cross_entropy = variant == 'official'
 
     def parts(self, n_classes:int)->tuple:
+        "Return both weights, the temperature 1, and the target"
         if self.variant == 'official': return 0., 1., 1., TwoValued(1-self.alpha, self.alpha/(n_classes-1))
         return 1-self.alpha, self.alpha, 1., TwoValued(1/n_classes, 1/n_classes)
 
@@ -85,11 +94,13 @@ class LsrKDLoss(LabelOnlyLoss):
         **kwargs # `axis`, `reduction`, `ignore_index`
     ):
         super().__init__(**kwargs)
-        self.alpha,self.tau = check_number('alpha', alpha, '[0,1]'),check_number('tau', tau, '(0,inf)')
+        self.alpha = check_number('alpha', alpha, '[0,1]')
+        self.tau   = check_number('tau', tau, '(0,inf)')
         self.gamma = gamma if gamma is None else check_number('gamma', gamma, '(0,1)')
         self.settings = dict(alpha=alpha, tau=tau, gamma=gamma)
 
     def parts(self, n_classes:int)->tuple:
+        "Return both weights, the student's temperature, and the target"
         on = 1/n_classes if self.gamma is None else self.gamma
         return 1-self.alpha, self.alpha*self.tau, self.tau, TwoValued(on, (1-on)/(n_classes-1))
 
@@ -106,15 +117,19 @@ class TfKDRegLoss(LabelOnlyLoss):
         **kwargs # `axis`, `reduction`, `ignore_index`
     ):
         super().__init__(**kwargs)
-        self.alpha,self.tau = check_number('alpha', alpha, '[0,1]'),check_number('tau', tau, '(0,inf)')
-        self.correct_prob,self.scale = check_number('correct_prob', correct_prob, '(0,1)'),check_scale(scale)
+        self.alpha = check_number('alpha', alpha, '[0,1]')
+        self.tau   = check_number('tau', tau, '(0,inf)')
+        self.correct_prob = check_number('correct_prob', correct_prob, '(0,1)')
+        self.scale = check_scale(scale)
         self.variant,self.multiplier = check_variant(variant, multiplier)
         self.settings = dict(alpha=alpha, tau=tau, correct_prob=correct_prob, scale=scale, variant=variant, multiplier=multiplier)
 
     def parts(self, n_classes:int)->tuple:
-        tau = 1. if self.variant == 'official' else self.tau
+        "Return both weights, the student's temperature, and the softened target"
+        tau  = 1. if self.variant == 'official' else self.tau
         soft = self.alpha*soft_scale(self.scale, tau, n_classes, self.variant, self.multiplier)
-        return 1-self.alpha, soft, tau, virtual_logits(self.correct_prob, n_classes, self.variant).soften(self.tau, n_classes)
+        virtual = virtual_logits(self.correct_prob, n_classes, self.variant)
+        return 1-self.alpha, soft, tau, virtual.soften(self.tau, n_classes)
 
 # %% ../nbs/03_losses.ipynb #87aeae7b
 class TeacherLoss(ClassLoss):
@@ -124,9 +139,9 @@ class TeacherLoss(ClassLoss):
     def forward(self,
         pred:Tensor, # logits `[N,K]`, or `[N,K,d1,…]` with the classes on `axis`
         targ:Tensor, # labels: integers `[N,d1,…]`, or probabilities of `pred`'s shape
-        teacher_pred:Tensor, # the teacher's logits, of `pred`'s shape, or `[n,…]` for `n` teachers, who count alike; no gradient reaches them
+        teacher_pred:Tensor, # the teacher's logits, of `pred`'s shape, or `[n,…]` for `n` teachers, who count alike; a constant
     )->Tensor: # in float32 at least; a scalar unless `reduction='none'`
-        "The loss. Raises `TypeError` or `ValueError` when the shapes do not fit"
+        "Return the loss. Raises `TypeError` or `ValueError` when the shapes do not fit"
         z,y = classification_batch(pred, targ, self.axis)
         tau = self.tau if isinstance(self.tau, tuple) else (self.tau, self.tau)
         step = Step(y, z, zt=check_teacher_logits(teacher_pred, z, self.axis), tau=tau)
@@ -144,23 +159,28 @@ class KDLoss(TeacherLoss):
         **kwargs # `axis`, `reduction`, `ignore_index`
     ):
         super().__init__(**kwargs)
-        self.alpha,self.tau,self.scale = check_number('alpha', alpha, '[0,1]'),check_number('tau', tau, '(0,inf)'),check_scale(scale)
+        self.alpha = check_number('alpha', alpha, '[0,1]')
+        self.tau   = check_number('tau', tau, '(0,inf)')
+        self.scale = check_scale(scale)
         self.variant,self.multiplier = check_variant(variant, multiplier)
         self.settings = dict(alpha=alpha, tau=tau, scale=scale, variant=variant, multiplier=multiplier)
 
     def soft_weight(self, n_classes:int)->float:
-        "The factor of the soft loss, all in all"
+        "Return the factor of the divergence, all in all"
         return self.alpha*soft_scale(self.scale, self.tau, n_classes, self.variant, self.multiplier)
 
     def sample_losses(self, step:Step)->Tensor:
+        "Return the loss of each sample"
         loss = self.soft_weight(step.n_classes)*soft_target_loss(step.z, step.pt, self.tau)
-        return loss + label_loss(step.z, step.y, hard=1-self.alpha, soft=0., ignore_index=self.ignore_index) if self.alpha < 1 else loss
+        if self.alpha == 1: return loss
+        return loss + label_loss(step.z, step.y, hard=1-self.alpha, soft=0., ignore_index=self.ignore_index)
 
     def describe(self,
         n_classes:int, # number of classes, which the weights may depend on
     )->Description:
-        "What this loss really does"
-        return Description('KDLoss', self.settings, check_whole('n_classes', n_classes, 2), 1-self.alpha, self.soft_weight(n_classes), self.tau)
+        "Return the weights in force and the total scale"
+        soft = self.soft_weight(check_whole('n_classes', n_classes, 2))
+        return Description('KDLoss', self.settings, n_classes, 1-self.alpha, soft, self.tau)
 
 # %% ../nbs/03_losses.ipynb #bc082e87
 wsl_settings = {   # as published
@@ -179,7 +199,9 @@ class WSLLoss(TeacherLoss):
         **kwargs # `axis`, `reduction`, `ignore_index`
     ):
         super().__init__(**kwargs)
-        self.beta,self.tau,self.smoothing = check_number('beta', beta, '[0,inf)'),check_number('tau', tau, '(0,inf)'),check_number('smoothing', smoothing, '[0,1]')
+        self.beta = check_number('beta', beta, '[0,inf)')
+        self.tau  = check_number('tau', tau, '(0,inf)')
+        self.smoothing = check_number('smoothing', smoothing, '[0,1]')
         self.weight = WSLWeight(check_number('weight_tau', weight_tau, '(0,inf)'))
         self.settings = dict(beta=beta, tau=tau, weight_tau=weight_tau, smoothing=smoothing)
 
@@ -188,22 +210,27 @@ class WSLLoss(TeacherLoss):
         setting:str, # a key of `wsl_settings`: 'wsl' | 'wsl-cifar100' | 'effdstl'
         **kwargs # what is to differ; `axis`, `reduction`, `ignore_index`
     )->'WSLLoss':
-        "The loss as it was published"
-        return cls(**{**wsl_settings[check_choice('setting', setting, tuple(wsl_settings))], **kwargs})
+        "Make the loss as it was published"
+        settings = wsl_settings[check_choice('setting', setting, tuple(wsl_settings))]
+        return cls(**{**settings, **kwargs})
 
     def sample_losses(self, step:Step)->Tensor:
+        "Return the loss of each sample"
         soft = self.weight(step)*soft_target_loss(step.z, step.pt, self.tau, entropy=False)
         uniform = TwoValued(1/step.n_classes, 1/step.n_classes)
-        hard = label_loss(step.z, step.y, uniform, hard=1-self.smoothing, soft=self.smoothing, entropy=False, ignore_index=self.ignore_index)
+        hard = label_loss(step.z, step.y, uniform, hard=1-self.smoothing, soft=self.smoothing, entropy=False,
+                          ignore_index=self.ignore_index)
         return hard + self.beta*self.tau**2*soft
 
     def describe(self,
         n_classes:int, # number of classes
     )->Description:
-        "What this loss really does"
-        notes = ['each sample counts with a weight of its own, 1 at most', 'the value is the cross-entropy H(t, p_τ), whose gradient is the same']
+        "Return the weights in force and the total scale, with notes on what they leave out"
+        check_whole('n_classes', n_classes, 2)
+        notes = ['each sample counts with a weight of its own, 1 at most',
+                 'the value is the cross-entropy H(t, p_τ), whose gradient is the same']
         if self.smoothing: notes.append(f'the labels of the hard term are smoothed by {self.smoothing:g}')
-        return Description('WSLLoss', self.settings, check_whole('n_classes', n_classes, 2), 1., self.beta*self.tau**2, self.tau, notes=notes)
+        return Description('WSLLoss', self.settings, n_classes, 1., self.beta*self.tau**2, self.tau, notes=notes)
 
 # %% ../nbs/03_losses.ipynb #19842121
 class CKMLoss(TeacherLoss):
@@ -219,12 +246,17 @@ class CKMLoss(TeacherLoss):
         self.rewrite = SmoothTo(check_number('smooth_to', smooth_to, '(0,1]'), on=Correct() & StudentAhead())
         self.settings = dict(tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)
 
-    def sample_losses(self, step:Step)->Tensor: return soft_target_loss(step.z, self.rewrite(step.pt, step), self.tau[1], entropy=False)
+    def sample_losses(self, step:Step)->Tensor:
+        "Return the loss of each sample"
+        return soft_target_loss(step.z, self.rewrite(step.pt, step), self.tau[1], entropy=False)
 
     def describe(self,
         n_classes:int, # number of classes
     )->Description:
-        "What this loss really does"
-        notes = [f'the target is {self.settings["smooth_to"]:g} on the label where the teacher is right and the student surer, else the teacher\'s at τ = {self.tau[0]:g}',
+        "Return the weights in force, with notes on the rule"
+        check_whole('n_classes', n_classes, 2)
+        smooth_to,(tau_teacher,tau_student) = self.settings['smooth_to'],self.tau
+        notes = [f'the target is {smooth_to:g} on the label where the teacher is right and the student surer, '
+                 f"else the teacher's at τ = {tau_teacher:g}",
                  'the value is the cross-entropy H(t, p), whose gradient is the same']
-        return Description('CKMLoss', self.settings, check_whole('n_classes', n_classes, 2), 0., 1., self.tau[1], notes=notes)
+        return Description('CKMLoss', self.settings, n_classes, 0., 1., tau_student, notes=notes)

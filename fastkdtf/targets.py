@@ -26,23 +26,28 @@ def log_odds(
     y:Tensor, # integer labels `[N,…]`
     tau:float=1., # temperature
 )->Tensor: # `[N,…]`, or `[n,N,…]`
-    "`log(p_k/(1-p_k))` for the probability `p_k` of the labelled class at temperature `tau`"
+    "Return `log(p_k/(1-p_k))` for the probability `p_k` of the labelled class at temperature `tau`"
     index,axis = at_label(logits, y)
     z = shifted(logits, tau, axis)
-    return z.gather(axis, index).squeeze(axis) - z.scatter(axis, index, -math.inf).logsumexp(axis)
+    others = z.scatter(axis, index, -math.inf).logsumexp(axis)
+    return z.gather(axis, index).squeeze(axis) - others
 
-def _teacher_log_odds(step, tau):
-    if not isinstance(step.zt, TwoValued): return log_odds(step.zt, step.y, tau)
-    return torch.full(step.y.shape, (step.zt.on-step.zt.off)/tau - math.log(step.n_classes-1), device=step.y.device)
+def _log_odds(logits, step, tau):
+    "Return the log odds of the label, also of `TwoValued` logits"
+    if not isinstance(logits, TwoValued): return log_odds(logits, step.y, tau)
+    odds = (logits.on-logits.off)/tau - math.log(step.n_classes-1)
+    return torch.full(step.y.shape, odds, device=step.y.device)
 
 def _check_integers(step, who):
-    if step.y.is_floating_point():
-        raise TypeError(f'{who} needs integer labels, got probabilities: use integer labels, which MixUp and CutMix keep, or limit a rewrite to on=Correct() & …')
+    "Raise `TypeError` where the labels are probabilities"
+    if not step.y.is_floating_point(): return
+    raise TypeError(f'{who} needs integer labels, got probabilities: use integer labels, which MixUp and CutMix keep, '
+                    'or limit a rewrite to on=Correct() & …')
 
 # %% ../nbs/04_targets.ipynb #b21fb120
 class Subset:
     "Base of subsets; a subclass defines `__call__(step)`, which returns `bool[N,…]`, or `[n,N,…]` for `n` teachers"
-    inside_correct = False   # whether it holds only samples that the teacher gets right
+    inside_correct = False   # True if it holds only samples that the teacher gets right
 
     def __and__(self, other): return _Joined('&', self, other) if callable(other) else NotImplemented
     def __or__(self, other):  return _Joined('|', self, other) if callable(other) else NotImplemented
@@ -56,66 +61,76 @@ class _Joined(Subset):
 
     @property
     def inside_correct(self):
-        return (any if self.how == '&' else all)(getattr(o, 'inside_correct', False) for o in (self.a, self.b))
+        "True if one part of `&`, or each part of `|`, holds only samples that the teacher gets right"
+        inside = [getattr(part, 'inside_correct', False) for part in (self.a, self.b)]
+        return any(inside) if self.how == '&' else all(inside)
 
 class _Others(Subset):
     def __init__(self, a): self.a = a
     def __call__(self, step): return ~self.a(step)
     def __repr__(self): return f'~{self.a!r}'
 
+# %% ../nbs/04_targets.ipynb #f00bb1e8
 class Correct(Subset):
     "The teacher puts the labelled class first, and no other beside it. Song et al. 2023, §4.1"
     inside_correct = True
     def __call__(self, step:Step)->Tensor:
         _check_integers(step, self)
-        if isinstance(step.zt, TwoValued): return torch.full(step.y.shape, step.zt.on > step.zt.off, device=step.y.device)
-        index,axis = at_label(step.zt, step.y)
-        return (step.zt >= step.zt.gather(axis, index)).sum(axis) == 1
+        zt,y = step.zt,step.y
+        if isinstance(zt, TwoValued): return torch.full(y.shape, zt.on > zt.off, device=y.device)
+        index,axis = at_label(zt, y)
+        return (zt >= zt.gather(axis, index)).sum(axis) == 1
 
 class StudentAhead(Subset):
     "The student is surer of the label than the teacher: the regularization samples. Song et al. 2023, §4.1"
     def __call__(self, step:Step)->Tensor:
         _check_integers(step, self)
-        return log_odds(step.z.detach(), step.y, step.tau[1]) > _teacher_log_odds(step, step.tau[0])
+        tau_teacher,tau_student = step.tau
+        return log_odds(step.z.detach(), step.y, tau_student) > _log_odds(step.zt, step, tau_teacher)
 
 Regularization = StudentAhead   # the paper's name
 
 # %% ../nbs/04_targets.ipynb #6f896e9d
 class WSLWeight:
-    "Weight of each sample's soft loss: the less, the better the student does beside its teacher. Zhou et al. 2021"
+    "Weight of each sample's soft loss: the better the student does beside its teacher, the less. Zhou et al. 2021"
     def __init__(self,
         tau:float=1., # temperature of both cross-entropies; EffDstl's code takes that of the soft loss
         eps:float=1e-7, # beside the teacher's cross-entropy
-    ): self.tau,self.eps = check_number('tau', tau, '(0,inf)'),check_number('eps', eps, '(0,inf)')
+    ):
+        self.tau = check_number('tau', tau, '(0,inf)')
+        self.eps = check_number('eps', eps, '(0,inf)')
 
     def __call__(self, step:Step)->Tensor: # `[N,…]`, in [0,1]
-        soft = step.y.is_floating_point()
-        hs = self._entropies(step.z.detach(), step)
-        ht = F.softplus(-_teacher_log_odds(step, self.tau)) if isinstance(step.zt, TwoValued) and not soft else self._entropies(step.zt, step)
-        if ht.ndim > hs.ndim: ht = math.log(len(ht)) - torch.logsumexp(-ht, 0)
-        w = -torch.expm1(-hs/(ht+self.eps))
-        return (step.y*w).sum(1) if soft else w
+        "Return the weight of each sample"
+        student,teacher = self._entropies(step.z.detach(), step),self._entropies(step.zt, step)
+        if teacher.ndim > student.ndim:   # that of the teachers' mean distribution
+            teacher = math.log(len(teacher)) - torch.logsumexp(-teacher, 0)
+        w = -torch.expm1(-student/(teacher+self.eps))
+        return (step.y*w).sum(1) if step.y.is_floating_point() else w
 
     def _entropies(self, logits, step):
-        "Cross-entropies on the label; on each class for labels that are probabilities"
-        if not step.y.is_floating_point(): return F.softplus(-log_odds(logits, step.y, self.tau))
-        if isinstance(logits, TwoValued): return -torch.tensor(logits.soften(self.tau, step.n_classes).on, device=step.y.device).log()
+        "Return the cross-entropies on the label; on each class for labels that are probabilities"
+        if not step.y.is_floating_point(): return F.softplus(-_log_odds(logits, step, self.tau))
+        if isinstance(logits, TwoValued):
+            on = logits.soften(self.tau, step.n_classes).on
+            return -torch.tensor(on, device=step.y.device).log()
         axis = 1+logits.ndim-step.z.ndim
         return -torch.log_softmax(shifted(logits, self.tau, axis), axis)
 
     def __repr__(self): return f'WSLWeight(tau={self.tau!r}, eps={self.eps!r})'
 
-# %% ../nbs/04_targets.ipynb #044d4694
+# %% ../nbs/04_targets.ipynb #ddc797f9
 def softened_logits(
     target:Tensor, # a target on its way through the rewrites
     step:Step,
 )->tuple: # logits and the temperature to soften them with
-    "What `target` is the softmax of: the teacher's own logits as long as it is untouched, which know more than their softmax"
-    if target is vars(step).get('pt') and not isinstance(target, TwoValued): return at_least_float32(step.zt).clamp(min=-1e30), step.tau[0]   # a teacher may rule out all others
+    "Return logits of `target`: the teacher's own as long as no rewrite has touched it, for they know more than their softmax"
+    if target is vars(step).get('pt') and not isinstance(target, TwoValued):
+        return at_least_float32(step.zt).clamp(min=-1e30), step.tau[0]   # a teacher may rule out all others
     return target.clamp(min=torch.finfo(target.dtype).tiny).log(), 1.
 
 def _dense(t, step):
-    "`t` as a tensor of the student's shape, in its precision"
+    "Return `t` as a tensor of the student's shape, in its precision"
     if not isinstance(t, TwoValued): return t
     if step.y.is_floating_point(): return t.dense(step.y, step.n_classes)
     z = at_least_float32(step.z.detach())
@@ -123,40 +138,45 @@ def _dense(t, step):
     return torch.full_like(z, t.off).scatter(axis, index, t.on)
 
 def _substep(step, pt, **changes):
-    "`step` with changes; `pt`, if not None, is its teacher's softened distribution"
+    "Return `step` with changes; `pt`, if not None, is its teacher's softened distribution"
     out = replace(step, **changes)
     if pt is not None: out.pt = pt
     return out
 
+# %% ../nbs/04_targets.ipynb #044d4694
 class Rewrite:
     "Base of rewrites; a subclass defines `rewrite(target, step)`, which returns another target"
     def __init__(self,
-        on:Callable|None=None, # `step → bool[N]`, or `[n,N]` for `n` teachers: the samples whose target is rewritten; None: all
+        on:Callable|None=None, # `step → bool[N]`, or `[n,N]` for `n` teachers: whose target is rewritten; None: all samples
     ):
-        if on is not None and not callable(on): raise TypeError(f'on must be a function of a Step that says which samples, such as Correct(), got {on!r}')
+        if on is not None and not callable(on):
+            raise TypeError(f'on must be a function of a Step that says which samples, such as Correct(), got {on!r}')
         self.on = on
 
     def __call__(self, target, step:Step):
-        "`target`, rewritten where `on` says so"
+        "Return `target`, rewritten where `on` says so"
         if step.y.is_floating_point() and getattr(self.on, 'inside_correct', False): return self._on_first_class(target, step)
         new = self.rewrite(target, step)
         if self.on is None: return new
-        new,target,which = _dense(new, step),_dense(target, step),self.on(step)
-        samples = new.ndim-1   # without the classes' axis; `on` may leave out that of several teachers too
-        return torch.where(which.unsqueeze(1+new.ndim-step.z.ndim-(samples-which.ndim)), new, target)
+        chosen = self.on(step)
+        axis = 2 + chosen.ndim - step.z.ndim   # the classes', which `chosen` lacks; it may lack that of several teachers too
+        return torch.where(chosen.unsqueeze(axis), _dense(new, step), _dense(target, step))
 
     def _on_first_class(self, target, step):
-        "For probabilities as labels: only the class that the teacher puts first can be correct, and its share of the label is rewritten"
+        "Return the mixture of rewritten targets for labels that are probabilities"
         if isinstance(step.zt, TwoValued): _check_integers(step, self)
         untouched = target is vars(step).get('pt')
         if target.ndim > step.z.ndim:
-            return torch.stack([self._on_first_class(t, _substep(step, t if untouched else None, zt=zt)) for t,zt in zip(target, step.zt)])
+            targets = target.unbind()
+            steps = [_substep(step, t if untouched else None, zt=zt) for t,zt in zip(targets, step.zt)]
+            return torch.stack([self._on_first_class(*pair) for pair in zip(targets, steps)])
         first = step.zt.argmax(1)
         new = self(target, _substep(step, target if untouched else None, y=first))
-        return torch.lerp(target, new, step.y.gather(1, first.unsqueeze(1)).to(target.dtype))
+        share = step.y.gather(1, first.unsqueeze(1))
+        return torch.lerp(target, new, share.to(target.dtype))
 
     def __repr__(self):
-        args = [f'{k}={v!r}' for k,v in vars(self).items() if v is not None]
+        args = [f'{name}={value!r}' for name,value in vars(self).items() if value is not None]
         return f"{type(self).__name__}({', '.join(args)})"
 
 # %% ../nbs/04_targets.ipynb #0537d3b6
@@ -170,14 +190,17 @@ class TeacherCorrection(Rewrite):
         self.gamma = check_number('gamma', gamma, '(0,1)')
 
     def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor|TwoValued:
+        "Return the corrected target"
         if isinstance(target, TwoValued): return TwoValued(self.gamma, (1-self.gamma)/(step.n_classes-1))
-        if step.y.is_floating_point(): raise TypeError("TeacherCorrection of a network's target needs integer labels, got probabilities")
+        if step.y.is_floating_point():
+            raise TypeError("TeacherCorrection of a network's target needs integer labels, got probabilities")
         logits,tau = softened_logits(target, step)
         return put_confidence(logits, step.y, self.gamma, tau)
 
     def notes(self, n_classes:int)->list:
-        "What `describe` says of it"
-        return ['gamma is below 1/K: the corrected teacher can rank the labelled class last'] if self.gamma < 1/n_classes else []
+        "Return what `describe` says of it"
+        if self.gamma >= 1/n_classes: return []
+        return ['gamma is below 1/K: the corrected teacher can rank the labelled class last']
 
 # %% ../nbs/04_targets.ipynb #38f42d4c
 class SmoothTo(Rewrite):
@@ -189,7 +212,9 @@ class SmoothTo(Rewrite):
         super().__init__(on)
         self.confidence = check_number('confidence', confidence, '(0,1]')
 
-    def rewrite(self, target:Tensor|TwoValued, step:Step)->TwoValued: return TwoValued(self.confidence, (1-self.confidence)/(step.n_classes-1))
+    def rewrite(self, target:Tensor|TwoValued, step:Step)->TwoValued:
+        "Return the smoothed label"
+        return TwoValued(self.confidence, (1-self.confidence)/(step.n_classes-1))
 
 # %% ../nbs/04_targets.ipynb #fce3a845
 class Amplify(Rewrite):
@@ -200,9 +225,11 @@ class Amplify(Rewrite):
         on:Callable|None=None, # `step → bool[N]`: the samples whose target is raised; None: all
     ):
         super().__init__(on)
-        self.delta,self.who = check_number('delta', delta, '(0,1]'),check_choice('who', who, ('teacher', 'student'))
+        self.delta = check_number('delta', delta, '(0,1]')
+        self.who   = check_choice('who', who, ('teacher', 'student'))
 
     def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor|TwoValued:
+        "Return the raised target"
         if self.who == 'teacher' and isinstance(target, TwoValued):
             on = min(target.on+self.delta, 1.)
             return TwoValued(on, (1-on)/(step.n_classes-1))
@@ -210,7 +237,8 @@ class Amplify(Rewrite):
         if self.who == 'student': target,logits,tau = step.p,step.z.detach(),step.tau[1]
         else: logits,tau = softened_logits(target, step)
         index,axis = at_label(target, step.y)
-        return put_confidence(logits, step.y, (target.gather(axis, index)+self.delta).clamp(max=1.), tau)
+        raised = target.gather(axis, index) + self.delta
+        return put_confidence(logits, step.y, raised.clamp(max=1.), tau)
 
 # %% ../nbs/04_targets.ipynb #d94a8474
 class Replace(Rewrite):
@@ -227,21 +255,27 @@ class Replace(Rewrite):
         self.teacher,self.what = teacher,check_choice('what', what, ('full', 'partial', 'confidence'))
 
     def _logits(self, target, step):
-        "The strong teacher's logits, of the target's shape"
+        "Return the strong teacher's logits, of the target's shape"
         given = getattr(step, 'extra_logits', {})
-        if self not in given: raise ValueError(f"the logits of {self!r}'s teacher are missing: give Distill this very rewrite, in rewrite=")
+        if self not in given:
+            raise ValueError(f"the logits of {self!r}'s teacher are missing: give Distill this very rewrite, in rewrite=")
         zt = given[self]
         if isinstance(zt, TwoValued): _check_integers(step, self)
-        elif zt.ndim > step.z.ndim: raise ValueError(f'Replace takes one strong teacher, got {len(zt)}: make them one with EnsembleTeacher')
+        elif zt.ndim > step.z.ndim:
+            raise ValueError(f'Replace takes one strong teacher, got {len(zt)}: make them one with EnsembleTeacher')
         return _dense(zt, step).to(target.dtype).expand(target.shape)
 
     def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor:
+        "Return the target with the strong teacher's part in it"
         if self.what != 'full': _check_integers(step, self)
         target,tau = _dense(target, step),step.tau[0]
         strong = self._logits(target, step)
         softened = soften(strong, tau, step.n_classes, 1+target.ndim-step.z.ndim)
         if self.what == 'full': return softened
         index,axis = at_label(target, step.y)
-        if self.what == 'partial': return put_confidence(strong.clamp(min=-1e30), step.y, target.gather(axis, index), tau)
-        logits,own = softened_logits(target, step)
-        return put_confidence(logits, step.y, softened.gather(axis, index), own)
+        if self.what == 'partial':
+            weak_confidence = target.gather(axis, index)
+            return put_confidence(strong.clamp(min=-1e30), step.y, weak_confidence, tau)
+        strong_confidence = softened.gather(axis, index)
+        logits,tau = softened_logits(target, step)
+        return put_confidence(logits, step.y, strong_confidence, tau)
