@@ -1,4 +1,4 @@
-"""Files that are written whole, and claimed by one process
+"""Write files whole, and let one process at a time claim a run
 
 Docs: https://fastkdtf.github.io/fastkdtf/files.html.md"""
 
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 def sync_folder(
     path:Path, # a folder
 ):
-    "Make sure that what was renamed or made in a folder is on the disk"
+    "Make sure that renamed and new files of a folder are on the disk"
     if os.name == 'nt': return
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -29,7 +29,7 @@ def sync_folder(
 def replacing(
     path:Path, # the file to write
 )->Iterator:
-    "A binary file that takes `path`'s place when the block ends without an error; an interrupt leaves the old file"
+    "Open a binary file that takes the place of `path` when the block ends without an error; after an error or interrupt the old file stays"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name+'.tmp')
@@ -46,7 +46,7 @@ def replacing(
 # %% ../nbs/05_files.ipynb #3efe53a7
 @contextmanager
 def run_lock(
-    path:str|Path, # what is claimed, for example the run's checkpoint file; the lock is a file beside it
+    path:str|Path, # the thing claimed, for example the run's checkpoint file; the lock is a file beside it
     timeout:float=0, # seconds to wait for another process; -1: as long as it takes
 )->Iterator:
     "Claim a run. The block gets True, or False if another process has it; the claim ends with the block or its process"

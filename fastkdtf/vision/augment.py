@@ -1,4 +1,4 @@
-"""Crop, flip and rotation of whole batches on their device, which can be done again at any time
+"""Crop, flip and rotate whole batches on their device, in a way that can be done again at any time
 
 Docs: https://fastkdtf.github.io/fastkdtf/vision.augment.html.md"""
 
@@ -18,31 +18,34 @@ from torch import Tensor
 _golden = np.array([0x9E3779B97F4A7C15], np.uint64)
 
 def _mix(z):
-    "splitmix64's mixing of each element of an uint64 array; products wrap"
+    "Mix each element of an uint64 array as splitmix64 does; products wrap"
     z = (z ^ (z>>np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z>>np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z>>np.uint64(31))
 
 def _bits(*keys):
-    "64 random bits for each tuple of whole numbers; keys broadcast"
+    "Return 64 random bits for each tuple of whole numbers; keys broadcast"
     h = np.zeros(1, np.uint64)
-    for k in keys: h = _mix(h + _golden + np.asarray(k).astype(np.uint64))
+    for key in keys: h = _mix(h + _golden + np.asarray(key).astype(np.uint64))
     return h
 
-def _below(bits, n): return ((bits>>np.uint64(32))*np.uint64(n) >> np.uint64(32)).astype(np.int64)
+def _below(bits, n):
+    "Return a whole number from 0 to `n-1` for the upper 32 of each 64 bits"
+    upper = bits>>np.uint64(32)
+    return (upper*np.uint64(n) >> np.uint64(32)).astype(np.int64)
 
-def _number(nm, v, low):
-    try: v = operator.index(v)
-    except TypeError: raise TypeError(f"{nm} must be a whole number, not {v!r}") from None
-    if v<low: raise ValueError(f"{nm}={v} must be at least {low}")
-    return v
+def _whole_number(name, value, low):
+    try: value = operator.index(value)
+    except TypeError: raise TypeError(f"{name} must be a whole number, not {value!r}") from None
+    if value<low: raise ValueError(f"{name}={value} must be at least {low}")
+    return value
 
 # %% ../../nbs/10c_vision.augment.ipynb #ec4c0ac0
 class AugmentParams(NamedTuple):
-    "What is done to each of `N` images, in this order"
+    "Crop, flip and angle of each of `N` images, applied in this order"
     dy:np.ndarray    # Upper edge of the crop, 0 to 2·pad
     dx:np.ndarray    # Its left edge
-    flip:np.ndarray  # Mirrored, left to right?
+    flip:np.ndarray  # True where the image is mirrored, left to right
     angle:np.ndarray # Degrees, counterclockwise
 
 # %% ../../nbs/10c_vision.augment.ipynb #a25ae5d1
@@ -58,8 +61,9 @@ class Augment:
         if not isinstance(flip, (bool,np.bool_)): raise TypeError(f"flip must be True or False, not {flip!r}")
         if isinstance(rotate, bool) or not isinstance(rotate, (int,float)): raise TypeError(f"rotate must be a number of degrees, not {rotate!r}")
         if not 0<=rotate<=180: raise ValueError(f"rotate={rotate} must lie between 0 and 180 degrees")
-        self.flip,self.pad,self.rotate = bool(flip),_number('pad', pad, 0),float(rotate)
-        self.views,self.seed = None if views is None else _number('views', views, 1),_number('seed', seed, 0)
+        self.flip,self.pad,self.rotate = bool(flip),_whole_number('pad', pad, 0),float(rotate)
+        self.views = None if views is None else _whole_number('views', views, 1)
+        self.seed = _whole_number('seed', seed, 0)
         if (self.views or 0)>=2**31: raise ValueError(f"views={views} must be below 2**31: use None for a new version every time")
         if self.seed>=2**63: raise ValueError(f"seed={seed} must be below 2**63")
 
@@ -72,27 +76,30 @@ class Augment:
         rng:random.Random,
         n:int # Batch size
     ) -> Tensor: # int64 `[n]`, on the CPU
-        "Views for `n` samples"
+        "Draw a view for each of `n` samples"
         bits = _bits(rng.getrandbits(64), np.arange(n))
-        return torch.from_numpy((bits>>np.uint64(2)).astype(np.int64) if self.views is None else _below(bits, self.views))
+        views = (bits>>np.uint64(2)).astype(np.int64) if self.views is None else _below(bits, self.views)
+        return torch.from_numpy(views)
 
     def params(self,
         idx:Tensor|np.ndarray, # Index of each sample in its data set, int64 `[N]`
         view:Tensor|np.ndarray # Its view, int64 `[N]`
     ) -> AugmentParams:
-        "What is done to view `view` of sample `idx`"
+        "Return what is done to view `view` of sample `idx`"
         key = _bits(self.seed, np.asarray(idx), np.asarray(view))
         shift,turn = _mix(key+_golden),_mix(key+_golden+_golden)
-        share = (turn>>np.uint64(11)).astype(float)*2.**-53
-        return AugmentParams(_below(shift, 2*self.pad+1), _below(shift<<np.uint64(32), 2*self.pad+1), (turn&np.uint64(1)).astype(bool)&self.flip,
-                             (2*share-1)*self.rotate)
+        dy = _below(shift, 2*self.pad+1)
+        dx = _below(shift<<np.uint64(32), 2*self.pad+1)
+        flip = (turn&np.uint64(1)).astype(bool) & self.flip
+        uniform = (turn>>np.uint64(11)).astype(float)*2.**-53
+        return AugmentParams(dy, dx, flip, (2*uniform-1)*self.rotate)
 
     def __call__(self,
         x:Tensor, # Images `[N,C,H,W]` on any device, uint8 or float
         idx,      # Index of each in its data set, int64 `[N]`
         view      # Its view, int64 `[N]`
     ) -> Tensor: # Like `x`; black is 0
-        "The views `view` of the images `x`"
+        "Return the views `view` of the images `x`"
         return _augmented(x, self.params(idx, view), self) if self else x
 
 # %% ../../nbs/10c_vision.augment.ipynb #4cda3a69
@@ -101,21 +108,24 @@ def _turn(angle, h, w):
     cos,sin = np.cos(np.deg2rad(angle)),-np.sin(np.deg2rad(angle))
     dx = w/2 - cos*w/2 - sin*h/2
     dy = h/2 + sin*w/2 - cos*h/2
-    m = np.stack([dx+(cos+sin)/2, cos, sin, dy+(cos-sin)/2, -sin, cos], 1)
-    return np.floor(m*65536+.5).astype(np.int64)
+    affine = np.stack([dx+(cos+sin)/2, cos, sin, dy+(cos-sin)/2, -sin, cos], 1)
+    return np.floor(affine*65536+.5).astype(np.int64)
 
-def _augmented(x, p, a):
+def _augmented(x, params, augment):
     n,c,h,w = x.shape
-    maps = np.column_stack([p.dy, p.dx, p.flip, *([_turn(p.angle, h, w)] if a.rotate else [])])
-    dy,dx,flip,*turn = torch.from_numpy(maps).to(x.device).T[...,None,None]
-    row,col = torch.arange(h, device=x.device)[:,None],torch.arange(w, device=x.device)[None]
-    if a.rotate:
+    columns = [params.dy, params.dx, params.flip]
+    if augment.rotate: columns.append(_turn(params.angle, h, w))
+    dy,dx,flip,*turn = torch.from_numpy(np.column_stack(columns)).to(x.device).T[...,None,None]
+    row = torch.arange(h, device=x.device)[:,None]
+    col = torch.arange(w, device=x.device)[None]
+    if augment.rotate:
         x0,xx,xy,y0,yx,yy = turn
         row,col = (y0+yx*col+yy*row)>>16, (x0+xx*col+xy*row)>>16
-        seen = (row>=0) & (row<h) & (col>=0) & (col<w)
+        inside = (row>=0) & (row<h) & (col>=0) & (col<w)
         row,col = row.clamp(0, h-1), col.clamp(0, w-1)
-    if a.flip: col = torch.where(flip>0, w-1-col, col)
-    x = F.pad(x, [a.pad]*4)
-    place = ((row+dy)*(w+2*a.pad) + (col+dx)).expand(n, h, w).reshape(n, 1, h*w)
-    res = x.reshape(n, c, -1).gather(2, place.expand(-1, c, -1)).view(n, c, h, w)
-    return res.mul_(seen[:,None]) if a.rotate else res
+    if augment.flip: col = torch.where(flip>0, w-1-col, col)
+    padded = F.pad(x, [augment.pad]*4)
+    place = (row+dy)*padded.shape[-1] + (col+dx)
+    place = place.expand(n, h, w).reshape(n, 1, h*w).expand(-1, c, -1)
+    res = padded.reshape(n, c, -1).gather(2, place).view(n, c, h, w)
+    return res.mul_(inside[:,None]) if augment.rotate else res

@@ -6,8 +6,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.cifar_nets.html.md"""
 
 # %% auto #0
 __all__ = ['ResBlock', 'SumBlock', 'BasicBlock', 'Bottleneck', 'init_he', 'CifarResNet', 'PreBasicBlock', 'PreBottleneck',
-           'PreActResNet', 'InvertedResidual', 'MobileNetV2', 'ShuffleUnit', 'ShuffleNetV2', 'DenseLayer', 'DenseNet',
-           'Inception', 'GoogLeNet', 'PlainCNN']
+           'PreActResNet', 'InvertedResidual', 'FeatureNet', 'MobileNetV2', 'ShuffleUnit', 'ShuffleNetV2', 'DenseLayer',
+           'DenseNet', 'Inception', 'GoogLeNet', 'PlainCNN']
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #4ae8dbc2
 import torch
@@ -45,7 +45,10 @@ class BasicBlock(ResBlock):
         self.conv2,self.bn2 = _conv(width, width, 3),      nn.BatchNorm2d(width)
         self.shortcut = _shortcut(ni, width, stride)
 
-    def branch(self, x:Tensor)->Tensor: return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    def branch(self, x:Tensor)->Tensor:
+        "Compute what is added to the shortcut"
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #9b92dd8f
 class Bottleneck(ResBlock):
@@ -67,13 +70,14 @@ class Bottleneck(ResBlock):
         self.shortcut = _shortcut(ni, nf, stride)
 
     def branch(self, x:Tensor)->Tensor:
+        "Compute what is added to the shortcut"
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #736115e8
 def init_he(m:nn.Module):
-    "He initialisation for convolutions (normal, fan-out; He et al. 2015); their biases start at 0. Use as `model.apply(init_he)`."
+    "Initialise a convolution as He et al. (2015) do: normal, fan-out; its bias starts at 0. Use as `model.apply(init_he)`."
     if not isinstance(m, nn.Conv2d): return
     nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     if m.bias is not None: nn.init.zeros_(m.bias)
@@ -111,6 +115,7 @@ class CifarResNet(nn.Module):
         self.apply(init_he)
 
     def forward(self, x):
+        "Compute logits `[N,n_classes]`"
         x = self.stages(F.relu(self.bn1(self.conv1(x))))
         return self.fc(self.pool(x).flatten(1))
 
@@ -126,14 +131,17 @@ class PreBasicBlock(SumBlock):
         ni:int,              # Input channels
         width:int,           # Channels of both convolutions
         stride:int=1,        # Stride of the first convolution and of the projection
-        activated:bool=False # Is the input activated already, as a stage's first block's is?
+        activated:bool=False # True if the input is activated already, as a stage's first block's is
     ):
         super().__init__()
         self.act1,self.conv1 = nn.Identity() if activated else _act(ni), _conv(ni, width, 3, stride)
         self.act2,self.conv2 = _act(width), _conv(width, width, 3)
         self.shortcut = _pre_shortcut(ni, width, stride)
 
-    def branch(self, x:Tensor)->Tensor: return self.conv2(self.act2(self.conv1(self.act1(x))))
+    def branch(self, x:Tensor)->Tensor:
+        "Compute what is added to the shortcut"
+        x = self.conv1(self.act1(x))
+        return self.conv2(self.act2(x))
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #8b1324f2
 class PreBottleneck(SumBlock):
@@ -143,7 +151,7 @@ class PreBottleneck(SumBlock):
         ni:int,              # Input channels
         width:int,           # Channels of the first two convolutions
         stride:int=1,        # Stride of the 3×3 convolution and of the projection
-        activated:bool=False # Is the input activated already, as a stage's first block's is?
+        activated:bool=False # True if the input is activated already, as a stage's first block's is
     ):
         super().__init__()
         nf = self.expansion*width
@@ -153,6 +161,7 @@ class PreBottleneck(SumBlock):
         self.shortcut = _pre_shortcut(ni, nf, stride)
 
     def branch(self, x:Tensor)->Tensor:
+        "Compute what is added to the shortcut"
         x = self.conv2(self.act2(self.conv1(self.act1(x))))
         return self.conv3(self.act3(x))
 
@@ -181,6 +190,7 @@ class PreActResNet(nn.Module):
         self.apply(init_he)
 
     def forward(self, x):
+        "Compute logits `[N,n_classes]`"
         x = self.act(self.stages(self.conv1(x)))
         return self.fc(self.pool(x).flatten(1))
 
@@ -206,22 +216,34 @@ class InvertedResidual(SumBlock):
         self.branch,self.shortcut = _inverted(nf, nf, 1, expand),nn.Identity()
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #2bfa2b64
-class MobileNetV2(nn.Module):
+class FeatureNet(nn.Module):
+    "A network of `features`, global average pooling and one linear layer; `MobileNetV2` and others make the features."
+    def __init__(self,
+        features:nn.Module, # `[N,3,H,W]` to `[N,nf,h,w]`
+        nf:int,             # Channels of the features
+        n_classes:int       # Number of logits
+    ):
+        super().__init__()
+        self.features = features
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(nf, n_classes)
+        self.apply(init_he)
+
+    def forward(self, x):
+        "Compute logits `[N,n_classes]`"
+        return self.fc(self.pool(self.features(x)).flatten(1))
+
+# %% ../../nbs/11a_vision.cifar_nets.ipynb #7b4e108f
+class MobileNetV2(FeatureNet):
     "MobileNetV2 for small images (Sandler et al. 2018): `[N,3,H,W]` to logits `[N,n_classes]`, for any `H` and `W`."
     def __init__(self,
         n_classes:int # Number of logits
     ):
-        super().__init__()
         layers,ni = [_conv_act(3, 32, 3, act=nn.ReLU6)],32
         for expand,nf,n,stride in ((1,16,1,1), (6,24,2,2), (6,32,3,2), (6,64,4,2), (6,96,3,1), (6,160,3,1), (6,320,1,1)):
             layers += [_inverted(ni, nf, stride, expand), *[InvertedResidual(nf, expand) for _ in range(n-1)]]
             ni = nf
-        self.features = nn.Sequential(*layers, _conv_act(ni, 1280, 1, act=nn.ReLU6))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(1280, n_classes)
-        self.apply(init_he)
-
-    def forward(self, x): return self.fc(self.pool(self.features(x)).flatten(1))
+        super().__init__(nn.Sequential(*layers, _conv_act(ni, 1280, 1, act=nn.ReLU6)), 1280, n_classes)
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #f07d49a0
 def _shuffle(x): return x.unflatten(1, (2,-1)).transpose(1, 2).flatten(1, 2)
@@ -248,22 +270,16 @@ class ShuffleUnit(nn.Module):
         return _shuffle(torch.cat([self.past(a), self.branch(b)], 1))
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #dc161799
-class ShuffleNetV2(nn.Module):
+class ShuffleNetV2(FeatureNet):
     "ShuffleNetV2 1× for small images (Ma et al. 2018): `[N,3,H,W]` to logits `[N,n_classes]`, for any `H` and `W`."
     def __init__(self,
         n_classes:int # Number of logits
     ):
-        super().__init__()
         layers,ni = [_conv_act(3, 24, 3, bias=False)],24
         for nf,n in ((116,4), (232,8), (464,4)):
             layers += [ShuffleUnit(ni, nf), *[ShuffleUnit(nf, nf) for _ in range(n-1)]]
             ni = nf
-        self.features = nn.Sequential(*layers, _conv_act(ni, 1024, 1, bias=False))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(1024, n_classes)
-        self.apply(init_he)
-
-    def forward(self, x): return self.fc(self.pool(self.features(x)).flatten(1))
+        super().__init__(nn.Sequential(*layers, _conv_act(ni, 1024, 1, bias=False)), 1024, n_classes)
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #e267a88d
 class DenseLayer(nn.Module):
@@ -278,14 +294,13 @@ class DenseLayer(nn.Module):
     def forward(self, x): return torch.cat([x, self.branch(x)], 1)
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #410cf331
-class DenseNet(nn.Module):
+class DenseNet(FeatureNet):
     "DenseNet-121 for small images (Huang et al. 2017): `[N,3,H,W]` to logits `[N,n_classes]`, for at least 8×8 pixels."
     def __init__(self,
         n_classes:int,               # Number of logits
         n_layers:tuple=(6,12,24,16), # Layers in each block
         growth:int=32                # Channels that each layer adds
     ):
-        super().__init__()
         ni = 2*growth
         layers = [_conv(3, ni, 3)]
         for i,n in enumerate(n_layers):
@@ -294,12 +309,7 @@ class DenseNet(nn.Module):
                 ni //= 2
             layers += [DenseLayer(ni + j*growth, growth) for j in range(n)]
             ni += n*growth
-        self.features = nn.Sequential(*layers, _act(ni))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(ni, n_classes)
-        self.apply(init_he)
-
-    def forward(self, x): return self.fc(self.pool(self.features(x)).flatten(1))
+        super().__init__(nn.Sequential(*layers, _act(ni)), ni, n_classes)
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #659b5bdf
 class Inception(nn.Module):
@@ -320,7 +330,7 @@ class Inception(nn.Module):
             nn.Sequential(_conv_act(ni, r5, 1), _conv_act(r5, c5, 3), _conv_act(c5, c5, 3)),
             nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), _conv_act(ni, pool, 1))])
 
-    def forward(self, x): return torch.cat([o(x) for o in self.branches], 1)
+    def forward(self, x): return torch.cat([branch(x) for branch in self.branches], 1)
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #70b5e30b
 _inceptions = (
@@ -346,7 +356,10 @@ class GoogLeNet(nn.Module):
         self.fc = nn.Linear(ni, n_classes)
         self.apply(init_he)
 
-    def forward(self, x): return self.fc(self.drop(self.pool(self.features(x)).flatten(1)))
+    def forward(self, x):
+        "Compute logits `[N,n_classes]`"
+        x = self.pool(self.features(x)).flatten(1)
+        return self.fc(self.drop(x))
 
 # %% ../../nbs/11a_vision.cifar_nets.ipynb #f58b7296
 class PlainCNN(nn.Module):
@@ -367,4 +380,6 @@ class PlainCNN(nn.Module):
         self.head = nn.Sequential(nn.Linear(ni*4*4, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(p), nn.Linear(128, n_classes))
         self.apply(init_he)
 
-    def forward(self, x): return self.head(self.pool(self.features(x)).flatten(1))
+    def forward(self, x):
+        "Compute logits `[N,n_classes]`"
+        return self.head(self.pool(self.features(x)).flatten(1))

@@ -21,32 +21,37 @@ from .readers import check_size, imagenet_files, npz_arrays, read_files, read_np
 _all_ = ['npz_arrays', 'read_files', 'read_npz']   # what reads the files is at hand here too
 
 # %% ../../nbs/10_vision.data.ipynb #8f8c0d60
-class _Set(NamedTuple):
+class _KnownSet(NamedTuple):
     "A set known by name"
     n_classes:int
     augment:Augment|None=None # what the papers do to its training images
     layout:str|None=None      # `read_files`'s, where only one will do
     get:str|None=None         # where its files come from, if they can't be fetched here
-    pct:float=.1         # share of the training images that validates
+    pct:float=.1              # share of the training images that validates
 
 _crop = Augment(flip=True, pad=4)
-_known = dict(
-    cifar10       = _Set(10, _crop),
-    cifar100      = _Set(100, _crop),
-    fashion_mnist = _Set(10),
-    cinic10       = _Set(10, _crop, 'cinic10', "CINIC-10.tar.gz (https://doi.org/10.7488/ds/2448) or the folder it unpacks to, with train, valid and test/<class>/*.png"),
-    tiny_imagenet = _Set(200, Augment(flip=True, rotate=20), 'tiny_imagenet',
-                         "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip) or its folder, with wnids.txt, train/<wnid>/images and val/val_annotations.txt"),
-    imagenet      = _Set(1000, get="the folder of ILSVRC 2012 (https://image-net.org, on request), with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG", pct=.04),
-    fer2013       = _Set(7, _crop, 'fer2013', "fer2013.csv (https://www.kaggle.com/c/challenges-in-representation-learning-facial-expression-recognition-challenge), "
-                                              "or a folder or archive with it, or with icml_face_data.csv"),
-    raf           = _Set(7, _crop, 'raf', "the folder basic of RAF-DB (http://www.whdeng.cn/raf/model1.html, on request), with EmoLabel/list_patition_label.txt and Image/aligned/*.jpg"))
+_known_sets = dict(
+    cifar10       = _KnownSet(10, _crop),
+    cifar100      = _KnownSet(100, _crop),
+    fashion_mnist = _KnownSet(10),
+    cinic10       = _KnownSet(10, _crop, 'cinic10', "CINIC-10.tar.gz (https://doi.org/10.7488/ds/2448) or the folder it unpacks to, "
+                              "with train, valid and test/<class>/*.png"),
+    tiny_imagenet = _KnownSet(200, Augment(flip=True, rotate=20), 'tiny_imagenet',
+                              "tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip) or its folder, "
+                              "with wnids.txt, train/<wnid>/images and val/val_annotations.txt"),
+    imagenet      = _KnownSet(1000, get="the folder of ILSVRC 2012 (https://image-net.org, on request), "
+                              "with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG", pct=.04),
+    fer2013       = _KnownSet(7, _crop, 'fer2013', "fer2013.csv (https://www.kaggle.com/c/challenges-in-representation-learning-"
+                              "facial-expression-recognition-challenge), or a folder or archive with it, or with icml_face_data.csv"),
+    raf           = _KnownSet(7, _crop, 'raf', "the folder basic of RAF-DB (http://www.whdeng.cn/raf/model1.html, on request), "
+                              "with EmoLabel/list_patition_label.txt and Image/aligned/*.jpg"))
 
 _fashion = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 
 def _download(source):
     "Folder with the files of a known set, fetched once and kept where fastai keeps data"
-    if get:=_known[source].get: raise ValueError(f"source={source!r} can't be downloaded from here: give path=, {get}")
+    get = _known_sets[source].get
+    if get: raise ValueError(f"source={source!r} can't be downloaded from here: give path=, {get}")
     if source!='fashion_mnist': return untar_data(dict(cifar10=URLs.CIFAR, cifar100=URLs.CIFAR_100)[source])
     from torchvision.datasets import FashionMNIST
     root = fastai_path('data')
@@ -56,27 +61,30 @@ def _download(source):
 def _read_digits():
     "scikit-learn's digits: 1,797 grey images of 8×8, values 0 to 16"
     from sklearn.datasets import load_digits   # a tenth of a second, for one data set
-    d = load_digits()
-    return dict(train=to_records(np.rint(d.images*255/16).astype(np.uint8), d.target)), [str(o) for o in d.target_names]
+    digits = load_digits()
+    images = np.rint(digits.images*255/16).astype(np.uint8)
+    return dict(train=to_records(images, digits.target)), [str(name) for name in digits.target_names]
 
 def _read_known(source, path, size):
-    known,path = _known[source],Path(path or _download(source))
-    sets,names = imagenet_files(path) if source=='imagenet' else read_files(path, size, None if path.suffix=='.npz' else known.layout)
+    known,path = _known_sets[source],Path(path or _download(source))
+    if source=='imagenet': sets,names = imagenet_files(path)
+    else:                  sets,names = read_files(path, size, None if path.suffix=='.npz' else known.layout)
     if len(names)!=known.n_classes: raise ValueError(f"{path} holds {len(names)} classes, but {source} has {known.n_classes}")
     return sets, _fashion if source=='fashion_mnist' else names, known.pct
 
 def _read(source, path, size):
     "`(records by set, class names, default share for validation)`"
     if not isinstance(source, (str,Path)): raise TypeError(f"source must be the name of a data set or the path of one, not {source!r}")
-    if source in _known: return _read_known(source, path, size)
-    if path is not None: raise ValueError(f"path={str(path)!r} goes with {', '.join(_known)}; give it in place of source={str(source)!r}")
+    if source in _known_sets: return _read_known(source, path, size)
+    if path is not None:
+        raise ValueError(f"path={str(path)!r} goes with {', '.join(_known_sets)}; give it in place of source={str(source)!r}")
     if source=='digits':
         if size is not None: raise ValueError(f"size={size} is for image files only")
         return *_read_digits(), .25
     p = Path(source)
     if isinstance(source, Path) or p.suffix=='.npz' or p.exists() or len(p.parts)>1: return *read_files(p, size), .1
-    raise ValueError(f"source={source!r} is not known: use 'digits', or the path of an .npz file with {', '.join(npz_arrays)}, or of a folder or archive "
-                     f"of images, CIFAR's or MNIST's files; or {', '.join(map(repr, _known))}")
+    raise ValueError(f"source={source!r} is not known: use 'digits', or the path of an .npz file with {', '.join(npz_arrays)}, "
+                     f"or of a folder or archive of images, CIFAR's or MNIST's files; or {', '.join(map(repr, _known_sets))}")
 
 # %% ../../nbs/10_vision.data.ipynb #13aee94f
 def stratified(
@@ -84,7 +92,7 @@ def stratified(
     n:int,                  # How many to pick
     rng:np.random.Generator # Source of randomness
 ) -> np.ndarray:
-    """Sorted indices of `n` of the labels, picked at random with every class in proportion (to within one item).
+    """Pick `n` of the labels at random, with every class in proportion (to within one item), and return their sorted indices.
 
     Every class is there if `n` is at least their number, and for one state of `rng` a smaller pick is part of a larger one."""
     order = rng.permutation(len(labels))
@@ -100,51 +108,66 @@ def stratified(
 def _split(labels, n_classes, seed, has_test, valid_pct, train_subset):
     "Sorted indices, among the training images, of those to train on, to validate with and to test with"
     rng = np.random.default_rng(seed)
-    dev = np.arange(len(labels)) if has_test else stratified(labels, round(.8*len(labels)), rng)
-    keep,test = dev,np.setdiff1d(np.arange(len(labels)), dev)
+    everything = np.arange(len(labels))
+    dev = everything if has_test else stratified(labels, round(.8*len(labels)), rng)
+    keep,test = dev,np.setdiff1d(everything, dev)
     if valid_pct:
         n_valid = round(valid_pct*len(dev))
-        if not 0<n_valid<len(dev): raise ValueError(f"valid_pct={valid_pct} of {len(dev)} images leaves none for training or for validation")
+        if not 0<n_valid<len(dev):
+            raise ValueError(f"valid_pct={valid_pct} of {len(dev)} images leaves none for training or for validation")
         keep = dev[stratified(labels[dev], len(dev)-n_valid, rng)]
     valid = np.setdiff1d(dev, keep)
     if train_subset is None: return keep,valid,test
     n = check_whole('train_subset', train_subset)
     if not n_classes<=n<=len(keep):
-        raise ValueError(f"train_subset={n} must lie between the number of classes, {n_classes}, and that of the training images, {len(keep)}")
+        raise ValueError(f"train_subset={n} must lie between the number of classes, {n_classes}, "
+                         f"and that of the training images, {len(keep)}")
     return keep[stratified(labels[keep], n, rng)],valid,test
 
-def _of_test(test, n, seed): return test if n is None or n>=len(test) else test[stratified(test['label'], n, np.random.default_rng(seed))]
+def _of_test(test, n, seed):
+    "As many images of the test set, or all of it"
+    if n is None or n>=len(test): return test
+    return test[stratified(test['label'], n, np.random.default_rng(seed))]
 
 # %% ../../nbs/10_vision.data.ipynb #f238ac38
 class KDDataLoaders(DataLoaders):
     "fastai's `DataLoaders` with a third loader, `test`, which is also `dls[2]` (`learn.get_preds(ds_idx=2)`), and how it was `split`."
     split = None # for a run's record, see `kd_dataloaders`
     @property
-    def test(self) -> DataLoader: return self.loaders[2]
+    def test(self) -> DataLoader:
+        "The loader of the test set"
+        return self.loaders[2]
     @property
-    def test_ds(self) -> Datasets: return self.test.dataset
+    def test_ds(self) -> Datasets:
+        "The test set"
+        return self.test.dataset
 
 # %% ../../nbs/10_vision.data.ipynb #3f17a155
 def channel_stats(
     images:np.ndarray # uint8, `[N,C,H,W]`
 ) -> tuple:
-    "Exact mean and standard deviation of each channel, on the scale 0 to 1. A constant channel has deviation 1, to divide by it."
-    v = np.arange(256)/255
-    freq = np.stack([sum(np.bincount(part.ravel(), minlength=256) for part in np.array_split(images[:,c], len(images)//4096+1))
-                     for c in range(images.shape[1])]) / images[:,0].size
-    mean = freq@v
-    std = np.sqrt((freq*(v-mean[:,None])**2).sum(1))
+    """Return the exact mean and standard deviation of each channel, on the scale 0 to 1.
+
+    A constant channel has deviation 1, to divide by it."""
+    def counts(channel): # of the 256 values, in parts that need little memory
+        parts = np.array_split(channel, len(channel)//4096+1)
+        return sum(np.bincount(part.ravel(), minlength=256) for part in parts)
+    freq = np.stack([counts(images[:,c]) for c in range(images.shape[1])]) / images[:,0].size
+    values = np.arange(256)/255
+    mean = freq@values
+    std = np.sqrt((freq*(values-mean[:,None])**2).sum(1))
     return mean, np.where(std>0, std, 1.)
 
 # %% ../../nbs/10_vision.data.ipynb #79f76aa1
 def _record_loaders(parts, names, augment, bs, device, num_workers):
     "Loaders of records in memory, in the order of `parts`: training images first"
     tfms = [image_tensor], [CategorizeRecord(names)]
-    dsets = [Datasets(o, tfms, split_idx=min(i,1)) for i,o in enumerate(parts)]
+    dsets = [Datasets(recs, tfms, split_idx=min(i,1)) for i,recs in enumerate(parts)]
     norm = NormalizeBatch.from_stats(*channel_stats(parts[0]['image']), cuda=False)
-    dl = RecordDL(dsets[0], augment, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers, after_batch=[IntToFloatTensor(), norm])
+    after_batch = [IntToFloatTensor(), norm]
+    dl = RecordDL(dsets[0], augment, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers, after_batch=after_batch)
     dl.to(device) # before `new`, which runs an item through the transforms
-    return [dl, *(dl.new(o, shuffle=False, drop_last=False) for o in dsets[1:])]
+    return [dl, *(dl.new(dset, shuffle=False, drop_last=False) for dset in dsets[1:])]
 
 # %% ../../nbs/10_vision.data.ipynb #c1c961f0
 def _file_loaders(parts, names, augment, bs, device, num_workers, size):
@@ -153,48 +176,59 @@ def _file_loaders(parts, names, augment, bs, device, num_workers, size):
     middle = [Resize((round(h*8/7), round(w*8/7))), CropPad((h,w), order=Resize.order+1), ToTensor()]
     moved = [RandomResizedCrop((h,w)), FlipItem(), ToTensor()] if augment else middle
     tfms = [PILImage.create], [parent_label, Categorize(vocab=names, sort=False)]
-    dsets = [Datasets(L(o['file'].tolist()), tfms, split_idx=0 if augment and not i else 1) for i,o in enumerate(parts)]
     norm = [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)]
-    dls = [TfmdDL(o, bs=bs, shuffle=not i, drop_last=not i, num_workers=num_workers, after_item=middle if i else moved, after_batch=norm, device=device)
-           for i,o in enumerate(dsets)]
-    for o in dls: o.to(device)
+    dls = []
+    for i,recs in enumerate(parts):
+        training = i==0
+        dset = Datasets(L(recs['file'].tolist()), tfms, split_idx=0 if augment and training else 1)
+        dl = TfmdDL(dset, bs=bs, shuffle=training, drop_last=training, num_workers=num_workers, after_item=moved if training else middle,
+                    after_batch=norm, device=device)
+        dls.append(dl)
+    for dl in dls: dl.to(device)
     return dls
 
 # %% ../../nbs/10_vision.data.ipynb #67c0e032
+def _check_augment(augment, files):
+    if augment!='auto' and augment is not None and not isinstance(augment, Augment):
+        raise TypeError(f"augment must be an Augment, 'auto' or None, not {augment!r}")
+    if files and isinstance(augment, Augment):
+        raise ValueError(f"augment={augment} works on images in memory; for 'imagenet' use 'auto' or None")
+
 def kd_dataloaders(
     source:str|Path, # 'digits', a name from the table above, or the path of an `.npz` (`read_npz`) or a folder or archive (`read_files`)
     bs:int=128, # Batch size, of all three loaders
     seed:int=0, # Decides the split and the subset, nothing else
-    valid_pct:float|None=None, # Share of the training images kept for validation (None: see above). 0: none, `.valid` is the test set, as in the papers; with `train_subset`, as many images of it
+    valid_pct:float|None=None, # Share of the training images that validates (None: see above; 0: `.valid` is the test set, as in the papers)
     train_subset:int|None=None, # Train on so many images, taken in proportion from every class after the split (None: all)
     device:str|torch.device|None=None, # Where batches go (None: fastai's default device)
-    num_workers:int|None=None, # Processes that fetch single items (None: fastai's number for 'imagenet', else 0, since whole batches need none)
+    num_workers:int|None=None, # Processes that fetch single items (None: fastai's number for 'imagenet', else 0: whole batches need none)
     augment:Augment|str|None='auto', # Of the training images; 'auto': the papers' for sets known by name, else none
     path:str|Path|None=None, # Files of a set known by name (None: fastai or torchvision downloads it, where that is possible)
     size:int|tuple|None=None # Image files are cropped and scaled to it, see `read_files`; for 'imagenet' 224 by default
 ) -> KDDataLoaders:
-    """Loaders `.train` (shuffled, last incomplete batch dropped), `.valid` and `.test` of normalised `[bs,3,H,W]` images and labels.
+    """Make loaders `.train` (shuffled, last incomplete batch dropped), `.valid` and `.test` of normalised `[bs,3,H,W]` images.
 
-    The digits are split 60/20/20; other sources keep the test set they have. The order of the training batches and their augmentation come from
-    `dls.train.rng`, which fastai seeds from Python's `random` when the loader is made: call `set_seed` before, or set `dls.train.rng = random.Random(seed)`.
+    The digits are split 60/20/20; other sources keep the test set they have. The order of the training batches and their augmentation
+    come from `dls.train.rng`, which fastai seeds from Python's `random` when the loader is made: call `set_seed` before, or set
+    `dls.train.rng = random.Random(seed)`. With `valid_pct=0` and `train_subset`, `.valid` is as many images of the test set.
     `dls.split` says what was split how, in numbers, texts and None, for a run's record."""
     bs,seed,files = check_whole('bs', bs),check_whole('seed', seed, 0),source=='imagenet'
     if valid_pct is not None: valid_pct = check_number('valid_pct', valid_pct, '[0,1)')
-    if augment!='auto' and augment is not None and not isinstance(augment, Augment): raise TypeError(f"augment must be an Augment, 'auto' or None, not {augment!r}")
-    if files and isinstance(augment, Augment): raise ValueError(f"augment={augment} works on images in memory; for 'imagenet' use 'auto' or None")
+    _check_augment(augment, files)
     sets,names,default_pct = _read(source, path, size)
-    if 'valid' in sets and valid_pct: raise ValueError(f"valid_pct={valid_pct} can't be used: {source} has a validation set of its own; use None, or 0 to leave it out")
+    if 'valid' in sets and valid_pct:
+        raise ValueError(f"valid_pct={valid_pct} can't be used: {source} has a validation set of its own; use None, or 0 to leave it out")
     pct = valid_pct if 'valid' in sets else ifnone(valid_pct, default_pct)
-    keep,valid,test = _split(sets['train']['label'], len(names), seed, 'test' in sets, pct, train_subset)
-    if bs>len(keep): raise ValueError(f"bs={bs} must lie between 1 and the number of training images, {len(keep)}")
     recs = sets['train']
+    keep,valid,test = _split(recs['label'], len(names), seed, 'test' in sets, pct, train_subset)
+    if bs>len(keep): raise ValueError(f"bs={bs} must lie between 1 and the number of training images, {len(keep)}")
     train = recs if len(keep)==len(recs) else recs[keep]
     test = sets['test'] if 'test' in sets else recs[test]
     valid = _of_test(test, train_subset, seed) if pct==0 else sets['valid'] if 'valid' in sets else recs[valid]
-    if augment=='auto': augment = files or (_known[source].augment if source in _known else None)
-    device = ifnone(device, default_device())
-    if files: loaders = _file_loaders((train,valid,test), names, augment, bs, device, num_workers, check_size(size))
-    else:     loaders = _record_loaders((train,valid,test), names, augment, bs, device, num_workers or 0)
+    if augment=='auto': augment = files or (_known_sets[source].augment if source in _known_sets else None)
+    device,parts = ifnone(device, default_device()),(train,valid,test)
+    if files: loaders = _file_loaders(parts, names, augment, bs, device, num_workers, check_size(size))
+    else:     loaders = _record_loaders(parts, names, augment, bs, device, num_workers or 0)
     dls = with_index(KDDataLoaders(*loaders, device=device))
     digest = hashlib.blake2b(keep.astype('<i8').tobytes(), digest_size=8).hexdigest()
     dls.split = dict(seed=seed, valid_pct=pct, n_train=len(train), n_valid=len(valid), n_test=len(test), train_digest=digest)

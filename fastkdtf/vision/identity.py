@@ -1,4 +1,4 @@
-"""A name for what a loader gives, the same in every process
+"""Name what a loader gives, in a way that is the same in every process
 
 Docs: https://fastkdtf.github.io/fastkdtf/vision.identity.html.md"""
 
@@ -18,107 +18,132 @@ from fastai.vision.augment import RandTransform, Resize, ResizeMethod
 from .loader import IndexedDL
 
 # %% ../../nbs/10d_vision.identity.ipynb #db7d0dbf
-def _leaf(o):
+def _leaf(value):
     "Bytes that name a plain value; None for anything else"
-    if isinstance(o, (str,bytes,int,float,bool,type(None),np.generic,torch.dtype)): return repr(o).encode()
-    if isinstance(o, Path): return o.name.encode()
-    if isinstance(o, Tensor):
-        o = o.detach().cpu().as_subclass(Tensor)
-        o = (o.float() if o.dtype==torch.bfloat16 else o).numpy()
-    if isinstance(o, (pd.DataFrame,pd.Series)): o = pd.util.hash_pandas_object(o).values
-    if isinstance(o, np.ndarray) and o.dtype.hasobject: return None
-    if isinstance(o, np.ndarray): return f"{o.dtype}{o.shape}".encode() + np.ascontiguousarray(o).reshape(-1).view(np.uint8).tobytes()
+    if isinstance(value, (str,bytes,int,float,bool,type(None),np.generic,torch.dtype)): return repr(value).encode()
+    if isinstance(value, Path): return value.name.encode()
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().as_subclass(Tensor)
+        if value.dtype==torch.bfloat16: value = value.float()
+        value = value.numpy()
+    if isinstance(value, (pd.DataFrame,pd.Series)): value = pd.util.hash_pandas_object(value).values
+    if not isinstance(value, np.ndarray) or value.dtype.hasobject: return None
+    return f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).reshape(-1).view(np.uint8).tobytes()
 
-def _feed(h, o, depth=0):
-    "Put what `o` is and holds into the digest `h`: values by value, functions and other objects by name"
-    b = _leaf(o)
-    if b is not None:                                 h.update(b)
-    elif isinstance(o, dict):                         _feed(h, [p for p in o.items()], depth)
-    elif isinstance(o, (list,tuple,L,np.ndarray,set)):
-        h.update(f"[{len(o)}".encode())
-        for v in (sorted(o, key=repr) if isinstance(o, set) else o): _feed(h, v, depth)
-    elif isinstance(o, partial):                      _feed(h, (o.func, o.args, o.keywords), depth)
-    elif isinstance(o, FunctionType):                 h.update(f"{o.__module__}.{o.__qualname__}".encode())
-    else:
-        h.update(f"{type(o).__module__}.{type(o).__qualname__}:{getattr(o, 'name', '') if isinstance(o, Transform) else ''}".encode())
-        if depth<3: _feed(h, {k:v for k,v in sorted(getattr(o, '__dict__', {}).items()) if k[0]!='_' and _value(v)}, depth+1)
+def _is_value(x): return _leaf(x) is not None or isinstance(x, (dict,list,tuple,L,set,Transform,Pipeline,torch.nn.Module))
 
-def _value(v): return _leaf(v) is not None or isinstance(v, (dict,list,tuple,L,set,Transform,Pipeline,torch.nn.Module))
+def _feed(digest, x, depth=0):
+    "Put what `x` is and holds into `digest`: values by value, functions and other objects by name"
+    leaf = _leaf(x)
+    if leaf is not None:             digest.update(leaf)
+    elif isinstance(x, dict):        _feed(digest, list(x.items()), depth)
+    elif isinstance(x, partial):     _feed(digest, (x.func, x.args, x.keywords), depth)
+    elif isinstance(x, FunctionType): digest.update(f"{x.__module__}.{x.__qualname__}".encode())
+    elif isinstance(x, (list,tuple,L,np.ndarray,set)):
+        digest.update(f"[{len(x)}".encode())
+        for item in (sorted(x, key=repr) if isinstance(x, set) else x): _feed(digest, item, depth)
+    else: _feed_object(digest, x, depth)
+
+def _feed_object(digest, x, depth):
+    name = getattr(x, 'name', '') if isinstance(x, Transform) else ''
+    digest.update(f"{type(x).__module__}.{type(x).__qualname__}:{name}".encode())
+    if depth>=3: return
+    attrs = sorted(getattr(x, '__dict__', {}).items())
+    _feed(digest, {k:v for k,v in attrs if k[0]!='_' and _is_value(v)}, depth+1)
+
+def _digest(x):
+    digest = hashlib.blake2b(digest_size=16)
+    _feed(digest, x)
+    return digest.digest()
 
 # %% ../../nbs/10d_vision.identity.ipynb #d6433400
-def _items(dset):
-    "What identifies a data set's samples: arrays by value, files by name and size"
-    o = getattr(dset, 'items', None)
-    if o is None: o = getattr(dset, 'tensors', None)
-    if o is None or isinstance(o, (np.ndarray,pd.DataFrame)): return o
-    paths = [v for v in o if isinstance(v, Path)]
-    if not paths or len(paths)<len(o): return o
-    base = Path(os.path.commonpath([v.parent for v in paths]))
-    return [(v.relative_to(base).as_posix(), v.stat().st_size if v.exists() else None) for v in paths]
+def _samples(dset):
+    "A data set's samples as `_feed` shall see them: arrays by value, files by name and size"
+    items = getattr(dset, 'items', None)
+    if items is None: items = getattr(dset, 'tensors', None)
+    if items is None or isinstance(items, (np.ndarray,pd.DataFrame)): return items
+    paths = [item for item in items if isinstance(item, Path)]
+    if not paths or len(paths)<len(items): return items
+    base = Path(os.path.commonpath([path.parent for path in paths]))
+    return [(path.relative_to(base).as_posix(), path.stat().st_size if path.exists() else None) for path in paths]
 
 def _pipelines(dl):
-    tls = [*getattr(dl.dataset, 'tls', [])] or [dl.dataset]
-    return [p for p in [*(vars(o).get('tfms') for o in tls if hasattr(o, '__dict__')), *(getattr(dl, o, None) for o in ('after_item','before_batch','after_batch'))]
-            if isinstance(p, Pipeline)]
+    sources = [*getattr(dl.dataset, 'tls', [])] or [dl.dataset]
+    of_items = [vars(source).get('tfms') for source in sources if hasattr(source, '__dict__')]
+    of_batches = [getattr(dl, name, None) for name in ('after_item','before_batch','after_batch')]
+    return [p for p in of_items+of_batches if isinstance(p, Pipeline)]
 
-def _nested(v): return isinstance(v, (list,tuple,L,dict,Transform,Pipeline,torch.nn.Module)) or type(v).__module__.startswith('torchvision.')
+def _holds_transforms(x):
+    return isinstance(x, (list,tuple,L,dict,Transform,Pipeline,torch.nn.Module)) or type(x).__module__.startswith('torchvision.')
 
-def _parts(o, depth=0):
+def _closure(tfm):
+    "Objects that a transform made of a function hides in the function's closure"
+    methods = getattr(vars(tfm).get('encodes'), 'methods', [])
+    return [cell.cell_contents for m in methods for cell in getattr(m.implementation, '__closure__', None) or ()]
+
+def _with_inner(tfm, depth=0):
     "A transform and the transforms that it holds"
-    yield o
+    yield tfm
     if depth>5: return
-    inner = list(o.values()) if isinstance(o, dict) else list(o) if is_listy(o) else list(getattr(o, '__dict__', {}).values())
-    if isinstance(o, Transform): # made of a function: an object that is called hides in its closure
-        inner += [c.cell_contents for m in getattr(vars(o).get('encodes'), 'methods', []) for c in getattr(m.implementation, '__closure__', None) or ()]
-    for v in inner:
-        if _nested(v): yield from _parts(v, depth+1)
+    if isinstance(tfm, dict): inner = list(tfm.values())
+    elif is_listy(tfm):       inner = list(tfm)
+    else:                     inner = list(getattr(tfm, '__dict__', {}).values())
+    if isinstance(tfm, Transform): inner += _closure(tfm)
+    for x in inner:
+        if _holds_transforms(x): yield from _with_inner(x, depth+1)
 
 _random = re.compile('^(Random|ColorJitter|AutoAugment|TrivialAugment|AugMix|RandAugment|GaussianNoise|ElasticTransform)')
 
-def _is_random(o, split_idx):
-    if isinstance(o, Resize): return not split_idx and o.method!=ResizeMethod.Squish
-    if isinstance(o, RandTransform): return (o.split_idx==split_idx or not (o.split_idx or split_idx)) and getattr(o, 'p', 1)>0
-    return type(o).__module__.startswith('torchvision.') and bool(_random.match(type(o).__name__))
+def _is_random(tfm, split_idx):
+    if isinstance(tfm, Resize): return not split_idx and tfm.method!=ResizeMethod.Squish
+    if isinstance(tfm, RandTransform):
+        applies = tfm.split_idx==split_idx or not (tfm.split_idx or split_idx)
+        return applies and getattr(tfm, 'p', 1)>0
+    return type(tfm).__module__.startswith('torchvision.') and bool(_random.match(type(tfm).__name__))
 
-def _probe(dl, idx):
-    "Items `idx` as the loader makes them, before and after `after_batch`"
-    raw = dl._raw(idx)
-    return raw, dl.after_batch(raw)
-
-def _bytes(o):
-    h = hashlib.blake2b(digest_size=16)
-    _feed(h, to_detach(o, gather=False) if is_listy(o) or isinstance(o, Tensor) else o)
-    return h.digest()
-
+# %% ../../nbs/10d_vision.identity.ipynb #b25582b6
 _unrecorded = ("a teacher's outputs for it can't be kept. Take it out (Resize(…, method='squish') is not random), or use "
                "kd_dataloaders(augment=Augment(…)), which records what it does to every sample")
 
-# %% ../../nbs/10d_vision.identity.ipynb #b25582b6
+def _check_recorded(dl):
+    split_idx = getattr(dl.dataset, 'split_idx', None)
+    for pipeline in _pipelines(dl):
+        for tfm in pipeline.fs:
+            bad = first(t for t in _with_inner(tfm) if _is_random(t, split_idx))
+            if bad is not None: raise ValueError(f"{type(bad).__name__} is random and not recorded: {_unrecorded}")
+
+def _probe(dl, idx):
+    "Digests of items `idx` as the loader makes them, before and after `after_batch`"
+    raw = dl._raw(idx)
+    batches = raw, dl.after_batch(raw)
+    return [_digest(to_detach(b, gather=False) if is_listy(b) or isinstance(b, Tensor) else b) for b in batches]
+
+def _same_samples(dl, idx):
+    "Digest of the samples `idx`, which must be the same for three seeds"
+    probes = []
+    for seed in range(3):
+        with no_random(seed, reproducible=False): probes.append(_probe(dl, idx))
+    if not probes[0]==probes[1]==probes[2]:
+        raise ValueError(f"a sample fetched twice is not the same, so a transform is random and not recorded: {_unrecorded}")
+    return probes[0][0]
+
 def loader_identity(
     dl:DataLoader, # A `RecordDL`, or a loader after `with_index`
     n:int=8        # So many samples are fetched, three times, to see that they are the same
 ) -> str: # 32 hex digits
-    """A name for what `dl` gives for an index and a view: data set, transforms, augmentation, normalisation; the same in every process.
+    """Name what `dl` gives for an index and a view: data set, transforms, augmentation, normalisation.
 
-    Files count by name and size, functions by name; a few samples are looked at. Raises `ValueError` if the indices are unknown or if samples
-    depend on randomness that isn't recorded."""
+    The name is the same in every process. Files count by name and size, functions by name; a few samples are looked at.
+    Raises `ValueError` if the indices are unknown or if samples depend on randomness that isn't recorded."""
     dl = getattr(dl, '__dict__', {}).get('dl', dl)
     if not isinstance(dl, IndexedDL): raise ValueError("this loader doesn't know the indices of its samples: call with_index(dls) first")
     super(IndexedDL, dl).before_iter()
-    split_idx = getattr(dl.dataset, 'split_idx', None)
-    for p in _pipelines(dl):
-        for t in p.fs:
-            bad = first(o for o in _parts(t) if _is_random(o, split_idx))
-            if bad is not None: raise ValueError(f"{type(bad).__name__} is random and not recorded: {_unrecorded}")
-    idx = np.unique(np.linspace(0, len(dl.dataset)-1, n).astype(int)).tolist() if len(dl.dataset) else []
-    h = hashlib.blake2b(digest_size=16)
-    if idx:
-        probes = []
-        for seed in range(3):
-            with no_random(seed, reproducible=False): probes.append([_bytes(o) for o in _probe(dl, idx)])
-        if not probes[0]==probes[1]==probes[2]: raise ValueError(f"a sample fetched twice is not the same, so a transform is random and not recorded: {_unrecorded}")
-        h.update(probes[0][0])
+    _check_recorded(dl)
+    size = len(dl.dataset)
+    idx = np.unique(np.linspace(0, size-1, n).astype(int)).tolist() if size else []
+    digest = hashlib.blake2b(digest_size=16)
+    if idx: digest.update(_same_samples(dl, idx))
+    augment = repr(dl.augment) if getattr(dl, 'augments', False) else None
     # another tag than this would give every data set a new name
-    _feed(h, ('fastkdtf.vision.loader 1', len(dl.dataset), _items(dl.dataset), [p.fs for p in _pipelines(dl)],
-              repr(dl.augment) if getattr(dl, 'augments', False) else None))
-    return h.hexdigest()
+    _feed(digest, ('fastkdtf.vision.loader 1', size, _samples(dl.dataset), [p.fs for p in _pipelines(dl)], augment))
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Images in memory, augmented a batch at a time, and the index of every sample
+"""Cut augmented batches out of memory, and know the index of every sample
 
 Docs: https://fastkdtf.github.io/fastkdtf/vision.loader.html.md"""
 
@@ -23,30 +23,35 @@ from .augment import Augment
 class Records(np.ndarray):
     "An array of records. fastai and fastcore take rows of a table from its `iloc`, which is the array itself."
     @property
-    def iloc(self) -> 'Records': return self
+    def iloc(self) -> 'Records':
+        "The array itself"
+        return self
 
 # %% ../../nbs/10b_vision.loader.ipynb #ea118bc6
 def blank_records(
-    n:int, # How many
+    n:int, # Number of records
     h:int, # Height of their images
     w:int  # Width
 ) -> Records:
-    "An array of `n` records with fields `image` (uint8, `[3,h,w]`) and `label` (int64), to be filled."
+    "Make an array of `n` records with fields `image` (uint8, `[3,h,w]`) and `label` (int64), to be filled."
     return np.empty(n, [('image', np.uint8, (3,h,w)), ('label', np.int64)]).view(Records)
 
 def to_records(
     images:np.ndarray, # uint8, `[N,H,W]`, `[N,H,W,1]` or `[N,H,W,3]`
     labels:np.ndarray  # Integers, `[N]`
 ) -> Records:
-    "An array of `N` records with fields `image` (uint8, `[3,H,W]`) and `label` (int64)."
+    "Make an array of `N` records with fields `image` (uint8, `[3,H,W]`) and `label` (int64)."
     if images.ndim==3: images = images[...,None]
     recs = blank_records(len(images), *images.shape[1:3])
-    recs['image'],recs['label'] = images.transpose(0,3,1,2), labels
+    recs['image'] = images.transpose(0,3,1,2)
+    recs['label'] = labels
     return recs
 
 # %% ../../nbs/10b_vision.loader.ipynb #eb5ee559
 def image_tensor(o:np.void|np.ndarray|Image.Image|Tensor|str|Path) -> TensorImage:
-    "`TensorImage` (uint8, `[3,H,W]`) of a record, a PIL image, an array or tensor (`[H,W]` or `[H,W,3]`, uint8) or an image file."
+    """Return the `TensorImage` (uint8, `[3,H,W]`) of a record, a PIL image or an image file.
+
+    Arrays and tensors (uint8, `[H,W]` or `[H,W,3]`) are taken too; another type of number is a `ValueError`."""
     if isinstance(o, np.void): return TensorImage(torch.from_numpy(o['image'].copy()))
     if isinstance(o, TensorImage) and o.ndim==3 and o.shape[0]==3: return o
     if isinstance(o, Tensor): o = o.numpy()
@@ -70,19 +75,20 @@ class NormalizeBatch(Normalize):
 
 # %% ../../nbs/10b_vision.loader.ipynb #1368178e
 class BatchInfo(NamedTuple):
-    "Which samples a batch holds and which version of each"
+    "Index and view of each sample of a batch"
     idx:Tensor  # Index in the data set, int64 `[N]`, on the CPU
     view:Tensor # View of `Augment`, int64 `[N]`, on the CPU; zeros where nothing is augmented
 
 def batch_info(
     dl:DataLoader # Of a fastai learner (`learn.dl`)
 ) -> BatchInfo|None:
-    "The `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
+    "Return the `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
     attrs = getattr(dl, '__dict__', {})
-    return getattr(attrs.get('dl', dl), '__dict__', {}).get('_last') # fastai's DistributedDL keeps the user's as `dl`
+    own = attrs.get('dl', dl)   # fastai's DistributedDL keeps the user's loader as `dl`
+    return getattr(own, '__dict__', {}).get('_last')
 
 class LastBatch:
-    "Stands for a loader that gave the batch of this `BatchInfo` last, for batches that were kept"
+    "Stand in for a loader that gave the batch of this `BatchInfo` last, for batches that were kept"
     def __init__(self, info:BatchInfo|None): self._last = info
 
 # %% ../../nbs/10b_vision.loader.ipynb #4a73d90a
@@ -90,53 +96,60 @@ class _Tag:
     "Travels with a batch: the indices of its samples, None where unknown, and whether the batch is still to be cut"
     def __init__(self, idx, cut=False): self.idx,self.cut = idx,cut
 
+def _is_tagged(b): return isinstance(b, tuple) and len(b)==2 and isinstance(b[1], _Tag)
+
 class _Untag(Pipeline):
     "A loader's `after_batch`, which leaves a batch's indices with the loader first"
     dl = None
-    def __call__(self, o):
-        if isinstance(o, tuple) and len(o)==2 and isinstance(o[1], _Tag): o = self.dl.untag(*o)
-        return super().__call__(o)
+    def __call__(self, b): return super().__call__(self.dl.untag(*b) if _is_tagged(b) else b)
 
-def _untagging(p, dl):
-    if not isinstance(p, Pipeline): return lambda b: p(dl.untag(*b) if isinstance(b, tuple) and len(b)==2 and isinstance(b[1], _Tag) else b)
-    if isinstance(p, _Untag) and p.dl is not dl: p = Pipeline(p)
-    p.__class__,p.dl = _Untag,dl # the same object, to which fastai may still add transforms
-    return p
+def _untagging(pipeline, dl):
+    "`pipeline`, which takes the tag off first"
+    if not isinstance(pipeline, Pipeline): return lambda b: pipeline(dl.untag(*b) if _is_tagged(b) else b)
+    if isinstance(pipeline, _Untag) and pipeline.dl is not dl: pipeline = Pipeline(pipeline)
+    pipeline.__class__,pipeline.dl = _Untag,dl # the same object, to which fastai may still add transforms
+    return pipeline
 
 # %% ../../nbs/10b_vision.loader.ipynb #22758494
 class IndexedDL:
-    "What `with_index` adds to a fastai loader: `batch_info` of it works, and so does `batch_of`. Nothing that the learner sees changes."
+    "Add the indices of samples to a fastai loader, for `batch_info` and `batch_of`. Nothing that the learner sees changes."
     @property
     def after_batch(self):
+        "The loader's own pipeline, behind the step that takes the tag off"
         own = vars(self).get('after_batch')
         return _untagging(super().after_batch, self) if own is None else own
     @after_batch.setter
-    def after_batch(self, p): self.__dict__['after_batch'] = _untagging(p, self)
+    def after_batch(self, pipeline): self.__dict__['after_batch'] = _untagging(pipeline, self)
 
     def before_iter(self):
+        "Forget the last epoch's last batch"
         super().before_iter()
         self._last = None
 
     def do_item(self, s:int|None):
+        "Fetch sample `s` and note its index"
         res = super().do_item(s)
         if res is not None: self.__dict__.setdefault('_fetched', []).append(s or 0)
         return res
 
     def do_batch(self, b:list):
+        "Collate the samples fetched last, whose indices become the batch's"
         fetched = self.__dict__.pop('_fetched', [])
         self._idx = fetched[-len(b):] if len(fetched)>=len(b) else None
         return super().do_batch(b)
 
     def create_batches(self, samps:Iterable) -> Iterator:
+        "Yield each batch with its tag"
         for b in super().create_batches(samps): yield b, _Tag(self.__dict__.pop('_idx', None))
 
     def untag(self, b:list|tuple, tag:_Tag):
-        "The batch without its indices, which `batch_info` gives from now on"
+        "Return the batch without its indices, which `batch_info` gives from now on"
         if type(b) is list and self.pin_memory: b = tuple(b) # PyTorch makes lists of pinned tuples
         idx = None if tag.idx is None else torch.as_tensor(np.asarray(tag.idx, dtype=np.int64))
         return self.keep(b, idx, None)
 
     def keep(self, b:list|tuple, idx:Tensor|None, view:Tensor|None):
+        "Remember the indices and views of `b`, and return it"
         self._last = None if idx is None else BatchInfo(idx, torch.zeros_like(idx) if view is None else view)
         return b
 
@@ -144,9 +157,9 @@ class IndexedDL:
         idx:Tensor|np.ndarray,           # Which samples, int64 `[N]`
         view:Tensor|np.ndarray|None=None # Which view of each, as `batch_info` gave it (None: not augmented)
     ) -> tuple: # What training gets, on the loader's device
-        "The batch of samples `idx` again. `batch_info` stays as it is."
+        "Make the batch of samples `idx` again. `batch_info` stays as it is."
         super().before_iter() # sets training or validation for the transforms
-        b = self.augmented(self._raw([int(o) for o in idx]), idx, view)
+        b = self.augmented(self._raw([int(i) for i in idx]), idx, view)
         last = vars(self).get('_last')
         res = self.after_batch(b)
         self._last = last
@@ -156,11 +169,13 @@ class IndexedDL:
         b = super().do_batch([super(IndexedDL, self).do_item(i) for i in idx])
         return b if self.device is None else to_device(b, self.device)
 
-    def augmented(self, b:list|tuple, idx:Tensor|np.ndarray, view:Tensor|np.ndarray|None): return b
+    def augmented(self, b:list|tuple, idx:Tensor|np.ndarray, view:Tensor|np.ndarray|None):
+        "Return the views `view` of a batch; only `RecordDL` makes any"
+        return b
 
 # %% ../../nbs/10b_vision.loader.ipynb #d361c4ab
 class RecordDL(IndexedDL, TfmdDL):
-    """A `TfmdDL` that cuts whole batches out of an array of records and augments them on the device, if the set is one for training.
+    """A fastai `TfmdDL` that cuts whole batches out of `Records` and augments them, where the data set is one for training.
 
     Everything else (order, workers, `after_batch`, showing and decoding) is fastai's; data sets of other items, and any
     `after_item` or `before_batch` transform, take fastai's way through single items. On a GPU the images are kept there."""
@@ -175,6 +190,7 @@ class RecordDL(IndexedDL, TfmdDL):
         super().__init__(dataset, **kwargs)
 
     def new(self, dataset:Datasets|None=None, cls:type|None=None, **kwargs) -> 'RecordDL':
+        "Make a loader like this one, with other settings or another data set"
         augment = kwargs.pop('augment', self.augment)
         res = super().new(dataset, cls, **kwargs)
         res.augment = augment
@@ -184,23 +200,29 @@ class RecordDL(IndexedDL, TfmdDL):
 
     @property
     def augments(self) -> bool:
-        "Does it augment now? Training sets only, and `learn.tta`"
+        "True if it augments now: on training sets, and in `learn.tta`"
         return bool(self.augment) and getattr(self.dataset, 'split_idx', None)==0
 
     @property
     def whole(self) -> bool:
-        "Are batches cut whole?"
-        return isinstance(getattr(self.dataset, 'items', None), Records) and bool(self.bs) and not (self.after_item.fs or self.before_batch.fs)
+        "True if batches are cut whole"
+        has_records = isinstance(getattr(self.dataset, 'items', None), Records)
+        return has_records and bool(self.bs) and not (self.after_item.fs or self.before_batch.fs)
 
     def before_iter(self):
+        "Start an epoch's draws of views"
         super().before_iter()
         self._view_rng = random.Random(self.rng.getrandbits(64)) if self.augments else None
 
     def create_batches(self, samps:Iterable) -> Iterator:
-        if not self.whole: yield from super().create_batches(samps); return
+        "Yield only indices, where batches are cut whole: the main process cuts them"
+        if not self.whole:
+            yield from super().create_batches(samps)
+            return
         for idx in map(torch.tensor, chunked(samps, self.bs, self.drop_last)): yield idx, _Tag(idx, cut=True)
 
     def untag(self, b:list|tuple|Tensor, tag:_Tag):
+        "Cut the batch if that is still to be done, and augment it"
         if tag.idx is None: return super().untag(b, tag)
         idx = torch.as_tensor(tag.idx)
         if tag.cut: b = self._cut(b, idx)
@@ -210,27 +232,31 @@ class RecordDL(IndexedDL, TfmdDL):
         return self.keep(self.augmented(b, idx, view), idx, view)
 
     def augmented(self, b:list|tuple, idx:Tensor|np.ndarray, view:Tensor|np.ndarray|None):
+        "Return the views `view` of a batch; without views, or in validation, the batch itself"
         if view is None or not self.augments: return b
         x,*y = b
         return self.augment(x.as_subclass(Tensor), idx, view).as_subclass(TensorImage), *y
 
     def _raw(self, idx):
         if not self.whole: return super()._raw(idx)
-        i = torch.tensor(idx)
-        return self._cut(i if self.device is None else i.to(self.device), i)
+        idx = torch.tensor(idx)
+        return self._cut(idx if self.device is None else idx.to(self.device), idx)
 
-    def _cut(self, i, idx):
-        "Samples `idx`; `i` are the same indices, where the batch shall be"
-        recs = self.dataset.items
-        if i.device.type=='cpu' or recs.nbytes>self.max_kept: x,y = (torch.from_numpy(recs[o][idx.numpy()]).to(i.device) for o in ('image','label'))
-        else: x,y = (o[i] for o in self._on(i.device, recs))
+    def _cut(self, there, idx):
+        "Samples `idx`; `there` are the same indices, on the device where the batch shall be"
+        recs,device = self.dataset.items,there.device
+        if device.type=='cpu' or recs.nbytes>self.max_kept:
+            x,y = (torch.from_numpy(recs[field][idx.numpy()]).to(device) for field in ('image','label'))
+        else: x,y = (field[there] for field in self._on(device, recs))
         x,y = x.as_subclass(TensorImage),y.as_subclass(TensorCategory)
         return (x,y) if len(self.dataset.tls)>1 else (x,)
 
     def _on(self, device, recs):
+        "Images and labels on `device`, sent there once"
         kept = vars(self).get('_kept')
         if kept is None or kept[0] is not recs or kept[1].device!=device:
-            kept = self._kept = recs, *(torch.from_numpy(np.ascontiguousarray(recs[o])).to(device) for o in ('image','label'))
+            tensors = [torch.from_numpy(np.ascontiguousarray(recs[field])).to(device) for field in ('image','label')]
+            kept = self._kept = recs,*tensors
         return kept[1:]
 
 # %% ../../nbs/10b_vision.loader.ipynb #c4dcc8a9
@@ -240,20 +266,26 @@ def _rebuild(base): return (c:=_indexed(base)).__new__(c)
 def _indexed(base):
     "A subclass of `base` with indices, pickled by its base"
     def __reduce_ex__(self, protocol): return _rebuild, (base,), self.__dict__
-    return type(base.__name__, (IndexedDL,base), dict(__reduce_ex__=__reduce_ex__, __module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__))
+    names = dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
+    return type(base.__name__, (IndexedDL,base), dict(__reduce_ex__=__reduce_ex__, **names))
 
 def _check_indexable(dl, i):
     if not isinstance(dl, DataLoader):
-        raise TypeError(f"loader {i} is a {type(dl).__module__}.{type(dl).__name__}, not fastai's: put its data set in a fastai DataLoader or TfmdDL")
+        kind = f'{type(dl).__module__}.{type(dl).__name__}'
+        raise TypeError(f"loader {i} is a {kind}, not fastai's: put its data set in a fastai DataLoader or TfmdDL")
     if 'dl' in vars(dl): raise ValueError(f"loader {i} is wrapped for several processes: call with_index before the fit")
-    if not dl.indexed or dl.prebatched: raise ValueError(f"loader {i} doesn't fetch its samples one by one by index: with_index can't tell which they are")
-    if any(o.__name__=='LMDataLoader' for o in type(dl).__mro__):
-        raise ValueError(f"loader {i} is an LMDataLoader, which cuts its texts anew every epoch: an index doesn't name a sample")
+    if not dl.indexed or dl.prebatched:
+        raise ValueError(f"loader {i} doesn't fetch its samples one by one by index: with_index can't tell which they are")
+    if any(cls.__name__=='LMDataLoader' for cls in type(dl).__mro__):
+        raise ValueError(f"loader {i} is an LMDataLoader, which cuts its texts anew every epoch: "
+                         "an index doesn't name a sample")
 
 def with_index(
-    dls:DataLoaders
+    dls:DataLoaders # Of any kind that fetches its samples by index
 ) -> DataLoaders: # `dls` itself
-    "Make `batch_info` work for any fastai `DataLoaders`, in place: with workers, shuffling, weights and several processes. Batches stay what they were."
+    """Make `batch_info` work for any fastai `DataLoaders`, in place: with workers, shuffling, weights and several processes.
+
+    Batches stay what they were. Loaders whose samples have no index are refused with a `TypeError` or `ValueError`."""
     for i,dl in enumerate(dls.loaders):
         if isinstance(dl, IndexedDL): continue
         _check_indexable(dl, i)

@@ -1,4 +1,4 @@
-"""The files of image sets, checked and read into one array
+"""Read the files of image sets, check them, and put them into one array
 
 Docs: https://fastkdtf.github.io/fastkdtf/vision.readers.html.md"""
 
@@ -20,61 +20,64 @@ from .loader import Records, blank_records, to_records
 # %% ../../nbs/10a_vision.readers.ipynb #e635c522
 npz_arrays = ('train_images', 'train_labels', 'test_images', 'test_labels', 'class_names')
 
-def _check_images(a, nm):
-    if a.dtype!=np.uint8: raise ValueError(f"{nm} must be uint8, not {a.dtype}")
-    if a.ndim not in (3,4) or (a.ndim==4 and a.shape[-1] not in (1,3)):
-        raise ValueError(f"{nm} must have shape [N,H,W], [N,H,W,1] or [N,H,W,3], not {list(a.shape)}")
-    if 0 in a.shape: raise ValueError(f"{nm} is empty, shape {list(a.shape)}")
+def _check_images(images, name):
+    if images.dtype!=np.uint8: raise ValueError(f"{name} must be uint8, not {images.dtype}")
+    if images.ndim not in (3,4) or (images.ndim==4 and images.shape[-1] not in (1,3)):
+        raise ValueError(f"{name} must have shape [N,H,W], [N,H,W,1] or [N,H,W,3], not {list(images.shape)}")
+    if 0 in images.shape: raise ValueError(f"{name} is empty, shape {list(images.shape)}")
 
-def _check_labels(a, nm, images, n_classes):
-    if a.dtype.kind not in 'iu': raise ValueError(f"{nm} must be integers, not {a.dtype}")
-    if a.ndim!=1: raise ValueError(f"{nm} must have shape [N], not {list(a.shape)}")
-    if len(a)!=len(images): raise ValueError(f"{nm} holds {len(a)} labels for {len(images)} images")
-    bad = (a<0) | (a>=n_classes)
+def _check_labels(labels, name, images, n_classes):
+    if labels.dtype.kind not in 'iu': raise ValueError(f"{name} must be integers, not {labels.dtype}")
+    if labels.ndim!=1: raise ValueError(f"{name} must have shape [N], not {list(labels.shape)}")
+    if len(labels)!=len(images): raise ValueError(f"{name} holds {len(labels)} labels for {len(images)} images")
+    bad = (labels<0) | (labels>=n_classes)
     if bad.any():
         i = bad.argmax()
-        raise ValueError(f"{nm}[{i}] is {a[i]}, but class_names has {n_classes} names, for labels 0 to {n_classes-1}")
+        raise ValueError(f"{name}[{i}] is {labels[i]}, but class_names has {n_classes} names, for labels 0 to {n_classes-1}")
 
-def _check_names(a):
-    if a.ndim!=1 or a.dtype.kind not in 'USiu': raise ValueError(f"class_names must be a list of strings, not {a.dtype} {list(a.shape)}")
-    names = [o.decode() if isinstance(o, bytes) else str(o) for o in a]
+def _check_names(names):
+    if names.ndim!=1 or names.dtype.kind not in 'USiu':
+        raise ValueError(f"class_names must be a list of strings, not {names.dtype} {list(names.shape)}")
+    names = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
     if len(names)<2: raise ValueError(f"class_names has {len(names)} names, at least 2 are needed")
     name,n = Counter(names).most_common(1)[0]
     if n>1: raise ValueError(f"class_names has {name!r} more than once")
     return names
 
 # %% ../../nbs/10a_vision.readers.ipynb #885e9b82
-def _checked(a):
+def _checked(arrays):
     "`({'train': records, …}, class names)` of the arrays `train_images`, `train_labels`, … and `class_names`"
-    names = _check_names(a['class_names'])
-    sets = [o for o in ('train','valid','test') if f'{o}_images' in a]
-    for o in sets:
-        _check_images(a[f'{o}_images'], f'{o}_images')
-        _check_labels(a[f'{o}_labels'], f'{o}_labels', a[f'{o}_images'], len(names))
-    size = a['train_images'].shape[1:3]
-    for o in sets:
-        if (s:=a[f'{o}_images'].shape[1:3])!=size: raise ValueError(f"train_images are {size} pixels, {o}_images {s}: they must have one size")
-    return {o: to_records(a[f'{o}_images'], a[f'{o}_labels']) for o in sets}, names
+    names = _check_names(arrays['class_names'])
+    there = [part for part in ('train','valid','test') if f'{part}_images' in arrays]
+    parts = {part: (arrays[f'{part}_images'], arrays[f'{part}_labels']) for part in there}
+    for part,(images,labels) in parts.items():
+        _check_images(images, f'{part}_images')
+        _check_labels(labels, f'{part}_labels', images, len(names))
+    size = arrays['train_images'].shape[1:3]
+    for part,(images,_) in parts.items():
+        own = images.shape[1:3]
+        if own!=size: raise ValueError(f"train_images are {size} pixels, {part}_images {own}: they must have one size")
+    return {part: to_records(*arrs) for part,arrs in parts.items()}, names
 
 # %% ../../nbs/10a_vision.readers.ipynb #95d12a7f
-def _load_array(z, nm):
-    "Array `nm` of the open file `z`, never through pickle."
-    try: return np.asarray(z[nm])
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e: raise ValueError(f"{nm} is truncated or damaged ({e})") from e
-    except ValueError as e: raise ValueError(f"{nm} can't be read as a plain array ({e})") from e
+def _load_array(z, name):
+    "Array `name` of the open file `z`, never through pickle."
+    try: return np.asarray(z[name])
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e: raise ValueError(f"{name} is truncated or damaged ({e})") from e
+    except ValueError as e: raise ValueError(f"{name} can't be read as a plain array ({e})") from e
 
 def _load_arrays(path):
     if not zipfile.is_zipfile(path): raise ValueError("truncated or not an .npz file")
     with np.load(path, allow_pickle=False) as z:
-        missing = [o for o in npz_arrays if o not in z.files]
+        missing = [name for name in npz_arrays if name not in z.files]
         if missing: raise ValueError(f"no array {', '.join(missing)} in it, only {', '.join(z.files) or 'nothing'}")
-        return {o: _load_array(z, o) for o in npz_arrays}
+        return {name: _load_array(z, name) for name in npz_arrays}
 
 # %% ../../nbs/10a_vision.readers.ipynb #1859a2da
 def read_npz(
     path:str|Path # File with the arrays named in `npz_arrays`; others in it are ignored
 ) -> tuple:
-    """Checked `(train records, test records, class names)` of an `.npz` file.
+    """Return checked `(train records, test records, class names)` of an `.npz` file.
 
     A missing file is a `FileNotFoundError`, anything wrong with it a `ValueError` that names the file, the array and the reason."""
     path = Path(path)
@@ -86,19 +89,22 @@ def read_npz(
 # %% ../../nbs/10a_vision.readers.ipynb #1a0c7560
 def _files(path):
     "Name → function that reads it, for the files in a folder or an archive, or of one `.csv`"
-    if path.is_dir(): found = {o.relative_to(path).as_posix(): o.read_bytes for o in sorted(path.rglob('*')) if o.is_file()}
+    if path.is_dir(): found = {f.relative_to(path).as_posix(): f.read_bytes for f in sorted(path.rglob('*')) if f.is_file()}
     elif path.suffix=='.csv': found = {path.name: path.read_bytes}
     else:
         try: found = _unpacked(path)
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as e: raise ValueError(f"truncated or damaged archive ({e})") from e
-    return {k:v for k,v in found.items() if not any(o.startswith(('.','__MACOSX')) for o in PurePosixPath(k).parts)}
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as e:
+            raise ValueError(f"truncated or damaged archive ({e})") from e
+    return {name: read for name,read in found.items() if not _is_hidden(name)}
+
+def _is_hidden(name): return any(part.startswith(('.','__MACOSX')) for part in PurePosixPath(name).parts)
 
 def _unpacked(path):
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as z: found = {o: z.read(o) for o in sorted(z.namelist()) if o[-1]!='/'}
+        with zipfile.ZipFile(path) as z: found = {name: z.read(name) for name in sorted(z.namelist()) if name[-1]!='/'}
     else:
-        with tarfile.open(path) as t: found = {o.name.removeprefix('./'): t.extractfile(o).read() for o in t if o.isfile()}
-    return {k: partial(bytes, found[k]) for k in sorted(found)}
+        with tarfile.open(path) as t: found = {f.name.removeprefix('./'): t.extractfile(f).read() for f in t if f.isfile()}
+    return {name: partial(bytes, found[name]) for name in sorted(found)}
 
 # %% ../../nbs/10a_vision.readers.ipynb #a7239c2e
 _array = np.ones(1)
@@ -107,65 +113,80 @@ _picklable = {'_reconstruct': _array.__reduce__()[0], '_frombuffer': _array.__re
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
+        "Find what arrays and texts are made of, and nothing else"
         if module.split('.')[0] in ('numpy','_codecs') and name in _picklable: return _picklable[name]
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither array nor text nor number")
 
-def _unpickle(files, nm):
-    if nm not in files: raise ValueError(f"no file {nm} in it")
-    try: o = _PlainUnpickler(io.BytesIO(files[nm]()), encoding='latin1').load()
-    except Exception as e: raise ValueError(f"{nm} is damaged or no CIFAR file ({e})") from e
-    if not isinstance(o, dict): raise ValueError(f"{nm} is no CIFAR file: a dict is expected, not a {type(o).__name__}")
-    return {k.decode() if isinstance(k, bytes) else k: v for k,v in o.items()}
+def _unpickle(files, name):
+    if name not in files: raise ValueError(f"no file {name} in it")
+    try: data = _PlainUnpickler(io.BytesIO(files[name]()), encoding='latin1').load()
+    except Exception as e: raise ValueError(f"{name} is damaged or no CIFAR file ({e})") from e
+    if not isinstance(data, dict): raise ValueError(f"{name} is no CIFAR file: a dict is expected, not a {type(data).__name__}")
+    return {key.decode() if isinstance(key, bytes) else key: value for key,value in data.items()}
 
-def _cifar_part(files, nm, key):
-    d = _unpickle(files, nm)
-    x,y = d.get('data'),d.get(key)
-    if not isinstance(x, np.ndarray) or x.dtype!=np.uint8 or x.ndim!=2 or x.shape[1]!=3072: raise ValueError(f"{nm} has no 'data', uint8 [N,3072]")
-    if not isinstance(y, list) or len(y)!=len(x): raise ValueError(f"{nm} has no {key!r}, {len(x)} whole numbers")
+def _cifar_part(files, name, key):
+    "Images `[N,32,32,3]` and labels of one batch"
+    data = _unpickle(files, name)
+    x,y = data.get('data'),data.get(key)
+    if not isinstance(x, np.ndarray) or x.dtype!=np.uint8 or x.ndim!=2 or x.shape[1]!=3072:
+        raise ValueError(f"{name} has no 'data', uint8 [N,3072]")
+    if not isinstance(y, list) or len(y)!=len(x): raise ValueError(f"{name} has no {key!r}, {len(x)} whole numbers")
     return x.reshape(-1, 3, 32, 32).transpose(0,2,3,1), np.array(y)
 
+# names of files: training, test, class names; and of what is in them: labels, class names
+_cifar10  = [f'data_batch_{i}' for i in range(1,6)],'test_batch','batches.meta','labels','label_names'
+_cifar100 = ['train'],'test','meta','fine_labels','fine_label_names'
+
 def _read_cifar(files):
-    files = {PurePosixPath(k).name: v for k,v in files.items()}
-    ten = 'batches.meta' in files
-    train,test,meta = ([f'data_batch_{i}' for i in range(1,6)], 'test_batch', 'batches.meta') if ten else (['train'], 'test', 'meta')
-    label,names = ('labels','label_names') if ten else ('fine_labels','fine_label_names')
-    (x,y),(xt,yt) = map(np.concatenate, zip(*(_cifar_part(files, o, label) for o in train))),_cifar_part(files, test, label)
-    return dict(train_images=x, train_labels=y, test_images=xt, test_labels=yt, class_names=np.array(_unpickle(files, meta).get(names, [])))
+    files = {PurePosixPath(name).name: read for name,read in files.items()}
+    batches,test,meta,label,names = _cifar10 if 'batches.meta' in files else _cifar100
+    parts = [_cifar_part(files, name, label) for name in batches]
+    x,y = map(np.concatenate, zip(*parts))
+    x_test,y_test = _cifar_part(files, test, label)
+    class_names = np.array(_unpickle(files, meta).get(names, []))
+    return dict(train_images=x, train_labels=y, test_images=x_test, test_labels=y_test, class_names=class_names)
 
 # %% ../../nbs/10a_vision.readers.ipynb #e1d069f9
 _idx_name = re.compile(r'(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?$')
 
-def _idx_array(b, nm):
-    try: b = gzip.decompress(b) if b[:2]==b'\x1f\x8b' else b
-    except (OSError, EOFError, zlib.error) as e: raise ValueError(f"{nm} is truncated or damaged ({e})") from e
-    if b[:3]!=b'\0\0\x08' or len(b)<4: raise ValueError(f"{nm} is no idx file of bytes")
-    shape = np.frombuffer(b[4:4+4*b[3]], '>u4').astype(int)
-    if len(b)!=4+4*b[3]+shape.prod(): raise ValueError(f"{nm} is truncated: {len(b)} bytes for an array of {shape.tolist()}")
-    return np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(shape)
+def _idx_array(data, name):
+    try: data = gzip.decompress(data) if data[:2]==b'\x1f\x8b' else data
+    except (OSError, EOFError, zlib.error) as e: raise ValueError(f"{name} is truncated or damaged ({e})") from e
+    if data[:3]!=b'\0\0\x08' or len(data)<4: raise ValueError(f"{name} is no idx file of bytes")
+    start = 4 + 4*data[3]   # the fourth byte is the number of axes, whose lengths follow
+    shape = np.frombuffer(data[4:start], '>u4').astype(int)
+    if len(data)!=start+shape.prod(): raise ValueError(f"{name} is truncated: {len(data)} bytes for an array of {shape.tolist()}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 def _read_idx(files):
-    res = {}
-    for k,f in files.items():
-        if m:=_idx_name.match(PurePosixPath(k).name): res.setdefault(f"{dict(t10k='test').get(m[1], m[1])}_{m[2]}", _idx_array(f(), k))
-    missing = [o for o in npz_arrays[:4] if o not in res]
+    found = {}
+    for name,read in files.items():
+        match = _idx_name.match(PurePosixPath(name).name)
+        if not match: continue
+        split = dict(t10k='test').get(match[1], match[1])
+        found.setdefault(f"{split}_{match[2]}", _idx_array(read(), name))
+    missing = [name for name in npz_arrays[:4] if name not in found]
     if missing: raise ValueError(f"no idx file for {', '.join(missing)} in it")
-    return {**res, 'class_names': np.arange(int(res['train_labels'].max(initial=0))+1)}
+    n_classes = int(found['train_labels'].max(initial=0))+1
+    return {**found, 'class_names': np.arange(n_classes)}
 
 # %% ../../nbs/10a_vision.readers.ipynb #514520ac
 def check_size(
     size:int|tuple|None # Pixels, or `(height, width)`
 ) -> tuple|None: # `(height, width)`
-    "`size` as a pair of whole numbers"
+    "Return `size` as a pair of whole numbers"
     if size is None: return None
-    size = tuple(check_whole('size', o) for o in (size if is_listy(size) else (size,size)))
+    size = tuple(check_whole('size', n) for n in (size if is_listy(size) else (size,size)))
     if len(size)!=2: raise ValueError(f"size={size} must be a number of pixels or (height, width)")
     return size
 
-def _fitted(im, size): return np.asarray(im if size is None else ImageOps.fit(im, size[::-1], Image.Resampling.BILINEAR))
+def _fitted(im, size):
+    "Pixels of an image; with a `size`, those of its largest crop from the middle, scaled to it"
+    return np.asarray(im if size is None else ImageOps.fit(im, size[::-1], Image.Resampling.BILINEAR))
 
-def _image_array(f, nm, size):
-    try: im = Image.open(io.BytesIO(f())).convert('RGB')
-    except Exception as e: raise ValueError(f"{nm} is damaged or no image ({e})") from e
+def _image_array(read, name, size):
+    try: im = Image.open(io.BytesIO(read())).convert('RGB')
+    except Exception as e: raise ValueError(f"{name} is damaged or no image ({e})") from e
     return _fitted(im, size)
 
 # %% ../../nbs/10a_vision.readers.ipynb #b58583a3
@@ -176,76 +197,90 @@ def _image_records(files, labels, size, like):
     recs['label'] = list(labels.values())
     def put(idx):
         for i in idx:
-            a = _image_array(files[names[i]], names[i], size)
-            if a.shape[:2]!=(h,w):
-                raise ValueError(f"{names[i]} has {a.shape[1]}×{a.shape[0]} pixels, {like} {w}×{h}: give size= to bring them to one size")
-            recs['image'][i] = a.transpose(2,0,1)
+            pixels = _image_array(files[names[i]], names[i], size)
+            if pixels.shape[:2]!=(h,w):
+                raise ValueError(f"{names[i]} has {pixels.shape[1]}×{pixels.shape[0]} pixels, {like} {w}×{h}: "
+                                 "give size= to bring them to one size")
+            recs['image'][i] = pixels.transpose(2,0,1)
     parallel(put, list(chunked(range(len(names)), 128)), threadpool=True, progress=len(names)>5000)
     return recs
 
-def _image_sets(files, where, names, size):
-    "`_checked` for images: `where` has the class of each file for each set"
+def _image_sets(files, classes, names, size):
+    "`_checked` for images: `classes` has the class of each file for each set"
     names = _check_names(np.array(names, str))
-    number = {o:i for i,o in enumerate(names)}
-    for o,d in where.items():
-        if not d: raise ValueError(f"no {o} image in it")
-        bad = first(k for k,v in d.items() if v not in number)
+    number = {name:i for i,name in enumerate(names)}
+    for part,class_of in classes.items():
+        if not class_of: raise ValueError(f"no {part} image in it")
+        bad = first(file for file,name in class_of.items() if name not in number)
         if bad: raise ValueError(f"{bad} is of a class that has no training image")
-    like = first(where['train'])
-    return {o: _image_records(files, {k: number[v] for k,v in d.items()}, size, like) for o,d in where.items()}, names
+    like = first(classes['train'])
+    labels = {part: {file: number[name] for file,name in class_of.items()} for part,class_of in classes.items()}
+    return {part: _image_records(files, label_of, size, like) for part,label_of in labels.items()}, names
 
 # %% ../../nbs/10a_vision.readers.ipynb #ca7b3f05
 _split_names = dict(train='train', training='train', valid='valid', val='valid', validation='valid', test='test', testing='test')
 
-def _is_image(k): return PurePosixPath(k).suffix.lower() in image_extensions
+def _is_image(name): return PurePosixPath(name).suffix.lower() in image_extensions
+
+def _split_and_class(name):
+    "Set and class that the folders of an image file say"
+    *folders,_ = PurePosixPath(name).parts
+    splits = [_split_names[folder.lower()] for folder in folders if folder.lower() in _split_names]
+    if not folders or folders[-1].lower() in _split_names: raise ValueError(f"{name} must lie in a folder with the name of its class")
+    return splits[0] if splits else 'train', folders[-1]
 
 def _read_images(files, size, needed=('train',)):
-    where = {}
-    for k in filter(_is_image, files):
-        *folders,_ = PurePosixPath(k).parts
-        split = next((_split_names[o.lower()] for o in folders if o.lower() in _split_names), 'train')
-        if not folders or folders[-1].lower() in _split_names: raise ValueError(f"{k} must lie in a folder with the name of its class")
-        where.setdefault(split, {})[k] = folders[-1]
-    missing = [o for o in needed if o not in where]
-    if missing: raise ValueError(f"no folder {', '.join(missing)} with images, only {' and '.join(where) or 'other files'}")
-    if 'valid' in where and 'test' not in where: where['test'] = where.pop('valid')
-    return _image_sets(files, where, sorted(set(where['train'].values())), size)
+    classes = {}
+    for name in filter(_is_image, files):
+        split,label = _split_and_class(name)
+        classes.setdefault(split, {})[name] = label
+    missing = [split for split in needed if split not in classes]
+    if missing: raise ValueError(f"no folder {', '.join(missing)} with images, only {' and '.join(classes) or 'other files'}")
+    if 'valid' in classes and 'test' not in classes: classes['test'] = classes.pop('valid')
+    return _image_sets(files, classes, sorted(set(classes['train'].values())), size)
 
 def _read_cinic10(files, size): return _read_images(files, size, ('train','valid','test'))
 
 # %% ../../nbs/10a_vision.readers.ipynb #e9b5c144
-def _base(files, nm):
-    "Path of the file named `nm`, wherever the archive has it"
-    found = sorted((o for o in files if PurePosixPath(o).name==nm), key=len)
-    if not found: raise ValueError(f"no file {nm} in it")
+def _find_file(files, name):
+    "Path of the file called `name`, wherever the archive has it"
+    found = sorted((file for file in files if PurePosixPath(file).name==name), key=len)
+    if not found: raise ValueError(f"no file {name} in it")
     return found[0]
 
-def _lines(files, k, n, what):
+def _lines(files, name, n, expected):
     "Number of each line that isn't empty and its first `n` words"
-    for i,o in enumerate(files[k]().decode('utf-8', 'replace').splitlines(), 1):
-        words = o.split()
+    for i,line in enumerate(files[name]().decode('utf-8', 'replace').splitlines(), 1):
+        words = line.split()
         if not words: continue
-        if len(words)<n: raise ValueError(f"{k}, line {i}: {what} expected, not {o!r}")
+        if len(words)<n: raise ValueError(f"{name}, line {i}: {expected} expected, not {line!r}")
         yield i,words[:n]
 
+def _annotated(files, base):
+    "File → class of the validation images of Tiny-ImageNet"
+    listed,classes = f'{base}val/val_annotations.txt',{}
+    if listed not in files: raise ValueError(f"no file {listed} in it")
+    for i,(image,wnid) in _lines(files, listed, 2, 'an image and its class'):
+        file = f'{base}val/images/{image}'
+        if file not in files: raise ValueError(f"{listed}, line {i}: there is no image {file}")
+        classes[file] = wnid
+    return classes
+
 def _read_tiny_imagenet(files, size):
-    listed = _base(files, 'wnids.txt')
+    listed = _find_file(files, 'wnids.txt')
     base = listed.removesuffix('wnids.txt')
-    names = sorted(o for _,(o,) in _lines(files, listed, 1, 'a WordNet number'))
-    where,said = dict(train={}, test={}),f'{base}val/val_annotations.txt'
-    for k in filter(_is_image, files):
-        folder,*inner = PurePosixPath(k.removeprefix(base)).parts
-        if folder=='train': where['train'][k] = inner[0]
-    if said not in files: raise ValueError(f"no file {said} in it")
-    for i,(im,wnid) in _lines(files, said, 2, 'an image and its class'):
-        if (k := f'{base}val/images/{im}') not in files: raise ValueError(f"{said}, line {i}: there is no image {k}")
-        where['test'][k] = wnid
-    for o in where.values():
-        bad = first(k for k,v in o.items() if v not in names)
-        if bad: raise ValueError(f"{bad} is of class {o[bad]!r}, which is not in {listed}")
-    empty = sorted({*names}-{*where['train'].values()})
+    names = sorted(wnid for _,(wnid,) in _lines(files, listed, 1, 'a WordNet number'))
+    train = {}
+    for file in filter(_is_image, files):
+        folder,*inner = PurePosixPath(file.removeprefix(base)).parts
+        if folder=='train': train[file] = inner[0]
+    classes = dict(train=train, test=_annotated(files, base))
+    for class_of in classes.values():
+        bad = first(file for file,wnid in class_of.items() if wnid not in names)
+        if bad: raise ValueError(f"{bad} is of class {class_of[bad]!r}, which is not in {listed}")
+    empty = sorted(set(names)-set(train.values()))
     if empty: raise ValueError(f"no image in {base}train/{empty[0]}/images, a class of {listed}")
-    return _image_sets(files, where, names, size)
+    return _image_sets(files, classes, names, size)
 
 # %% ../../nbs/10a_vision.readers.ipynb #1c515dd0
 _fer_names = ['Angry', 'Disgust', 'Fear', 'Happy', 'Sad', 'Surprise', 'Neutral']
@@ -253,55 +288,69 @@ _fer_sets = dict(Training='train', PublicTest='valid', PrivateTest='test')
 
 def _fer_row(row, size):
     "Set, image and label of a row"
-    label,pixels,usage = ((row[o] or '').strip() for o in ('emotion', 'pixels', 'Usage'))
+    label,pixels,usage = ((row[column] or '').strip() for column in ('emotion', 'pixels', 'Usage'))
     if usage not in _fer_sets: raise ValueError(f"Usage is {usage!r}, not {', '.join(_fer_sets)}")
     if label not in map(str, range(7)): raise ValueError(f"emotion is {label!r}, not 0 to 6")
-    try: a = np.frombuffer(bytes(map(int, pixels.split())), np.uint8)
+    try: grey = np.frombuffer(bytes(map(int, pixels.split())), np.uint8)
     except ValueError as e: raise ValueError(f"pixels must be whole numbers from 0 to 255 ({e})") from None
-    if len(a)!=48*48: raise ValueError(f"pixels holds {len(a)} numbers, not 48×48 = 2304")
-    return _fer_sets[usage],_fitted(Image.fromarray(a.reshape(48,48)), size),int(label)
+    if len(grey)!=48*48: raise ValueError(f"pixels holds {len(grey)} numbers, not 48×48 = 2304")
+    return _fer_sets[usage],_fitted(Image.fromarray(grey.reshape(48,48)), size),int(label)
+
+def _fer_rows(files):
+    "Name of the csv and a reader of its rows"
+    csvs = {PurePosixPath(name).name: name for name in files if name.endswith('.csv')}
+    name = csvs.get('fer2013.csv') or csvs.get('icml_face_data.csv') or (len(files)==1 and first(csvs.values()))
+    if not name: raise ValueError("no file fer2013.csv or icml_face_data.csv in it")
+    rows = csv.DictReader(io.TextIOWrapper(io.BytesIO(files[name]()), 'utf-8', errors='replace', newline=''))
+    rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
+    missing = [column for column in ('emotion', 'pixels', 'Usage') if column not in rows.fieldnames]
+    if missing: raise ValueError(f"{name} has no column {', '.join(missing)}, only {', '.join(rows.fieldnames) or 'nothing'}")
+    return name,rows
 
 def _read_fer2013(files, size):
-    csvs = {PurePosixPath(o).name: o for o in files if o.endswith('.csv')}
-    k = csvs.get('fer2013.csv') or csvs.get('icml_face_data.csv') or (len(files)==1 and first(csvs.values()))
-    if not k: raise ValueError("no file fer2013.csv or icml_face_data.csv in it")
-    rows = csv.DictReader(io.TextIOWrapper(io.BytesIO(files[k]()), 'utf-8', errors='replace', newline=''))
-    rows.fieldnames = [o.strip() for o in rows.fieldnames or ()]
-    missing = [o for o in ('emotion', 'pixels', 'Usage') if o not in rows.fieldnames]
-    if missing: raise ValueError(f"{k} has no column {', '.join(missing)}, only {', '.join(rows.fieldnames) or 'nothing'}")
-    found = {o: [] for o in _fer_sets.values()}
+    name,rows = _fer_rows(files)
+    images,labels = ({part: [] for part in _fer_sets.values()} for _ in range(2))
     try:
         for row in rows:
-            o,*item = _fer_row(row, size or (32,32))
-            found[o].append(item)
-    except (ValueError, csv.Error) as e: raise ValueError(f"{k}, line {rows.line_num+isinstance(e, csv.Error)}: {e}") from e
-    for usage,o in _fer_sets.items():
-        if not found[o]: raise ValueError(f"{k} has no row with Usage {usage}")
-    res = {f'{o}_{part}': np.array([item[i] for item in found[o]]) for o in found for i,part in enumerate(('images','labels'))}
-    return _checked({**res, 'class_names': np.array(_fer_names)})
+            part,image,label = _fer_row(row, size or (32,32))
+            images[part].append(image)
+            labels[part].append(label)
+    except (ValueError, csv.Error) as e:
+        line = rows.line_num + isinstance(e, csv.Error)
+        raise ValueError(f"{name}, line {line}: {e}") from e
+    arrays = dict(class_names=np.array(_fer_names))
+    for usage,part in _fer_sets.items():
+        if not images[part]: raise ValueError(f"{name} has no row with Usage {usage}")
+        arrays[f'{part}_images'],arrays[f'{part}_labels'] = np.array(images[part]),np.array(labels[part])
+    return _checked(arrays)
 
 # %% ../../nbs/10a_vision.readers.ipynb #b7058188
 _raf_names = ['Surprise', 'Fear', 'Disgust', 'Happiness', 'Sadness', 'Anger', 'Neutral']
 
 def _read_raf(files, size):
-    listed = _base(files, 'list_patition_label.txt')
-    faces = {PurePosixPath(o).name: o for o in filter(_is_image, files)}
-    where = dict(train={}, test={})
-    for i,(im,label) in _lines(files, listed, 2, 'an image and its label'):
-        split,face = im.split('_')[0],f'{Path(im).stem}_aligned.jpg'
-        if split not in where: raise ValueError(f"{listed}, line {i}: {im} is neither train_… nor test_…")
+    listed = _find_file(files, 'list_patition_label.txt')
+    faces = {PurePosixPath(name).name: name for name in filter(_is_image, files)}
+    classes = dict(train={}, test={})
+    for i,(image,label) in _lines(files, listed, 2, 'an image and its label'):
+        split,face = image.split('_')[0],f'{Path(image).stem}_aligned.jpg'
+        if split not in classes: raise ValueError(f"{listed}, line {i}: {image} is neither train_… nor test_…")
         if label not in map(str, range(1, 8)): raise ValueError(f"{listed}, line {i}: label {label!r} is not 1 to 7")
         if face not in faces: raise ValueError(f"{listed}, line {i}: there is no image {face}; is Image/aligned.zip unpacked?")
-        where[split][faces[face]] = _raf_names[int(label)-1]
-    return _image_sets(files, where, _raf_names, size or (32,32))
+        classes[split][faces[face]] = _raf_names[int(label)-1]
+    return _image_sets(files, classes, _raf_names, size or (32,32))
 
 # %% ../../nbs/10a_vision.readers.ipynb #e4ee14dd
-_layouts = dict( # what files are read as: does a file's name tell it, and how they are read
+_layouts = dict( # files are read as: a pattern for the name that tells it, and the reader
     tiny_imagenet = ('wnids.txt', _read_tiny_imagenet),
     raf           = ('list_patition_label.txt', _read_raf),
     fer2013       = (r'fer2013\.csv|icml_face_data\.csv', _read_fer2013),
     cinic10       = (None, _read_cinic10),
     images        = (rf".*({'|'.join(map(re.escape, sorted(image_extensions)))})", _read_images))
+
+def _recognised(names):
+    "The layout that the names of the files tell, None for CIFAR's, MNIST's and unknown ones"
+    for layout,(pattern,_) in _layouts.items():
+        if pattern and any(re.fullmatch(pattern, name, re.I) for name in names): return layout
 
 def _read_other(files, names):
     if {'batches.meta'} & names or {'train','test','meta'}<=names: return _checked(_read_cifar(files))
@@ -311,13 +360,13 @@ def _is_npz(path): return path.is_file() and path.suffix not in ('.zip','.csv') 
 
 def read_files(
     path:str|Path,       # An `.npz`, or a folder or archive (`.tar`, `.tar.gz`, `.zip`)
-    size:int|tuple|None=None, # Images only: pixels, or `(height, width)`, of the largest crop from the middle, scaled (None: all are equal, or the papers' 32×32)
-    layout:str|None=None      # 'images', 'cinic10' (with train, valid and test), 'tiny_imagenet', 'fer2013' or 'raf' (None: what the files' names tell)
+    size:int|tuple|None=None, # Images only: pixels or `(height, width)` of the largest crop from the middle, scaled (None: theirs, or the papers' 32×32)
+    layout:str|None=None # 'images', 'cinic10' (with train, valid and test), 'tiny_imagenet', 'fer2013', 'raf' (None: the files' names tell)
 ) -> tuple:
-    """Checked `({'train': records, 'valid': …, 'test': …}, class names)`; `valid` and `test` only where the files have them.
+    """Return checked `({'train': records, 'valid': …, 'test': …}, class names)`; `valid` and `test` only where there are any.
 
-    A missing path or nothing to read is a `FileNotFoundError`, anything wrong a `ValueError` that names the path, the file and the reason."""
-    path,hw = Path(path),check_size(size)
+    A missing path or nothing to read is a `FileNotFoundError`. Anything wrong is a `ValueError` that names path, file and reason."""
+    path,height_width = Path(path),check_size(size)
     if layout is not None: check_choice('layout', layout, tuple(_layouts))
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if _is_npz(path):
@@ -326,31 +375,38 @@ def read_files(
         return dict(train=train, test=test), names
     try:
         files = _files(path)
-        names = {PurePosixPath(o).name for o in files}
-        layout = layout or first(o for o,(nm,_) in _layouts.items() if nm and any(re.fullmatch(nm, k, re.I) for k in names))
-        if layout: return _layouts[layout][1](files, hw)
+        names = {PurePosixPath(file).name for file in files}
+        layout = layout or _recognised(names)
+        if layout: return _layouts[layout][1](files, height_width)
         if size is not None: raise ValueError(f"size={size} is for image files only")
         if found := _read_other(files, names): return found
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
-    raise FileNotFoundError(f"{path}: no such files in it: images, CIFAR batches (with batches.meta or meta), idx-ubyte files or fer2013.csv")
+    raise FileNotFoundError(f"{path}: no such files in it: images, CIFAR batches (with batches.meta or meta), "
+                            "idx-ubyte files or fer2013.csv")
 
 # %% ../../nbs/10a_vision.readers.ipynb #948eaa6d
+def _file_records(folder, number):
+    "Records of the image files in `folder`, by the `number` of the class after which their folder is named"
+    files = sorted(get_image_files(folder), key=str)
+    if not files: raise FileNotFoundError(f"{folder}: no images in it")
+    bad = first(file for file in files if file.parent.name not in number)
+    if bad:
+        raise ValueError(f"{bad} must lie in a folder with the name of its class, one of those of {folder.parent/'train'}")
+    recs = np.empty(len(files), [('file', object), ('label', np.int64)]).view(Records)
+    recs['file'],recs['label'] = files,[number[file.parent.name] for file in files]
+    return recs
+
 def imagenet_files(
     path:str|Path # Folder with `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, or the one that ILSVRC2012's archive unpacks to
 ) -> tuple:
-    "`({'train': records, 'test': records}, class names)` of fields `file` (a `Path`) and `label`; ImageNet's validation images are the test set."
+    """Return `({'train': records, 'test': records}, class names)` of fields `file` (a `Path`) and `label`.
+
+    ImageNet's validation images are the test set. A folder that is missing or empty is a `FileNotFoundError`."""
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; imagenet is read from folders, not from archives")
-    root = first(o for o in (path, path/'ILSVRC'/'Data'/'CLS-LOC', path/'Data'/'CLS-LOC') if (o/'train').is_dir() and (o/'val').is_dir())
+    candidates = path, path/'ILSVRC'/'Data'/'CLS-LOC', path/'Data'/'CLS-LOC'
+    root = first(folder for folder in candidates if (folder/'train').is_dir() and (folder/'val').is_dir())
     if root is None: raise FileNotFoundError(f"{path}: no folders train and val in it")
-    names = sorted(o.name for o in (root/'train').iterdir() if o.is_dir())
-    number = {o:i for i,o in enumerate(names)}
-    sets = {}
-    for nm,folder in ('train',root/'train'),('test',root/'val'):
-        files = sorted(get_image_files(folder), key=str)
-        if not files: raise FileNotFoundError(f"{folder}: no images in it")
-        bad = first(o for o in files if o.parent.name not in number)
-        if bad: raise ValueError(f"{bad} must lie in a folder with the name of its class, one of those of {root/'train'}")
-        recs = sets[nm] = np.empty(len(files), [('file', object), ('label', np.int64)]).view(Records)
-        recs['file'],recs['label'] = files,[number[o.parent.name] for o in files]
-    return sets, names
+    names = sorted(folder.name for folder in (root/'train').iterdir() if folder.is_dir())
+    number = {name:i for i,name in enumerate(names)}
+    return dict(train=_file_records(root/'train', number), test=_file_records(root/'val', number)), names
