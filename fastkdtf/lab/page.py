@@ -238,7 +238,7 @@ def _conditions(c):
     versions = figure('Versions and machine', 'As recorded with the runs.', card(environment))
     return Div(shared, versions, cls='cards')
 
-# %% ../../nbs/45b_lab.page.ipynb #ff5ba201
+# %% ../../nbs/45b_lab.page.ipynb #d6c4c3c2
 def _heading(c): return c.records[0]['setting'].split(':')[0]
 
 def _found(c):
@@ -269,7 +269,7 @@ def _plural(n, what): return f"{n} {what}{'s'*(n != 1)}"
 def _head(title):
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), Link(rel='icon', href='data:,'),
-                Meta(http_equiv='Content-Security-Policy', content=policy), Title(title), Style(Safe(page_style())))
+                Meta(http_equiv='Content-Security-Policy', content=policy), Title(title), Style(Safe(style_sheet())))
 
 def report_html(
     runs:Comparison|Iterable, # records as `read_runs` returns them, a `Comparison`, or several
