@@ -44,7 +44,7 @@ def mean_sd(
     sd   = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return mean,sd
 
-# %% ../../nbs/45_lab.report.ipynb #bda5bb75
+# %% ../../nbs/45_lab.report.ipynb #9bf07168
 def t_interval(
     mean:float,
     sd:float, # of single runs, with n-1 in the denominator
