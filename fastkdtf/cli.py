@@ -27,287 +27,316 @@ from pathlib import Path
 # %% ../nbs/50_cli.ipynb #a4e62def
 class UsageError(Exception): "A mistake in the arguments, told in one line"
 
-def _number(kind, low, high=math.inf):
-    def parse(text):
+def _number_between(kind, low, high=math.inf):
+    "Return a function that reads such a number, as argparse takes it for a type"
+    def read(text):
         try: value = kind(text)
         except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole number" if kind is int else "number"}') from None
         if not value >= low or value == float('inf'): raise argparse.ArgumentTypeError(f'must be at least {low}, got {text}')
         if value > high: raise argparse.ArgumentTypeError(f'must be at most {high}, got {text}')
         return value
-    return parse
+    return read
 
-def _device(name):
+_positive = _number_between(int, 1)
+
+def _literal(text):
+    "Read a number, a fraction of two, or another of Python's literals; anything else remains text"
+    try: return float(Fraction(text)) if '/' in text else ast.literal_eval(text)
+    except (ValueError, SyntaxError, ZeroDivisionError): return text
+
+def _usable_device(name):
+    "Return the name of a device that can be used here; None is cuda if there is one, else cpu"
     import torch
     if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e: raise UsageError(f"--device {name}: cannot be used here ({str(e).splitlines()[0]})") from e
+    except (RuntimeError, AssertionError) as e: raise UsageError(f'--device {name}: cannot be used here ({str(e).splitlines()[0]})') from e
     return name
 
-# %% ../nbs/50_cli.ipynb #62ed9738
-def _chosen(methods, all_methods):
-    "The methods named in a comma-separated list"
-    if methods == 'all': return all_methods
-    names = [o.strip() for o in methods.split(',') if o.strip()]
-    unknown = [o for o in names if o not in (*all_methods, 'baseline')]
-    if unknown or not names: raise UsageError(f"--methods {methods}: {unknown[0] if unknown else 'nothing'} is not one of {', '.join(all_methods)} or all")
-    return {o: all_methods[o] for o in names if o != 'baseline'}
-
-def _digest(path):
-    "The first digits of a file's SHA-1: files of one name are not one data set"
-    with open(path, 'rb') as f: return hashlib.sha1(f.read()).hexdigest()[:8]
-
 def _took(start):
-    "The time since `start` in words"
+    "Return the time since `start` in words"
     minutes,seconds = divmod(time.perf_counter()-start, 60)
     return f'{minutes:.0f} min {seconds:.0f} s' if minutes else f'{seconds:.1f} s'
 
 def _count(n, what): return f"{n:,} {what}{'' if n == 1 else 's'}"
+def _failed(failures): return [f"{failure['run']}: {failure['error']}" for failure in failures]
 
-def _compare(a):
+def _records_of(table): return table.reset_index().to_dict('records')
+
+# %% ../nbs/50_cli.ipynb #62ed9738
+def _chosen(methods, all_methods):
+    "Return the methods named in a comma-separated list"
+    if methods == 'all': return all_methods
+    names = [name.strip() for name in methods.split(',') if name.strip()]
+    unknown = [name for name in names if name not in (*all_methods, 'baseline')]
+    if unknown or not names:
+        raise UsageError(f"--methods {methods}: {unknown[0] if unknown else 'nothing'} is not one of {', '.join(all_methods)} or all")
+    return {name: all_methods[name] for name in names if name != 'baseline'}
+
+def _named_data(path):
+    "Return the settings that name a data set: for a file, its content too, as files of one name are not one data set"
+    if not Path(path).is_file(): return dict(data=path)
+    with open(path, 'rb') as f: return dict(data=Path(path).stem, sha1=hashlib.sha1(f.read()).hexdigest()[:8])
+
+def _n_records(out):
+    ledger = out/'results.jsonl'
+    return len(ledger.read_bytes().splitlines()) if ledger.is_file() else 0
+
+def _compare(args):
     from fastkdtf.vision.augment import Augment
     from fastkdtf.vision.data import kd_dataloaders
     from fastkdtf.callback.methods import teacher_free
     from fastkdtf.lab.compare import compare
     from fastkdtf.lab.measure import keep_freed_memory
     from fastkdtf.vision.models import create_model
-    start,device,out = time.perf_counter(),_device(a.device),Path(a.out)
+    start,device,out = time.perf_counter(),_usable_device(args.device),Path(args.out)
     keep_freed_memory()
-    augment = {'none': None, 'flip+crop': Augment(flip=True, pad=4)}.get(a.augment, a.augment)
-    dls = kd_dataloaders(a.data, bs=a.bs, train_subset=a.train_subset, device=device, augment=augment, path=a.path)
-    methods = _chosen(a.methods, teacher_free(dls.c))
-    data = dict(data=a.data) if not Path(a.data).is_file() else dict(data=Path(a.data).stem, sha1=_digest(a.data))
-    before = _n_records(out)
-    comparison = compare({'baseline': None, **methods}, dls, partial(create_model, a.arch, dls.c), a.epochs, a.seeds,
-                         controls=not a.no_controls, out=out, lr=a.lr, settings=dict(**data, arch=a.arch))
+    augment = {'none': None, 'flip+crop': Augment(flip=True, pad=4)}.get(args.augment, args.augment)
+    dls = kd_dataloaders(args.data, bs=args.bs, train_subset=args.train_subset, device=device, augment=augment, path=args.path)
+    methods,settings,before = _chosen(args.methods, teacher_free(dls.c)),_named_data(args.data),_n_records(out)
+    comparison = compare({'baseline': None, **methods}, dls, partial(create_model, args.arch, dls.c), args.epochs, args.seeds,
+                         controls=not args.no_controls, out=out, lr=args.lr, settings=dict(**settings, arch=args.arch))
     n,trained = len(comparison.records),_n_records(out)-before
-    files = [str(out/o) for o in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
+    files = [str(out/name) for name in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
     done = f"{_count(n, 'run')}, {trained or 'none'} trained now, in {_took(start)}: {', '.join(files)}"
-    return f'{comparison}\n\n{done}', dict(caption=comparison.caption, table=comparison.table.reset_index().to_dict('records'), runs=n, trained_now=trained, files=files)
+    data = dict(caption=comparison.caption, table=_records_of(comparison.table), runs=n, trained_now=trained, files=files)
+    return f'{comparison}\n\n{done}', data
 
-def _n_records(out):
-    ledger = out/'results.jsonl'
-    return len(ledger.read_bytes().splitlines()) if ledger.is_file() else 0
+def _compare_options(p):
+    p.add_argument('--data', default='digits', help='digits, cifar10, cifar100, cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf, '
+                   'a folder or archive of images, or an .npz file with train_images, train_labels, test_images, test_labels, class_names')
+    p.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
+    p.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto', help='of training images; auto: what the papers do with sets known by name')
+    p.add_argument('--arch', default='resnet20', help='network: resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm knows')
+    p.add_argument('--methods', default='all', help='comma-separated: LSR, LsrKD, LsrKD-TC, TfKDReg, TfKDReg-official')
+    p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
+    p.add_argument('--seeds', type=_positive, default=3, help='how many')
+    p.add_argument('--epochs', type=_positive, default=10, help='of each run, on the one-cycle schedule')
+    p.add_argument('--bs', type=_positive, default=128, help='batch size')
+    p.add_argument('--lr', type=_number_between(float, 1e-12), default=.01, help='largest learning rate (Adam)')
+    p.add_argument('--train-subset', type=_positive, help='train on so many images, drawn evenly from the classes')
+    p.add_argument('--out', default='kd_runs', help='folder for runs, table, plots and report')
+    p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
 
 # %% ../nbs/50_cli.ipynb #d185876c
+def _is_pattern(id): return bool(set('*?[') & set(id))
+
 def _matching(ids, known):
-    "The ids of `known` that are named, or fit a pattern, in order and each once"
+    "Return the ids of `known` that are named or fit a pattern, in order and each once"
     out = {}
-    for o in ids:
-        found = [o] if o in known else [k for k in known if fnmatch.fnmatchcase(k, o)] if set('*?[') & set(o) else []
-        if not found and set('*?[') & set(o): raise UsageError(f'{o}: no recipe fits that can be shown or run; fastkdtf recipes lists all')
-        out |= dict.fromkeys(found or [o])   # `recipe` tells what is close to an unknown one
+    for id in ids:
+        if _is_pattern(id) and id not in known:
+            found = [name for name in known if fnmatch.fnmatchcase(name, id)]
+            if not found: raise UsageError(f'{id}: no recipe fits that can be shown or run; fastkdtf recipes lists all')
+            out |= dict.fromkeys(found)
+        else: out[id] = None   # `recipe` tells what is close to an unknown one
     return list(out)
 
 def _listed(table):
-    "Recipes as lines"
-    shown = table[['metric', 'value', 'sd', 'gain']].assign(runnable=['yes' if o else 'no' for o in table.runnable])
+    "Write recipes as lines"
+    shown = table[['metric', 'value', 'sd', 'gain']].assign(runnable=['yes' if runnable else 'no' for runnable in table.runnable])
     return f'{shown.to_string(na_rep="")}\n\n{_count(len(table), "recipe")}, {int(table.runnable.sum())} that can be run'
 
-def _recipes(a):
+def _recipes(args):
     from fastkdtf.lab.recipes import recipe, recipes
-    given = {k: getattr(a, k) for k in ('paper', 'table', 'data', 'student', 'method') if getattr(a, k) is not None}
-    table = recipes(**given, runnable=True if a.runnable else None)
-    if a.id is not None and not set('*?[') & set(a.id): return _one_recipe(recipe(a.id))
-    if a.id is not None: table = table.loc[_matching([a.id], table.index)]
-    if not len(table): raise UsageError(f"no recipe with {', '.join(f'{k}={v}' for k,v in given.items())} can be run; without --runnable they are listed")
-    return _listed(table), dict(recipes=table.reset_index().to_dict('records'))
+    given = {what: getattr(args, what) for what in ('paper', 'table', 'data', 'student', 'method') if getattr(args, what) is not None}
+    table = recipes(**given, runnable=True if args.runnable else None)
+    if args.id is not None and not _is_pattern(args.id): return _one_recipe(recipe(args.id))
+    if args.id is not None: table = table.loc[_matching([args.id], table.index)]
+    if not len(table):
+        asked = ', '.join(f'{what}={value}' for what,value in given.items())
+        raise UsageError(f'no recipe with {asked} can be run; without --runnable they are listed')
+    return _listed(table), dict(recipes=_records_of(table))
 
 def _one_recipe(r):
-    row = {f.name: getattr(r, f.name) for f in fields(r)}
-    row |= {k: getattr(r, k) for k in ('settings', 'sources', 'missing', 'network', 'teacher_names', 'teacher_networks', 'runnable')}
-    return f'{r}\n\n{r.cite()}', dict(row, schedule=asdict(r.schedule), bibtex=r.cite())
+    printed = {f.name: getattr(r, f.name) for f in fields(r)}
+    known = {what: getattr(r, what) for what in ('settings', 'sources', 'missing', 'network', 'teacher_names', 'teacher_networks', 'runnable')}
+    return f'{r}\n\n{r.cite()}', dict(printed, **known) | dict(schedule=asdict(r.schedule), bibtex=r.cite())
+
+def _recipes_options(p):
+    p.add_argument('id', nargs='?', help="a recipe, or a pattern such as 'wang2020/T1/*/MrKD3'")
+    filters = dict(paper='yuan2019, wang2020, zheng2022, song2023', table='T1, T8, …', data='cifar100, imagenet, …',
+                   student="network, in the paper's spelling", method='baseline, KD, TfKD_reg, MrKD3, …')
+    for what,examples in filters.items(): p.add_argument(f'--{what}', help=f'only of this one: {examples}')
+    p.add_argument('--runnable', action='store_true', help='only those that can be trained here')
 
 # %% ../nbs/50_cli.ipynb #be8b2f11
-def _run(a):
+def _run(args):
     from fastkdtf.lab.experiment import run_recipes
     from fastkdtf.lab.recipes import recipe, recipes
-    start,out = time.perf_counter(),Path(a.out)
-    ids = _matching(a.ids, recipes(runnable=True).index)
-    for o in ids: recipe(o).method()   # says why, if it cannot be run, before anything is loaded
-    device = a.device if a.engine == 'ray' else _device(a.device)
-    try: found = run_recipes(ids, a.seeds, a.epochs, a.scale, a.data, a.path, out, a.engine, device, not a.no_controls, gpus=a.gpus)
+    start,out = time.perf_counter(),Path(args.out)
+    ids = _matching(args.ids, recipes(runnable=True).index)
+    for id in ids: recipe(id).method()   # says why, if it cannot be run, before anything is loaded
+    device,trained = args.device if args.engine == 'ray' else _usable_device(args.device),_count(len(ids), 'recipe')
+    try: found = run_recipes(ids, args.seeds, args.epochs, args.scale, args.data, args.path, out, args.engine, device, not args.no_controls, gpus=args.gpus)
     except RuntimeError as e:
         if not hasattr(e, 'failures'): raise
-        return f'{_count(len(ids), "recipe")} in {_took(start)}, none of which has its runs', dict(failed=_failed(e.failures))
-    files = [str(found.save(out).with_suffix(o)) for o in ('.html', '.md', '.csv')] if found.runs else []
-    done = f"{_count(len(ids), 'recipe')} in {_took(start)}: {', '.join(files) or 'no run was finished'}"
-    return f'{found}\n\n{done}', dict(headline=found.headline, caption=found.caption, table=found.table.to_dict('records'), notes=found.notes, files=files, failed=_failed(found.failures))
+        return f'{trained} in {_took(start)}, none of which has its runs', dict(failed=_failed(e.failures))
+    files = [str(found.save(out).with_suffix(suffix)) for suffix in ('.html', '.md', '.csv')] if found.runs else []
+    done = f"{trained} in {_took(start)}: {', '.join(files) or 'no run was finished'}"
+    data = dict(headline=found.headline, caption=found.caption, table=found.table.to_dict('records'), notes=found.notes)
+    return f'{found}\n\n{done}', dict(data, files=files, failed=_failed(found.failures))
 
-def _failed(failures): return [f"{o['run']}: {o['error']}" for o in failures]
+def _size_options(p, seeds, out):
+    "Add the options that `run` and `sweep` share"
+    p.add_argument('--seeds', type=_positive, default=seeds, help='how many')
+    p.add_argument('--epochs', type=_positive, help="of each run; without it, the paper's, times the scale")
+    p.add_argument('--scale', type=_number_between(float, 1e-9, 1), default=1., help='share of epochs and training images')
+    p.add_argument('--data', help="another data set than the paper's, as compare takes it")
+    p.add_argument('--path', help='where its files lie; without it they are downloaded where that is possible')
+    p.add_argument('--out', default=out, help='folder for everything; the same command goes on from there')
+    p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
+
+def _run_options(p):
+    p.add_argument('ids', nargs='+', metavar='ID', help="recipes, or patterns such as 'wang2020/T1/ResNet20/*', which take those that can be run")
+    _size_options(p, 3, 'kd_runs')
+    p.add_argument('--engine', choices=('local', 'ray'), default='local', help='here, one after the other, or on a Ray cluster')
+    p.add_argument('--gpus', type=_number_between(float, 0), help='of each run on Ray; may be a fraction')
+    p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
 
 # %% ../nbs/50_cli.ipynb #0c43eba6
-def _literal(text):
-    "`text` as a number, a fraction of two, or else as it is"
-    try: return float(Fraction(text)) if '/' in text else ast.literal_eval(text)
-    except (ValueError, SyntaxError, ZeroDivisionError): return text
-
 def _grid(words, ranges):
-    "What `sweep` takes as its grid"
+    "Read what `sweep` takes as its grid"
     if words in ('paper', ['paper']): return 'paper'
     out = {}
-    for o in words:
-        name,eq,values = o.partition('=')
-        if not eq or not name or not all(values.split(',')): raise UsageError(f'--grid {o}: must be paper, or name=value,value,…{", or name=low:high, name=low:high:log" if ranges else ""}')
-        out[name] = tuple(_literal(v) for v in values.split(':')) if ranges and ':' in values else [_literal(v) for v in values.split(',')]
+    for word in words:
+        name,eq,values = word.partition('=')
+        if not eq or not name or not all(values.split(',')):
+            also = ', or name=low:high, name=low:high:log' if ranges else ''
+            raise UsageError(f'--grid {word}: must be paper, or name=value,value,…{also}')
+        is_range = ranges and ':' in values
+        out[name] = tuple(map(_literal, values.split(':'))) if is_range else [_literal(value) for value in values.split(',')]
     return out
 
-def _sweep(a):
+def _sweep(args):
     from fastkdtf.lab.experiment import scaled
     from fastkdtf.lab.recipes import recipe
     from fastkdtf.lab.sweep import sweep
-    start,r,grid,device = time.perf_counter(),recipe(a.id),_grid(a.grid, a.tpe is not None),_device(a.device)
-    size = dict(n_epoch=a.epochs)
-    if a.scale < 1:
-        dls = r.dataloaders(a.path, a.data, valid_pct=None, device=device)
-        size = {k: v for k,v in scaled(r, a.scale, a.epochs, len(dls.train_ds), dls.c).items() if k in ('n_epoch', 'train_subset')}
-    found = sweep(r, grid=grid, tpe=a.tpe, seeds=a.seeds, out=a.out, path=a.path, data=a.data, device=device, **size)
-    files = [str(Path(a.out)/o) for o in ('sweep.csv', *(f'{p}.png' for p in found.parameters))]
+    start,r,grid,device = time.perf_counter(),recipe(args.id),_grid(args.grid, args.tpe is not None),_usable_device(args.device)
+    size = dict(n_epoch=args.epochs)
+    if args.scale < 1:
+        dls = r.dataloaders(args.path, args.data, valid_pct=None, device=device)
+        shrunk = scaled(r, args.scale, args.epochs, len(dls.train_ds), dls.c)
+        size = {what: shrunk[what] for what in ('n_epoch', 'train_subset') if what in shrunk}
+    found = sweep(r, grid=grid, tpe=args.tpe, seeds=args.seeds, out=args.out, path=args.path, data=args.data, device=device, **size)
+    files = [str(Path(args.out)/name) for name in ('sweep.csv', *(f'{parameter}.png' for parameter in found.parameters))]
     best = found.best_settings if found.table.error.notna().any() else None
     said = 'no trial was finished' if best is None else 'smallest error with ' + ', '.join(f'{p}={best[p]}' for p in found.parameters if p in best)
     done = f"{_count(len(found.table), 'trial')} in {_took(start)}, {said}: {', '.join(files)}"
-    return f'{found}\n\n{done}', dict(caption=found.caption, table=found.table.reset_index().to_dict('records'), best=best, files=files)
+    return f'{found}\n\n{done}', dict(caption=found.caption, table=_records_of(found.table), best=best, files=files)
+
+def _sweep_options(p):
+    p.add_argument('id', metavar='ID', help='a recipe')
+    p.add_argument('--grid', nargs='+', default='paper', help='paper, or name=value,value,… for each parameter; with --tpe also name=low:high and name=low:high:log')
+    p.add_argument('--tpe', type=_positive, help='so many trials that Optuna suggests, instead of the grid')
+    _size_options(p, 1, 'kd_sweep')
 
 # %% ../nbs/50_cli.ipynb #ba82b043
-def _report(a):
+def _report(args):
     from fastkdtf.lab.page import write_report
     from fastkdtf.lab.report import comparisons, read_runs
-    found,out = comparisons(read_runs(a.runs)),Path(a.out)
-    texts,data = list(map(str, found)),dict(runs=sum(len(o.records) for o in found), settings=[o.caption for o in found])
-    if any(_has_recipes(o) for o in a.runs):
-        from fastkdtf.lab.reproduction import Reproduction
-        rep = Reproduction(a.runs)
-        path = rep.write(out/'report.html' if out.is_dir() else out, found)
+    from fastkdtf.lab.reproduction import Reproduction, has_recipes
+    found,out = comparisons(read_runs(args.runs)),Path(args.out)
+    texts,data = list(map(str, found)),dict(runs=sum(len(c.records) for c in found), settings=[c.caption for c in found])
+    if has_recipes(args.runs):
+        rep = Reproduction(args.runs)
+        page = rep.write(out/'report.html' if out.is_dir() else out, found)
         texts,data = [str(rep), *texts],dict(data, headline=rep.headline, recipes=rep.table.to_dict('records'), notes=rep.notes)
-        files = [path, path.with_suffix('.md'), path.with_suffix('.csv')]
+        files = [page, page.with_suffix('.md'), page.with_suffix('.csv')]
     else: files = [write_report(found, out)]
     done = f"{_count(data['runs'], 'run')} in {_count(len(found), 'setting')}: {', '.join(map(str, files))}"
     return '\n\n'.join([*texts, done]), dict(data, file=str(files[0]), files=list(map(str, files)))
 
-def _has_recipes(path):
-    path = Path(path)
-    return any(path.rglob('recipes.jsonl')) if path.is_dir() else path.with_name('recipes.jsonl').is_file()
+def _report_options(p):
+    p.add_argument('runs', nargs='+', help='folders that compare or run wrote, or their results.jsonl')
+    p.add_argument('--out', default='report.html', help='the file to write')
 
 # %% ../nbs/50_cli.ipynb #ed8ebc28
-def _settings(pairs):
-    "`name=value` pairs as keyword arguments"
+def _keywords(pairs):
+    "Read `name=value` pairs as keyword arguments"
     out = {}
-    for o in pairs:
-        name,eq,value = o.partition('=')
-        if not eq: raise UsageError(f'{o!r} is not of the form name=value')
-        try: out[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): out[name] = value
+    for pair in pairs:
+        name,eq,value = pair.partition('=')
+        if not eq: raise UsageError(f'{pair!r} is not of the form name=value')
+        out[name] = _literal(value)
     return out
 
-def _settings_of(d): return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k,v in d.settings.items()}
-
-def _describe(a):
-    from fastkdtf.callback.methods import methods
-    if a.method not in methods: raise UsageError(f"{a.method} is not one of {', '.join(methods)}")
-    try: d = methods[a.method].describe(a.classes, **_settings(a.settings))
-    except TypeError as e: raise UsageError(str(e)) from e
-    said = 'nothing' if d.epsilon is None else f"label smoothing {d.epsilon:.3f} of scale {d.scale:.3g}, {'exactly' if d.exact else 'to first order'}"
+def _description_data(d):
+    "Return a description in types that JSON has"
     numbers = {k: getattr(d, k) for k in ('name', 'n_classes', 'hard', 'soft', 'tau', 'target', 'soft_gradient', 'scale', 'epsilon', 'exact', 'negligible', 'notes')}
-    return f'{d}\n\n{a.method} with {a.classes} classes amounts to {said}', dict(numbers, settings=_settings_of(d), controls=list(d.controls))
+    settings = {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k,v in d.settings.items()}
+    return dict(numbers, settings=settings, controls=list(d.controls))
+
+def _describe(args):
+    from fastkdtf.callback.methods import methods
+    if args.method not in methods: raise UsageError(f"{args.method} is not one of {', '.join(methods)}")
+    try: d = methods[args.method].describe(args.classes, **_keywords(args.settings))
+    except TypeError as e: raise UsageError(str(e)) from e
+    said = 'no label smoothing: its target is not made from the label alone'
+    if d.epsilon is not None: said = f"label smoothing {d.epsilon:.3f} of scale {d.scale:.3g}, {'exactly' if d.exact else 'to first order'}"
+    return f'{d}\n\n{args.method} with {args.classes} classes amounts to {said}', _description_data(d)
+
+def _describe_options(p):
+    p.add_argument('method', help='such as LSR, LsrKD, KD or SelfGuidance; a wrong name lists them all')
+    p.add_argument('settings', nargs='*', help='its arguments, as name=value')
+    p.add_argument('--classes', type=_number_between(int, 2), default=10, help='number of classes')
 
 # %% ../nbs/50_cli.ipynb #a91456d5
-def _bench(a):
+def _bench(args):
     from fastkdtf.lab.bench import bench
-    b = bench(a.samples, a.classes, None if a.losses_only else a.arch, a.bs, a.size, a.rounds, _device(a.device))
+    arch = None if args.losses_only else args.arch
+    b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device))
     return str(b), b.to_dict()
+
+def _bench_options(p):
+    p.add_argument('--samples', type=_positive, default=128, help='logits: samples')
+    p.add_argument('--classes', type=_number_between(int, 2), default=100, help='logits: classes')
+    p.add_argument('--losses-only', action='store_true', help='leave out the training steps')
+    p.add_argument('--arch', default='resnet20', help='network of the training step')
+    p.add_argument('--bs', type=_positive, default=128, help='its batch size')
+    p.add_argument('--size', type=_positive, default=32, help='side of its images, in pixels')
+    p.add_argument('--rounds', type=_positive, default=20, help='how often each candidate runs')
+    p.add_argument('--device', help='cpu, cuda, …; cuda if there is one')
 
 # %% ../nbs/50_cli.ipynb #c07d3604
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UsageError(message)
 
+_commands = dict(   # name → function, its options, help, description
+    compare=(_compare, _compare_options, 'train methods beside their matched controls',
+        'Train one network with each method and its matched controls, per seed from the same weights on the same batches. '
+        'Run it again to go on after an interrupt.'),
+    recipes=(_recipes, _recipes_options, "show the papers' printed results",
+        "List the papers' printed results, or show all that is known about how to get one."),
+    run=(_run, _run_options, "train printed results, and hold them against the paper's numbers",
+        'Train recipes with the networks that teach them, their baselines and matched controls. What was shrunk says so. '
+        'Run it again to go on after an interrupt.'),
+    sweep=(_sweep, _sweep_options, 'try settings of a printed result',
+        'Train a recipe with other settings, judged on images held out from training. Run it again to go on after an interrupt.'),
+    report=(_report, _report_options, 'one page from finished runs',
+        'Write the tables and figures of all runs found in folders into one file that needs no other. '
+        'Runs of recipes are held against the papers, also in .md and .csv beside it.'),
+    describe=(_describe, _describe_options, 'say what a method really does',
+        'Effective weights, equivalent label smoothing and matched controls of a method.'),
+    bench=(_bench, _bench_options, 'time and memory of losses and training steps',
+        'Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step.'))
+
 def _parser():
     p = _Parser(prog='fastkdtf', description='Teacher-free, self- and response-based knowledge distillation for fastai')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Parser)
-    style = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    positive = _number(int, 1)
-
-    c = sub.add_parser('compare', help='train methods beside their matched controls', **style,
-        description='Train one network with each method and its matched controls, per seed from the same weights on the same batches. Run it again to go on after an interrupt.')
-    c.add_argument('--data', default='digits', help="digits, cifar10, cifar100, cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf, a folder or archive of images, or an .npz file with train_images, train_labels, test_images, test_labels, class_names")
-    c.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
-    c.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto', help="of training images; auto: what the papers do with sets known by name")
-    c.add_argument('--arch', default='resnet20', help='network: resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm knows')
-    c.add_argument('--methods', default='all', help='comma-separated: LSR, LsrKD, LsrKD-TC, TfKDReg, TfKDReg-official')
-    c.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
-    c.add_argument('--seeds', type=positive, default=3, help='how many')
-    c.add_argument('--epochs', type=positive, default=10, help='of each run, on the one-cycle schedule')
-    c.add_argument('--bs', type=positive, default=128, help='batch size')
-    c.add_argument('--lr', type=_number(float, 1e-12), default=.01, help='largest learning rate (Adam)')
-    c.add_argument('--train-subset', type=positive, help='train on so many images, drawn evenly from the classes')
-    c.add_argument('--out', default='kd_runs', help='folder for runs, table, plots and report')
-    c.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
-    c.set_defaults(run=_compare)
-
-    l = sub.add_parser('recipes', help="show the papers' printed results", **style, description="List the papers' printed results, or show all that is known about how to get one.")
-    l.add_argument('id', nargs='?', help="a recipe, or a pattern such as 'wang2020/T1/*/MrKD3'")
-    for o,e in dict(paper='yuan2019, wang2020, zheng2022, song2023', table='T1, T8, …', data='cifar100, imagenet, …', student="network, in the paper's spelling", method='baseline, KD, TfKD_reg, MrKD3, …').items():
-        l.add_argument(f'--{o}', help=f'only of this one: {e}')
-    l.add_argument('--runnable', action='store_true', help='only those that can be trained here')
-    l.set_defaults(run=_recipes)
-
-    def add_size(p, seeds, out):
-        "The options of `run` and `sweep`"
-        p.add_argument('--seeds', type=positive, default=seeds, help='how many')
-        p.add_argument('--epochs', type=positive, help="of each run; without it, the paper's, times the scale")
-        p.add_argument('--scale', type=_number(float, 1e-9, 1), default=1., help='share of epochs and training images')
-        p.add_argument('--data', help="another data set than the paper's, as compare takes it")
-        p.add_argument('--path', help='where its files lie; without it they are downloaded where that is possible')
-        p.add_argument('--out', default=out, help='folder for everything; the same command goes on from there')
-        p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
-
-    t = sub.add_parser('run', help="train printed results, and hold them against the paper's numbers", **style,
-        description='Train recipes with the networks that teach them, their baselines and matched controls. What was shrunk says so. Run it again to go on after an interrupt.')
-    t.add_argument('ids', nargs='+', metavar='ID', help="recipes, or patterns such as 'wang2020/T1/ResNet20/*', which take those that can be run")
-    add_size(t, 3, 'kd_runs')
-    t.add_argument('--engine', choices=('local', 'ray'), default='local', help='here, one after the other, or on a Ray cluster')
-    t.add_argument('--gpus', type=_number(float, 0), help='of each run on Ray; may be a fraction')
-    t.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
-    t.set_defaults(run=_run)
-
-    w = sub.add_parser('sweep', help='try settings of a printed result', **style,
-        description='Train a recipe with other settings, judged on images held out from training. Run it again to go on after an interrupt.')
-    w.add_argument('id', metavar='ID', help='a recipe')
-    w.add_argument('--grid', nargs='+', default='paper', help='paper, or name=value,value,… for each parameter; with --tpe also name=low:high and name=low:high:log')
-    w.add_argument('--tpe', type=positive, help='so many trials that Optuna suggests, instead of the grid')
-    add_size(w, 1, 'kd_sweep')
-    w.set_defaults(run=_sweep)
-
-    r = sub.add_parser('report', help='one page from finished runs', **style,
-        description='Write the tables and figures of all runs found in folders into one file that needs no other. Runs of recipes are held against the papers, also in .md and .csv beside it.')
-    r.add_argument('runs', nargs='+', help='folders that compare or run wrote, or their results.jsonl')
-    r.add_argument('--out', default='report.html', help='the file to write')
-    r.set_defaults(run=_report)
-
-    d = sub.add_parser('describe', help='say what a method really does', **style, description='Effective weights, equivalent label smoothing and matched controls of a method.')
-    d.add_argument('method', help='LSR, LsrKD, LsrKD-TC, TfKDReg or TfKDReg-official')
-    d.add_argument('settings', nargs='*', help='its arguments, as name=value')
-    d.add_argument('--classes', type=_number(int, 2), default=10, help='number of classes')
-    d.set_defaults(run=_describe)
-
-    b = sub.add_parser('bench', help='time and memory of losses and training steps', **style, description='Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step.')
-    b.add_argument('--samples', type=positive, default=128, help='logits: samples')
-    b.add_argument('--classes', type=_number(int, 2), default=100, help='logits: classes')
-    b.add_argument('--losses-only', action='store_true', help='leave out the training steps')
-    b.add_argument('--arch', default='resnet20', help='network of the training step')
-    b.add_argument('--bs', type=positive, default=128, help='its batch size')
-    b.add_argument('--size', type=positive, default=32, help="side of its images, in pixels")
-    b.add_argument('--rounds', type=positive, default=20, help='how often each candidate runs')
-    b.add_argument('--device', help='cpu, cuda, …; cuda if there is one')
-    b.set_defaults(run=_bench)
-    for o in (c, l, t, w, r, d, b): o.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
+    for name,(run,add_options,short,description) in _commands.items():
+        command = sub.add_parser(name, help=short, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add_options(command)
+        command.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
+        command.set_defaults(run=run)
     return p
 
 # %% ../nbs/50_cli.ipynb #4dbcb6b1
-def _plain(o):
-    "`o` as JSON has it: no infinities, no NaN"
-    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
-    if hasattr(o, 'item'): o = o.item()
-    return None if isinstance(o, float) and not math.isfinite(o) else o
+def _json_value(value):
+    "Return a value as JSON has it: no infinities, no NaN"
+    if isinstance(value, dict): return {k: _json_value(v) for k,v in value.items()}
+    if isinstance(value, (list, tuple)): return list(map(_json_value, value))
+    if hasattr(value, 'item'): value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 def main(
     argv:list|None=None, # arguments; None: the process's own
@@ -315,12 +344,12 @@ def main(
     "Run the command: 0 when done, 1 when runs have failed, 2 for a mistake in the arguments or files, 130 when interrupted"
     warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated')   # fastai's import, not the user's business
     try:
-        a,rest = _parser().parse_known_args(argv)
-        if rest and a.command == 'describe': a.settings += rest   # argparse takes no settings after an option
+        args,rest = _parser().parse_known_args(argv)
+        if rest and args.command == 'describe': args.settings += rest   # argparse takes no settings after an option
         elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-        with redirect_stdout(sys.stderr if a.json else sys.stdout): text,data = a.run(a)   # what shows progress is no JSON
-        print(json.dumps(_plain(data)) if a.json else text, flush=True)
-        for o in data.get('failed', []): print(f"fastkdtf: failed: {' '.join(o.split())}", file=sys.stderr)
+        with redirect_stdout(sys.stderr if args.json else sys.stdout): text,data = args.run(args)   # what shows progress is no JSON
+        print(json.dumps(_json_value(data)) if args.json else text, flush=True)
+        for failure in data.get('failed', []): print(f"fastkdtf: failed: {' '.join(failure.split())}", file=sys.stderr)
         if data.get('failed'): return 1
     except BrokenPipeError:   # whoever read our output has stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,7 +6,12 @@ from html.parser import HTMLParser
 import numpy as np, pytest, torch
 from scipy import stats
 
-from fastkdtf.lab.draw import Axis, Look, Markup, curve_path, el, spread
+import matplotlib
+matplotlib.use('agg')
+from fastcore.xml import B, P, to_xml
+from matplotlib import pyplot as plt
+
+from fastkdtf.lab.draw import Look, draw_curves, house_style, note, palette, panel, round_ticks, spread, strips, style_sheet
 from fastkdtf.lab.interpret import evaluate
 from fastkdtf.lab.page import failures, headline, pooled_reliability, report_html, write_report
 from fastkdtf.lab.report import Comparison, comparisons, read_runs
@@ -48,6 +53,17 @@ accs = {'baseline': [.90, .91, .93, .92], 'A': [.93, .94, .955, .95], 'A control
 def study(**kwargs):
     return [record(m, s, a, i, ['A'] if m == 'A control' else [], seconds=1+.1*i+.01*s*i, **kwargs) for i,(m,v) in enumerate(accs.items()) for s,a in enumerate(v)]
 
+def shapes(svg):
+    "Words and places of the marks in a drawing, and the ends of its lines by colour and width"
+    marks = [(title, float(x), float(y)) for x,y,title in re.findall(r'transform="translate\(([-.\d]+) ([-.\d]+)\)" style="[^"]*"><title>([^<]*)</title>', svg)]
+    lines = [(style, [tuple(map(float, o.split())) for o in re.split('[ML]', d)[1:]]) for d,style in re.findall(r'<path d="(M[-.\d ]+L[-.\d ]+)" style="([^"]*)"', svg)]
+    return marks,lines
+
+def line(lines, *style):
+    "The one line whose style has these words"
+    found, = [places for s,places in lines if all(o in s for o in style)]
+    return found
+
 def interval(a, b):
     d = np.array(a)-np.array(b)
     i = stats.ttest_rel(a, b).confidence_interval(.95)
@@ -67,19 +83,26 @@ def test_differences_are_scipys():
 def test_marks_are_where_the_values_are():
     html = report_html(study())
     row = re.search(r'<svg role="img" aria-label="A: mean 94.38 %.*?</svg>', html).group()
-    at = {float(t): float(x) for x,t in re.findall(r'x="([\d.]+)%" y="50%"[^>]*><title>A, seed \d: ([\d.]+) %', row)}
-    assert sorted(at) == [93., 94., 95., 95.5]
+    marks,lines = shapes(row)
+    at = {float(re.fullmatch(r'A, seed \d: ([\d.]+) %', title)[1]): x for title,x,_ in marks}
+    assert sorted(at) == [93., 94., 95., 95.5] and len({y for *_,y in marks}) == 1
     slope,start = np.polyfit([*at], [*at.values()], 1)
     for v,x in at.items(): assert start+slope*v == pytest.approx(x, abs=.02)
-    mean = float(re.search(r'class="mean"[^>]*x1="([\d.]+)%"', row).group(1))
-    assert mean == pytest.approx(start+slope*100*np.mean(accs['A']), abs=.02)
-    ticks = dict(zip(*[re.findall(p, html.split('class="ticks"')[1].split('</svg>')[0]) for p in (r'>([\d.]+)</text>', r'x="([\d.]+)%"')]))
-    for v,x in ticks.items(): assert start+slope*float(v) == pytest.approx(float(x), abs=.02)
+    mean = line(lines, 'stroke:var(--k0)', 'stroke-width:3')
+    assert [x for x,_ in mean] == pytest.approx([start+slope*100*np.mean(accs['A'])]*2, abs=.02)
+    base = line(lines, 'stroke:var(--zero)')
+    assert base[0][0] == pytest.approx(start+slope*100*np.mean(accs['baseline']), abs=.02)
+    ticks = {float(v): float(x) for x,v in re.findall(r'<text x="([\d.]+)"[^>]*>([\d.]+)</text>', html.split('class="ticks"')[1].split('</svg>')[0])}
+    assert len(ticks) > 2
+    for v,x in ticks.items(): assert start+slope*v == pytest.approx(x, abs=.05)   # of 560
+    box = [float(o) for o in re.search(r'viewBox="([^"]*)"', row)[1].split()]
+    assert box == [0, 24, 560, 24] and all(box[1] < y < box[1]+box[3] for *_,y in marks), 'the second row is cut out of the chart'
 
 def test_interval_reaches_as_far_as_it_says():
     html = report_html(study())
     row = re.search(r'<svg role="img" aria-label="A minus baseline.*?</svg>', html).group()
-    zero,x0,x1 = (float(re.search(p, row).group(1)) for p in (r'class="zero" x1="([\d.]+)%"', r'class="interval"[^>]*x1="([\d.]+)%"', r'class="interval"[^>]*x2="([\d.]+)%"'))
+    _,lines = shapes(row)
+    zero,(x0,x1) = line(lines, 'stroke:var(--zero)')[0][0],[x for x,_ in line(lines, 'stroke:var(--k0)', 'stroke-width:2.5')]
     i = stats.ttest_rel(accs['A'], accs['baseline']).confidence_interval(.95)
     assert (x0-zero)/(x1-zero) == pytest.approx(i.low/i.high, abs=.01)
 
@@ -98,7 +121,8 @@ def test_curves_are_means_over_seeds():
     label, = Page(html).labels('validation accuracy')
     assert 'baseline 40' in label and 'A 85' in label
     panel = html[html.index('aria-label="validation accuracy'):].split('</figure>')[0]
-    ys = {n: [float(o.split()[1].removesuffix('h0')) for o in re.split('[ML]', d)[1:]] for n,d in re.findall(r'<g style="[^"]*"><title>(\w+)</title>.*?class="line" d="([^"]*)"', panel)}
+    ys = {n: [float(o.split()[1]) for o in re.split('[ML]', d)[1:]] for n,d in re.findall(r'<g><title>(\w+)</title><path d="([^"]*)"', panel)}
+    assert set(ys) == {'baseline', 'A'}
     assert ys['baseline'][:2] == ys['A'][:2]
     assert (ys['A'][0]-ys['A'][2])/(ys['A'][0]-ys['A'][1]) == pytest.approx(75/10, rel=.03)
     assert (ys['baseline'][0]-ys['baseline'][2])/(ys['A'][0]-ys['A'][1]) == pytest.approx(30/10, rel=.03)
@@ -115,7 +139,8 @@ def test_reliability_bars():
     last = lambda e: dict(accuracy=.8, nll=1., ece=e, reliability=bins)
     html = report_html([record('baseline', 0, last=last(.1)), record('baseline', 1, last=last(.2))])
     assert 'ECE 15.00 %' in html and Page(html).labels('Reliability of baseline, ECE 15.00 %')
-    heights = [float(h) for h in re.findall(r'class="bin"[^>]*height="([\d.]+)"', html)]
+    bars = [[float(o.split()[1]) for o in re.split('[ML]', d.removesuffix(' z'))[1:]] for d in re.findall(r'<title>confidence [^<]*</title><path d="([^"]*)"', html)]
+    heights = [max(ys)-min(ys) for ys in bars]
     assert len(heights) == 3 and heights[0]/heights[2] == pytest.approx(.5, abs=.01) and heights[1]/heights[2] == pytest.approx(.8, abs=.01)
     assert 'confidence 0.80 to 0.87: 20 predictions, mean confidence 0.850, accuracy 0.500' in html
 
@@ -147,7 +172,7 @@ def test_one_seed():
     found = headline(Comparison(records))
     assert 'none (0 of 3)' in found[0] and 'nothing here can be told from chance' in found[-1]
     page = Page(report_html(records))
-    assert page.labels('A minus baseline')[0].endswith('+3.00 points') and not page.all('line', 'interval')
+    assert page.labels('A minus baseline')[0].endswith('+3.00 points') and 'stroke-width:2.5' not in report_html(records) and 'stroke-width:2.5' in report_html(study())
     assert 'nan' not in page.text.lower()
 
 def test_missing_control_and_baseline():
@@ -170,7 +195,7 @@ def test_diverged_runs_are_named():
     page = Page(report_html(records))
     assert 'D, seed 1: diverged, its loss is not a number.' in page.words
     for t,a in page.tags:   # nothing is drawn at a place that is not a number
-        for k in ('x', 'y', 'x1', 'x2', 'y1', 'y2', 'd', 'width', 'height'): assert not re.search('nan|inf', a.get(k) or ''), (t, a)
+        for k in ('x', 'y', 'd', 'transform', 'viewbox', 'width', 'height'): assert not re.search('nan|inf', a.get(k) or ''), (t, a)
 
 def test_a_loss_that_explodes_does_not_flatten_the_others():
     boom = dict(train_loss=[2., 1e9], valid_loss=[2., 1e12], accuracy=[.3, .1])
@@ -206,13 +231,17 @@ def test_a_section_for_each_setting():
     assert {a['id'] for a in page.all('section') if 'id' in a} == {'s0', 's1'}
     assert len(page.labels('A minus baseline')) == 2
 
+def keys_of(html, name): return re.findall(rf'<span class="named">(<svg (?:(?!</svg>).)*</svg>){re.escape(name)}</span>', html)
+
 def test_same_colour_in_every_figure():
     html = report_html(study() + study(setting='other: 1'))
     names = [n for n in accs if n != 'baseline']
     for i,n in enumerate(names):
-        found = re.findall(rf'style="--c:var\(--(\w+)\)"[^>]*/></svg>{re.escape(n)}</span>', html)
-        assert len(found) > 8 and set(found) == {f'k{i}'}
-    assert set(re.findall(r'style="--c:var\(--(\w+)\)"[^>]*/></svg>baseline</span>', html)) == {'grey'}
+        found = keys_of(html, n)
+        assert len(found) > 8 and {c for key in found for c in re.findall(r'stroke:var\(--(\w+)\)', key)} == {f'k{i}'}
+    assert {c for key in keys_of(html, 'baseline') for c in re.findall(r'var\(--(\w+)\)', key)} == {'grey'}
+    colours = {n: set(re.findall(rf'<title>{n}</title><path [^>]*stroke:var\(--(\w+)\)', html)) for n in accs}
+    assert colours == {'baseline': {'grey'}, **{n: {f'k{i}'} for i,n in enumerate(names)}}, 'curves'
 
 def test_one_name_for_two_configurations():
     one,two = ([record('A', s, .5+.1*i, 1, callbacks=[dict(callback='LsrKD', alpha=a)]) for s in (0, 1)] for i,a in enumerate((.1, .2)))
@@ -246,27 +275,78 @@ def test_write_report(tmp_path):
 # ---------------------------------------------------------------- drawing
 
 def test_elements_escape_all_but_markup():
-    assert el('p', '<a>', ['&', None, 3], el('b', '"'), id='x"y', aria_label='<', cls='k', style=None) == '<p class="k" id="x&quot;y" aria-label="&lt;">&lt;a&gt;&amp;3<b>&quot;</b></p>'
-    assert el('line', x1=0) == '<line x1="0"/>' and el('span') == '<span></span>' and isinstance(el('p'), Markup)
+    "What the page relies on fastcore for"
+    assert to_xml(P('<a>', ('&', None, 3), B('"'), id='x"y', aria_label='<', cls='k', style=None), indent=False) == """<p id='x"y' aria-label="&lt;" class="k">&lt;a&gt;&amp;3<b>"</b></p>"""
+    assert to_xml(P(Look(['<i>'], []).named('<i>')), indent=False).count('<i>') == 0
 
 @pytest.mark.parametrize('values', [[0, 1], [.1234, .1235], [5, 5], [0, 0], [-3e6, 2e9], [math.nan, 2, 3, math.inf], [], [-.2, -.1]])
 def test_axis_holds_its_values_and_some_ticks(values):
-    axis = Axis(values)
+    ax = plt.subplots()[1]
+    ax.scatter(values, [0]*len(values))
+    round_ticks(ax.xaxis)
+    ax.figure.canvas.draw()
+    low,high = ax.get_xlim()
     inside = [v for v in values if math.isfinite(v)]
-    assert all(0 < axis(v) < 1 for v in inside) and all(0 <= axis(t) <= 1 for t,_ in axis.ticks) and 1 <= len(axis.ticks) < 9
-    for t,label in axis.ticks: assert float(label) == pytest.approx(t, rel=1e-4, abs=1e-8)
-    assert len({l for _,l in axis.ticks}) == len(axis.ticks)
+    ticks = [(t, label.get_text()) for t,label in zip(ax.get_xticks(), ax.get_xticklabels()) if low <= t <= high]
+    assert all(low < v < high for v in inside) and 1 <= len(ticks) < 9
+    for t,label in ticks: assert float(label) == pytest.approx(t, rel=1e-4, abs=1e-8)
+    assert len({l for _,l in ticks}) == len(ticks)
+    plt.close()
 
 def test_labels_stand_apart():
     places = spread([3., 1., 2., 30.], 5)
     assert places == [11., 1., 6., 30.] and spread([], 5) == []
 
-def test_gaps_in_curves(): assert curve_path([0, 1, 2, 3], [1, math.nan, 2, 3]) == 'M0 1h0M2 2h0L3 3'
+def curve(values, top=None): return panel(lambda ax: draw_curves(ax, {'A': np.array([values])}, Look(['A'], []), top), 'a curve')
+
+def test_gaps_in_curves():
+    "A point alone shows as a dot, a value that is not a number leaves a gap"
+    drawn = re.search(r'<g><title>A</title>.*?</g>', curve([1, math.nan, 2, 3]))[0]
+    d, = re.findall(r'<path d="([^"]*)" style="fill:none', drawn)
+    assert re.fullmatch(r'M[\d.]+ [\d.]+M[\d.]+ [\d.]+L[\d.]+ [\d.]+', d)
+    dot, = re.findall(r'transform="translate\(([\d. ]+)\)"', drawn)
+    assert dot == d[1:].split('M')[0]
+    assert 'translate' in curve([1.]) and 'translate' not in curve([1., 2., 3.])
+
+def test_what_is_cut_ends_at_its_axes():
+    whole,cut = curve([1., 9., 1.]),curve([1., 9., 1.], top=2.)
+    assert whole.count('<svg') == 1 and '<svg x="44" y="26" width="286" height="168" viewBox="44 26 286 168"><title>A</title>' in cut
+    ys = [float(o.split()[1]) for o in re.split('[ML]', re.search(r'<title>A</title><path d="([^"]*)"', cut)[1])[1:]]
+    assert min(ys) < 26 < ys[0] < 26+168 and ys[-1] == ys[0], 'the line goes on beyond the box that cuts it'
 
 def test_looks_differ():
     names = [str(i) for i in range(30)]
     look = Look(['base', *names], ['base'])
-    assert len({re.sub('x=.*?y=', '', look.mark(n, 0, 0)) for n in names}) == 30 and look.colour('base') == '--c:var(--grey)'
+    assert len({look.key(n) for n in names}) == 30 and look.colour('base') == palette()['grey']
+    assert set(re.findall(r'var\(--(\w+)\)', look.key('base'))) == {'grey'}
+    hollow = Look(['A'], [], ['A']).key('A')
+    assert 'fill:var(--bg)' in hollow and 'stroke-dasharray' in hollow and 'dasharray' not in look.key('0')
+
+def test_a_drawing_has_no_ids_and_every_colour_by_name():
+    html = report_html(study())
+    for svg in re.findall(r'<svg.*?</svg>', html): assert ' id=' not in svg and not re.search('#[0-9a-f]{6}|font', svg), svg
+    names = set(re.findall(r'var\(--(\w+)\)', html))
+    light,dark = (dict(re.findall(r'--(\w+): (#\w+);', o)) for o in style_sheet().split('@media')[:2])
+    assert names <= set(light) and {'bg', 'fg', 'less', 'rule', 'zero', 'grey'} <= set(dark)
+
+def test_the_users_style_does_not_reach_the_page():
+    expected,figures = report_html(study()),plt.get_fignums()
+    with plt.style.context('dark_background'), plt.rc_context({'font.size': 30, 'axes.grid': False, 'svg.fonttype': 'path', 'lines.linewidth': 9}):
+        assert report_html(study()) == expected
+        assert plt.rcParams['font.size'] == 30
+    assert plt.get_fignums() == figures
+
+def test_strips_take_a_chart_apart():
+    def draw(ax):
+        for i in range(3): note(ax.plot([i, i+1], [i, i], color='#123456')[0], f'line {i}', row=i)
+        ax.set(ylim=(2.5, -.5), xlabel='x < y')
+    html = to_xml(strips(draw, [(f'row {i}', i, f'said {i}') for i in range(3)]), indent=False)
+    page = Page(html)
+    assert page.labels('said') == ['said 0', 'said 1', 'said 2'] and 'x < y' in page.words
+    rows = re.findall(r'<svg[^>]*aria-label="said (\d)"[^>]*>(.*?)</svg>', html)
+    assert [(i, re.findall(r'<title>(.*?)</title>', o)) for i,o in rows] == [(str(i), [f'line {i}']) for i in range(3)]
+    grids = [re.findall(r'<path d="[^"]*" style="[^"]*var\(--rule\)[^"]*"', o) for _,o in rows]
+    assert grids[0] and grids[0] == grids[1] == grids[2]
 
 
 # ---------------------------------------------------------------- a sound page
@@ -306,5 +386,4 @@ def test_many_methods_and_long_names():
     html = report_html(records)
     page = Page(html)
     assert len(html) < 700_000 and len(page.labels('Reliability of')) == 31 and len(page.labels('a method with')) > 60
-    looks = {(a['href'], a['style']) for a in page.all('use') if 'k' in a['style']}
-    assert len(looks) == 30   # colour and mark tell them apart
+    assert len({key for n in names[1:] for key in keys_of(html, n)}) == 30   # colour and mark tell them apart

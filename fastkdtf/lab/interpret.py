@@ -29,6 +29,10 @@ from ..callback.survival import subnetwork
 from ..callback.term import RunningMean
 
 # %% ../../nbs/44_lab.interpret.ipynb #fb65dd2e
+def _plot_distribution(ax, p, y):
+    "Draw a bar for each class, the labelled one in orange"
+    ax.bar(range(len(p)), p, color=['C1' if k == y else 'C0' for k in range(len(p))])
+
 def plot_soft_targets(
     teacher:Callable, # any `step → logits`, `VirtualTeacher()` for one
     n_classes:int=10,
@@ -37,15 +41,14 @@ def plot_soft_targets(
     xb:Tensor|None=None, # one image `[1,…]` for a teacher that looks at it
     axs:np.ndarray|list|None=None, # axes to draw on, one a temperature
 )->np.ndarray|list:
-    "A teacher's softened distribution at several temperatures, beside the uniform one. Yuan et al. 2020, Fig. 3 and 7"
+    "Plot a teacher's softened distribution at several temperatures, beside the uniform one. Yuan et al. 2020, Fig. 3 and 7"
     if axs is None: axs = plt.subplots(1, len(taus), figsize=(3*len(taus), 2.4), layout='constrained', squeeze=False)[1][0]
-    label = torch.tensor([y])
+    label,inputs = torch.tensor([y]),() if xb is None else (xb,)
     for ax,tau in zip(axs, taus):
-        step = Step(label, torch.zeros(1, n_classes), () if xb is None else (xb,), tau=(check_number('tau', tau, '(0,inf)'), 1.))
+        step = Step(label, torch.zeros(1, n_classes), inputs, tau=(check_number('tau', tau, '(0,inf)'), 1.))
         step.zt = check_teacher_logits(teacher(step), step.z)
-        t = step.pt.dense(label, n_classes) if isinstance(step.pt, TwoValued) else step.pt
-        t = t.reshape(-1, n_classes).mean(0)
-        ax.bar(range(n_classes), t, color=['C1' if k == y else 'C0' for k in range(n_classes)])
+        target = step.pt.dense(label, n_classes) if isinstance(step.pt, TwoValued) else step.pt
+        _plot_distribution(ax, target.reshape(-1, n_classes).mean(0), y)
         ax.axhline(1/n_classes, color='grey', ls=':', label='uniform')
         ax.set(title=f'τ = {tau:g}', xlabel='class')
     axs[0].set_ylabel('probability')
@@ -92,30 +95,35 @@ def reliability(
     y:Tensor, # labels `[N]`
     n_bins:int=15, # equal in width
 )->Tensor: # `[n_bins,3]`: samples, mean confidence, accuracy
-    "Confidence and accuracy of the predictions, by confidence. Guo et al. 2017"
+    "Return confidence and accuracy of the predictions, by confidence. Guo et al. 2017"
     confidence,pred = logits.float().softmax(1).max(1)
     which = (confidence*n_bins).ceil().long().clamp(1, n_bins)-1
     sums = torch.stack([torch.ones_like(confidence), confidence, (pred == y).float()], 1)
-    out = torch.zeros(n_bins, 3).index_add_(0, which, sums)
-    return torch.cat([out[:,:1], out[:,1:]/out[:,:1].clamp(min=1)], 1)
+    bins = torch.zeros(n_bins, 3).index_add_(0, which, sums)
+    n,totals = bins[:,:1],bins[:,1:]
+    return torch.cat([n, totals/n.clamp(min=1)], 1)
 
 # %% ../../nbs/44_lab.interpret.ipynb #e55c809e
 def evaluate(
     logits:Tensor, # `[N,K]`
     y:Tensor, # labels `[N]`
 )->dict: # accuracy, nll, ece (15 bins), reliability; with more than 5 classes accuracy5, the label among the five largest
-    "Accuracy, negative log-likelihood and expected calibration error of predictions"
+    "Measure accuracy, negative log-likelihood and expected calibration error of predictions"
     y = y.reshape(len(logits)).long()   # tables have labels [N,1]
     bins = reliability(logits, y)
-    ece = (bins[:,0]/len(y) * (bins[:,1]-bins[:,2]).abs()).sum()
-    five = dict(accuracy5=(logits.topk(5, 1).indices == y[:,None]).any(1).float().mean().item()) if logits.shape[1] > 5 else {}
-    return dict(accuracy=(logits.argmax(1) == y).float().mean().item(), **five, nll=F.cross_entropy(logits.float(), y).item(), ece=ece.item(), reliability=bins.tolist())
+    n,confidence,right = bins.T
+    ece = (n/len(y) * (confidence-right).abs()).sum()
+    scores = dict(accuracy=(logits.argmax(1) == y).float().mean().item())
+    if logits.shape[1] > 5:
+        among = (logits.topk(5, 1).indices == y[:,None]).any(1)
+        scores['accuracy5'] = among.float().mean().item()
+    return dict(scores, nll=F.cross_entropy(logits.float(), y).item(), ece=ece.item(), reliability=bins.tolist())
 
 # %% ../../nbs/44_lab.interpret.ipynb #44f992f3
 class TrainAccuracy(Callback):
-    "Adds the column `train_accuracy`: that of the learner's own predictions for the training batches, each before its step"
+    "Add the column `train_accuracy`: that of the learner's own predictions for the training batches, each before its step"
     order,run_valid,_stateattrs = 7,False,('mean',)
-    def _drop(self): self.learn.metrics = self.learn.metrics.filter(lambda o: o.name != 'train_accuracy')
+    def _drop(self): self.learn.metrics = self.learn.metrics.filter(lambda metric: metric.name != 'train_accuracy')
     def _value(self): return self.mean.value
     def before_fit(self):
         self._drop()   # an interrupted fit may have left it
@@ -130,14 +138,17 @@ def plot_errors(
     histories:dict, # name → a finished `Learner`, or the `history` of a run's record
     ax:plt.Axes|None=None,
 )->plt.Axes:
-    "Test errors (solid) and, where `train_accuracy` was recorded, training errors (dashed) by epoch. Zheng and Peng 2022, Fig. 2–4"
+    "Plot test errors (solid) and, where `train_accuracy` was recorded, training errors (dashed) by epoch. Zheng and Peng 2022, Fig. 2–4"
     if ax is None: ax = plt.subplots(figsize=(5, 3.2), layout='constrained')[1]
-    for i,(name,h) in enumerate(histories.items()):
-        if hasattr(h, 'recorder'): h = dict(zip(h.recorder.metric_names[1:], zip(*h.recorder.values)))
-        valid = h.get('accuracy')
-        if valid is None: raise ValueError(f"histories: {name!r} has no column 'accuracy', only {', '.join(h)}; give its Learner metrics=accuracy")
-        for values,style,label in ((valid, '-', name), (h.get('train_accuracy'), '--', None)):
-            if values: ax.plot(range(1, len(values)+1), [100*(1-float(o)) for o in values], style, color=f'C{i}', label=label)
+    def plot(accuracies, style, **kwargs):
+        errors = [100*(1-float(accuracy)) for accuracy in accuracies]
+        ax.plot(range(1, len(errors)+1), errors, style, **kwargs)
+    for i,(name,columns) in enumerate(histories.items()):
+        if hasattr(columns, 'recorder'): columns = dict(zip(columns.recorder.metric_names[1:], zip(*columns.recorder.values)))
+        if columns.get('accuracy') is None:
+            raise ValueError(f"histories: {name!r} has no column 'accuracy', only {', '.join(columns)}; give its Learner metrics=accuracy")
+        plot(columns['accuracy'], '-', color=f'C{i}', label=name)
+        if columns.get('train_accuracy'): plot(columns['train_accuracy'], '--', color=f'C{i}')
     ax.set(xlabel='epoch', ylabel='error, %')
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
@@ -146,23 +157,25 @@ def plot_errors(
 # %% ../../nbs/44_lab.interpret.ipynb #10a7abb3
 @contextmanager
 def _evaluating(model):
-    modes = {m: m.training for m in model.modules()}
+    "Put a model into evaluation mode for a while; each module gets its own mode back"
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try: yield
     finally:
-        for m,o in modes.items(): m.training = o
+        for module,training in modes.items(): module.training = training
 
 def subnetwork_outputs(
     model:nn.Module, # with survival probabilities
     bits:str|Sequence|None, # one for each residual addition, as `subnetwork` takes them; None: the full network
     *xb, # a batch of inputs
 )->tuple: # logits `[N,K]`, features `[N,F]`
-    "Logits, and what the last linear layer sees, in evaluation mode and without a graph. Raises `ValueError` for a model without a linear layer"
+    "Return logits and what the last linear layer sees, in evaluation mode and without a graph. Raises `ValueError` for a model without a linear layer"
     linear,seen = [m for m in model.modules() if isinstance(m, nn.Linear)],[]
     if not linear: raise ValueError(f'model, a {type(model).__name__}, has no linear layer whose input would be its features')
-    hook = linear[-1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    hook = linear[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    part = nullcontext() if bits is None else subnetwork(model, bits)
     try:
-        with torch.no_grad(), _evaluating(model), nullcontext() if bits is None else subnetwork(model, bits): z = model(*xb)
+        with torch.no_grad(), _evaluating(model), part: z = model(*xb)
     finally: hook.remove()
     return z, seen[-1].flatten(1)
 
@@ -175,13 +188,14 @@ def plot_subnetworks(
     axs:np.ndarray|list|None=None, # an axis for the full network and one for each sub-network
     seed:int=0, # of t-SNE
 )->np.ndarray|list:
-    "Features of the full network and of named sub-networks in one t-SNE map, a panel each. Zheng and Peng 2022, Fig. 5"
+    "Plot features of the full network and of named sub-networks in one t-SNE map, a panel each. Zheng and Peng 2022, Fig. 5"
     from sklearn.manifold import TSNE
     names = {'full network': None, **subnetworks}
-    features = torch.cat([subnetwork_outputs(model, o, xb)[1] for o in names.values()]).float().cpu().numpy()
-    points = TSNE(init='pca', perplexity=min(30, (len(features)-1)/3), random_state=seed).fit_transform(features)
+    features = torch.cat([subnetwork_outputs(model, bits, xb)[1] for bits in names.values()])
+    tsne = TSNE(init='pca', perplexity=min(30, (len(features)-1)/3), random_state=seed)
+    points = tsne.fit_transform(features.float().cpu().numpy())
     if axs is None: axs = plt.subplots(1, len(names), figsize=(3.2*len(names), 3.2), sharex=True, sharey=True, layout='constrained')[1]
-    for ax,name,o in zip(np.ravel(axs), names, np.split(points, len(names))):
-        ax.scatter(*o.T, c=yb.cpu(), cmap='tab10', s=8)
+    for ax,name,own in zip(np.ravel(axs), names, np.split(points, len(names))):
+        ax.scatter(*own.T, c=yb.cpu(), cmap='tab10', s=8)
         ax.set(title=name, xticks=[], yticks=[])
     return axs

@@ -23,31 +23,31 @@ def interleaved_times(
     candidates:dict, # name → function without arguments
     rounds:int=20, # every candidate runs once a round, after one round that does not count
 )->dict: # name → array of seconds `[rounds]`
-    "Seconds of each candidate in each round"
+    "Measure the seconds of each candidate in each round"
     sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    out = {k: [] for k in candidates}
+    out = {name: [] for name in candidates}
     for i in range(rounds+1):
-        for k,f in candidates.items():
+        for name,f in candidates.items():
             sync()
             start = time.perf_counter()
             f()
             sync()
-            if i: out[k].append(time.perf_counter()-start)
-    return {k: np.array(v) for k,v in out.items()}
+            if i: out[name].append(time.perf_counter()-start)
+    return {name: np.array(seconds) for name,seconds in out.items()}
 
 # %% ../../nbs/46_lab.measure.ipynb #cdc57735
 def median_ratio(
     times:dict, # as `interleaved_times` returns them
-    name:str, # whose ratio
-    to:str, # to whom
+    candidate:str, # whose time
+    reference:str, # over whose time
 )->float:
-    "Median over the rounds of one candidate's time over another's"
-    return float(np.median(times[name]/times[to]))
+    "Return the median over the rounds of one candidate's time over another's"
+    return float(np.median(times[candidate]/times[reference]))
 
 # %% ../../nbs/46_lab.measure.ipynb #affd24ee
 @contextmanager
 def _silent_stderr():
-    "PyTorch's profiler writes lines of its own to the process's error stream"
+    "Hide the lines that PyTorch's profiler writes to the process's error stream"
     kept,null = os.dup(2),os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try: yield
@@ -61,7 +61,7 @@ def peak_memory(
     f:Callable, # without arguments
     device:str|torch.device='cpu',
 )->int: # bytes
-    "Largest amount of memory that tensors allocated during `f` held at once, beyond what was held before"
+    "Return the largest amount of memory that tensors allocated during `f` held at once, beyond what was held before"
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -70,11 +70,12 @@ def peak_memory(
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()-before
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
-    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
-    return max(0, int(np.cumsum([b for _,b in events]).max())) if events else 0
+    events = [event for event in p.profiler.kineto_results.events() if event.name() == '[memory]']
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
+    return max(0, int(np.cumsum([nbytes for _,nbytes in changes]).max())) if changes else 0
 
 # %% ../../nbs/46_lab.measure.ipynb #e3b9419b
-def keep_freed_memory()->bool: # whether the C library has the setting
+def keep_freed_memory()->bool: # True if the C library has the setting
     "Let glibc keep freed memory instead of returning it to the system after each large tensor; for benchmarks and long runs on CPU"
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return False

@@ -11,273 +11,282 @@ __all__ = ['headline', 'failures', 'pooled_reliability', 'report_html', 'write_w
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from fastcore.xml import (A, Body, Br, Dd, Div, Dl, Dt, Footer, H1, H2, H3, H4, Head, Header, Html, Li, Link, Main, Meta, Nav, P, Safe, Section, Span,
+                          Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
 
 from .draw import *
-from .report import Comparison, comparisons, last_accuracy, paired_difference
+from .report import Comparison, comparisons, last_accuracy, mean_sd, number_or_nan, paired_difference, verdict
 
 # %% ../../nbs/45b_lab.page.ipynb #8e2ea040
 def _points(mean, low, high):
     if math.isnan(mean): return 'not known'
     return f'{100*mean:+.2f} points' + ('' if math.isnan(low) else f' [{100*low:+.2f}, {100*high:+.2f}]')
 
-def _judged(c):
-    "The methods, without those that were run as controls only, whoever named them"
-    plain = lambda cbs: cbs and all(o['callback'] in ('ScaledCE', 'ScaledLS') for o in cbs)
-    return [n for n in c.names if n != c.baseline and (not c.control_for(n) or c.controls(n)) and not plain(c.runs(n)[0].get('callbacks'))]
-
-def _rivals(c, name): return [*c.controls(name), *[c.baseline]*(c.baseline in c.names)]
+def _sentence(c, name):
+    "Say how a method stands to its rivals; return 'ahead' | 'mixed' | 'open' and the sentence"
+    found = {rival: c.difference(name, rival) for rival in c.rivals(name)}
+    if all(math.isnan(mean) for mean,*_ in found.values()):
+        return 'open',f'{name} cannot be judged: runs of it, or of what it is held against, diverged or are missing.'
+    def listed(said):
+        return ' and '.join(f'{rival} ({_points(*difference)})' for rival,difference in found.items() if verdict(difference) == said)
+    ahead,behind,rest = map(listed, ('ahead', 'behind', 'open'))
+    said = [f'{word} of {rivals}' if word == 'ahead' else f'{word} {rivals}' for word,rivals in (('ahead', ahead), ('behind', behind)) if rivals]
+    if not said: return 'open',f'No difference is shown between {name} and {rest}.'
+    end = f'; no difference is shown to {rest}.' if rest else '.'
+    return 'mixed' if behind or rest else 'ahead',f"{name} is {' but '.join(said)}{end}"
 
 def headline(
     c:Comparison, # finished runs of one setting
     at_most:int=6, # methods that are named one by one where nothing is shown for them
 )->list: # sentences, the summary first
-    "Which methods are ahead of their matched controls and of the baseline, and where no difference is shown. Intervals are of 95 %"
-    judged = _judged(c)
-    if not judged: return ['There is no method to judge in these runs, only the baseline and controls.']
-    ahead,mixed,unclear = [],[],[]
-    for name in judged:
-        found = {o: c.difference(name, o) for o in _rivals(c, name)}
-        listed = lambda chosen: ' and '.join(f'{o} ({_points(*found[o])})' for o in found if chosen(found[o]))
-        better,worse,rest = listed(lambda d: d[1] > 0),listed(lambda d: d[2] < 0),listed(lambda d: not d[1] > 0 and not d[2] < 0)
-        said = [f'ahead of {better}']*bool(better) + [f'behind {worse}']*bool(worse)
-        if all(math.isnan(d[0]) for d in found.values()): unclear.append((name, f'{name} cannot be judged: runs of it, or of what it is held against, diverged or are missing.'))
-        elif not said: unclear.append((name, f'No difference is shown between {name} and {rest}.'))
-        else: (mixed if worse or rest else ahead).append((name, f"{name} is {' but '.join(said)}" + (f'; no difference is shown to {rest}.' if rest else '.')))
-    names = ', '.join(o for o,_ in ahead)
-    out = [f"Shown to be ahead of the baseline and of every matched control that was run: {names or 'none'} ({len(ahead)} of {len(judged)})."] + [o for _,o in ahead+mixed]
-    if len(unclear) <= at_most: out += [o for _,o in unclear]
-    else: out.append(f"No difference is shown for {', '.join(o for o,_ in unclear)}.")
-    alone = [n for n in judged if not c.controls(n)]
-    if alone and c.baseline in c.names: out.append(f"Held against {c.baseline} only, as no other control was run: {', '.join(alone) if len(alone) <= at_most else f'{len(alone)} methods'}.")
+    "Say which methods are ahead of their matched controls and of the baseline, and where no difference is shown. Intervals are of 95 %"
+    if not c.methods: return ['There is no method to judge in these runs, only the baseline and controls.']
+    judged = {name: _sentence(c, name) for name in c.methods}
+    def of(kind): return {name: words for name,(found,words) in judged.items() if found == kind}
+    ahead,unclear = of('ahead'),of('open')
+    summary = 'Shown to be ahead of the baseline and of every matched control that was run'
+    out = [f"{summary}: {', '.join(ahead) or 'none'} ({len(ahead)} of {len(judged)}).", *ahead.values(), *of('mixed').values()]
+    out += list(unclear.values()) if len(unclear) <= at_most else [f"No difference is shown for {', '.join(unclear)}."]
+    return out + _reservations(c, at_most)
+
+def _reservations(c, at_most):
+    "Say what the runs cannot show"
+    out,alone = [],[name for name in c.methods if not c.controls(name)]
     if c.baseline not in c.names: out.append(f'There is no run of {c.baseline}, so no difference to it.')
+    elif alone:
+        names = ', '.join(alone) if len(alone) <= at_most else f'{len(alone)} methods'
+        out.append(f'Held against {c.baseline} only, as no other control was run: {names}.')
     if len({r['seed'] for r in c.records}) == 1: out.append('One seed gives no interval: nothing here can be told from chance.')
     return out
 
 # %% ../../nbs/45b_lab.page.ipynb #b740f890
+def _diverged(record):
+    "True if the last loss or accuracy of a run is not a number"
+    history = record['history']
+    losses = [history[column][-1] for column in ('train_loss', 'valid_loss') if history.get(column)]
+    return any(math.isnan(number_or_nan(value)) for value in (record['last']['accuracy'], record['last']['nll'], *losses))
+
 def failures(
     c:Comparison, # finished runs of one setting
 )->list: # sentences
-    "Runs that diverged, and seeds that a method lacks"
+    "Name the runs that diverged, and seeds that a method lacks"
     out,seeds = [],{r['seed'] for r in c.records}
-    isnan = lambda x: x is None or math.isnan(x)
     for name in c.names:
-        for r in c.runs(name):
-            lost = isnan(r['last']['accuracy']) or isnan(r['last']['nll']) or any(isnan(r['history'][o][-1]) for o in ('train_loss', 'valid_loss') if r['history'].get(o))
-            if lost: out.append(f"{name}, seed {r['seed']}: diverged, its loss is not a number" + ('.' if isnan(r['last']['accuracy']) else f" (accuracy {100*r['last']['accuracy']:.2f} %, which the table counts)."))
+        for r in filter(_diverged, c.runs(name)):
+            accuracy = last_accuracy(r)
+            counted = '' if math.isnan(accuracy) else f' (accuracy {100*accuracy:.2f} %, which the table counts)'
+            out.append(f"{name}, seed {r['seed']}: diverged, its loss is not a number{counted}.")
         lacks = sorted(seeds - {r['seed'] for r in c.runs(name)})
         if lacks: out.append(f"{name}: no run with seed {', '.join(map(str, lacks))}.")
     return out
 
 # %% ../../nbs/45b_lab.page.ipynb #73dd9481
 def _accuracy(c, look):
-    accs = {n: [(r['seed'], 100*last_accuracy(r)) for r in c.runs(n)] for n in c.names}
-    means = {n: float(np.mean([a for _,a in v])) for n,v in accs.items()}
-    axis = Axis([a for v in accs.values() for _,a in v])
-    def row(n):
-        marks = [look.mark(n, axis.pct(a), '50%', f'{n}, seed {s}: {a:.2f} %', 'seed') for s,a in accs[n] if math.isfinite(a)]
-        if math.isfinite(means[n]): marks.append(el('line', cls='mean', style=look.colour(n), x1=axis.pct(means[n]), x2=axis.pct(means[n]), y1='15%', y2='85%'))
-        mean = f'{means[n]:.2f} %' if math.isfinite(means[n]) else 'not a number'
-        return look.named(n), marks, mean, f"{n}: mean {mean}; seeds {', '.join(f'{a:.2f}' for _,a in accs[n])}"
-    note = 'A mark for each seed, a bar at their mean' + ('; the line is the mean of the baseline.' if c.baseline in c.names else '.')
-    label = f"accuracy on the {c.records[0]['evaluated_on']} set after the last epoch, %"
-    return figure('Accuracy', note, strips([row(n) for n in c.names], axis, label, means.get(c.baseline, math.nan)))
+    def row(name):
+        values = [100*accuracy for accuracy in c.scores(name)]
+        mean = mean_sd(values)[0]
+        shown = f'{mean:.2f} %' if math.isfinite(mean) else 'not a number'
+        return look.named(name), shown, f"{name}: mean {shown}; seeds {', '.join(f'{value:.2f}' for value in values)}"
+    how = 'A mark for each seed, a bar at their mean' + ('; the line is the mean of the baseline.' if c.baseline in c.names else '.')
+    return figure('Accuracy', how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
 
 def _differences(c, look):
-    pairs = [(n, o, c.difference(n, o), 100*np.subtract(*c.paired(n, o))) for n in c.names if n != c.baseline for o in _rivals(c, n)]
+    pairs = [(name, rival) for name in c.names if name != c.baseline for rival in c.rivals(name)]
     if not pairs: return None
-    axis = Axis([0.]+[v for _,_,d,seeds in pairs for v in (*np.multiply(d, 100), *seeds)])
-    def row(n, o, d, seeds):
-        mean,low,high = 100*d[0],100*d[1],100*d[2]
-        marks = [look.mark(n, axis.pct(v), '50%', f'{v:+.2f} points', 'faint') for v in seeds if math.isfinite(v)]
-        if math.isfinite(low):  marks.append(el('line', cls='interval', style=look.colour(n), x1=axis.pct(low), x2=axis.pct(high), y1='50%', y2='50%'))
-        if math.isfinite(mean): marks.append(look.mark(n, axis.pct(mean), '50%', f'{n} − {o}: {_points(*d)}'))
-        control = n in c.control_for(o)
-        name = [look.named(n), ' ', el('span', f"− {o}{' (control)' if control else ''}", cls='less')]
-        return name, marks, _points(*d).replace(' points', ''), f"{n} minus {o}, {'its matched control' if control else 'baseline'}: {_points(*d)}"
-    note = ('Differences within a seed: mean with its 95 % interval (Student t), faint marks for the seeds. '
-            'An interval that crosses the line at zero shows no difference.')
-    body = strips([row(*o) for o in pairs], axis, 'difference in accuracy after the last epoch, points', 0.)
-    return figure('Paired differences to matched controls and baseline', note, body)
+    found = [(name, f'{name} − {rival}', np.multiply(c.difference(name, rival), 100), 100*np.subtract(*c.paired(name, rival))) for name,rival in pairs]
+    def draw(ax):
+        draw_differences(ax, found, look)
+        ax.set_xlabel('difference in accuracy after the last epoch, points')
+    def row(name, rival):
+        said,control = _points(*c.difference(name, rival)),name in c.control_for(rival)
+        shown = Span(look.named(name), ' ', Span(f'− {rival}', ' (control)' if control else None, cls='less'))
+        return shown, said.replace(' points', ''), f"{name} minus {rival}, {'its matched control' if control else 'baseline'}: {said}"
+    how = ('Differences within a seed: mean with its 95 % interval (Student t), faint marks for the seeds. '
+           'An interval that crosses the line at zero shows no difference.')
+    return figure('Paired differences to matched controls and baseline', how, strips(draw, [row(*pair) for pair in pairs]))
 
-def _curve(look, name, values, X, Y, band):
-    "Mean over seeds of `[seeds, epochs]`, and what lies between lowest and highest"
-    xs = [X(i+1) for i in range(values.shape[1])]
-    line = el('path', cls=look.stroke(name), d=curve_path(xs, [Y(v) for v in values.mean(0)]))
-    whole = np.isfinite(values).all(0).nonzero()[0]
-    if not band or len(values) < 2 or len(whole) < 2: return el('g', el('title', name), line, style=look.colour(name))
-    around = [(xs[i], Y(values[:,i].min())) for i in whole] + [(xs[i], Y(values[:,i].max())) for i in whole[::-1]]
-    area = el('path', cls='band', d='M' + 'L'.join(f'{x} {y}' for x,y in around) + 'Z')
-    return el('g', el('title', name), area, line, style=look.colour(name))
+_columns = dict(train_loss="training loss, each method's own", valid_loss='validation loss', accuracy='validation accuracy, %')
 
 def _curves(c, look):
-    band = len(c.names) <= 8
-    def plot(column, label, factor=1):
-        curves = {n: factor*c.curves(n, column) for n in c.names}
-        finite = np.concatenate([o[np.isfinite(o)] for o in curves.values()])
-        if not len(finite): return None
-        top = 3*np.quantile(finite, .9)   # a loss that explodes does not flatten the others
-        cut = column != 'accuracy' and finite.max() > top > 0
-        x = Axis([1, max(o.shape[1] for o in curves.values())], pad=.015, whole=True)
-        said = f'{label} by epoch, mean over seeds at the end: ' + '; '.join(f'{n} {o[:,-1].mean():.4g}' for n,o in curves.items() if o.size)
-        draw = lambda X, Y: [_curve(look, n, curves[n], X, Y, band) for n in reversed(c.names)]
-        return panel(x, Axis(finite, high=top if cut else None), 'epoch', label + (' (cut)' if cut else ''), said, draw)
-    plots = [plot('train_loss', "training loss, each method's own"), plot('valid_loss', 'validation loss'), plot('accuracy', 'validation accuracy, %', 100)]
-    note = ('Means over seeds' + '; the bands reach from the lowest seed to the highest'*band +
-            ". Training losses contain each method's own terms and are not comparable between methods.")
-    return figure('Training and validation', note, look.legend(c.names), el('div', plots, cls='panels')) if any(plots) else None
+    def plot(column):
+        curves = {name: c.curves(name, column) for name in c.names}
+        if not any(np.isfinite(values).any() for values in curves.values()): return None
+        factor = 100 if column == 'accuracy' else 1
+        ends = '; '.join(f'{name} {factor*values[:,-1].mean():.4g}' for name,values in curves.items() if values.size)
+        said = f'{_columns[column]} by epoch, mean over seeds at the end: {ends}'
+        return panel(partial(c.draw_column, column=column, look=look), said)
+    plots = [plot(column) for column in _columns]
+    if not any(plots): return None
+    band = '; the bands reach from the lowest seed to the highest' if len(c.names) <= 8 else ''
+    how = f"Means over seeds{band}. Training losses contain each method's own terms and are not comparable between methods."
+    return figure('Training and validation', how, look.legend(c.names), Div(*plots, cls='panels'))
 
 # %% ../../nbs/45b_lab.page.ipynb #27fac56f
 def pooled_reliability(
     records:list, # of one method
 )->np.ndarray: # `[n_bins,3]`: samples, mean confidence, accuracy
-    "The reliability bins of several runs as one"
+    "Pool the reliability bins of several runs"
     bins = np.array([r['last']['reliability'] for r in records], float)
     n = bins[...,:1].sum(0)
     return np.concatenate([n, (bins[...,:1]*bins[...,1:]).sum(0)/np.maximum(n, 1)], 1)
 
 def _reliability(c, look):
-    axis = Axis([0, 1], n=2, pad=0)
     def plot(name):
         runs = [r for r in c.runs(name) if r['last'].get('reliability')]
         if not runs: return None
-        bins = np.nan_to_num(pooled_reliability(runs))
-        ece = np.mean([math.nan if r['last']['ece'] is None else r['last']['ece'] for r in runs])
-        ece = 'ECE –' if math.isnan(ece) else f'ECE {100*ece:.2f} %'
-        def bar(i, X, Y):
-            n,confidence,acc = bins[i]
-            low,high = i/len(bins),(i+1)/len(bins)
-            title = f'confidence {low:.2f} to {high:.2f}: {n:,.0f} predictions, mean confidence {confidence:.3f}, accuracy {acc:.3f}'
-            rect = el('rect', cls='bin', x=round(X(low)+.5, 1), width=round(X(high)-X(low)-1, 1), y=Y(acc), height=round(Y(0)-Y(acc), 1),
-                      fill_opacity=f'{.25+.75*math.sqrt(n/bins[:,0].max()):.2f}')
-            return el('g', el('title', title), rect, el('line', cls='tick', x1=X(low), x2=X(high), y1=Y(confidence), y2=Y(confidence)))
-        draw = lambda X, Y: [*[bar(i, X, Y) for i in bins[:,0].nonzero()[0]], el('line', cls='diagonal', x1=X(0), x2=X(1), y1=Y(0), y2=Y(1))]
-        drawn = panel(axis, axis, 'confidence', 'accuracy', f'Reliability of {name}, {ece}', draw, 190, 185)
-        return el('div', el('p', look.named(name), Markup('<br>'), ece, cls='title'), drawn, style=look.colour(name))
-    plots = [plot(n) for n in c.names]
-    note = ('Accuracy (bars) by confidence of the prediction, all seeds together; short lines: mean confidence in the bin; paler bars: fewer predictions. '
-            'A bar below its line is overconfident. ECE: expected calibration error, mean over seeds.')
-    return figure('Reliability', note, el('div', plots, cls='panels small')) if any(plots) else None
+        error = mean_sd([number_or_nan(r['last']['ece']) for r in runs])[0]
+        ece = 'ECE –' if math.isnan(error) else f'ECE {100*error:.2f} %'
+        draw = partial(draw_reliability, bins=np.nan_to_num(pooled_reliability(runs)), colour=look.colour(name))
+        drawn = panel(draw, f'Reliability of {name}, {ece}', 190, 185)
+        return Div(P(look.named(name), Br(), ece, cls='title'), drawn)
+    plots = [plot(name) for name in c.names]
+    how = ('Accuracy (bars) by confidence of the prediction, all seeds together; short lines: mean confidence in the bin; paler bars: fewer predictions. '
+           'A bar below its line is overconfident. ECE: expected calibration error, mean over seeds.')
+    return figure('Reliability', how, Div(*plots, cls='panels small')) if any(plots) else None
 
 # %% ../../nbs/45b_lab.page.ipynb #213744b2
+def _costs(c):
+    "Return name, time ratio and difference in points, the latter two as mean, low, high"
+    out = []
+    for name in c.names:
+        ours,base = c.paired(name, value=lambda r: r['seconds_per_epoch'])
+        if name == c.baseline or not ours or math.isnan(c.difference(name)[0]): continue
+        ratio = paired_difference(np.divide(ours, base), np.zeros(len(ours)))
+        out.append((name, ratio, np.multiply(c.difference(name), 100)))
+    return out
+
+def _label_points(ax, points):
+    "Write short names beside their marks, apart from each other"
+    (low,high),_ = ax.get_xlim(),ax.get_ylim()   # which settles both axes
+    heights = [ax.transData.transform((ratio[0], gain[0]))[1] for _,ratio,gain in points]
+    for (name,ratio,gain),height,apart in zip(points, heights, spread(heights, 13)):
+        left = (ratio[0]-low)/(high-low) > .6
+        short = name if len(name) < 24 else name[:22]+'…'
+        ax.annotate(short, (ratio[0], gain[0]), (-8 if left else 8, apart-height+3), textcoords='offset points', ha='right' if left else 'left')
+
 def _cost(c, look):
-    points = []
-    for n in c.names:
-        ours,base = c.paired(n, value=lambda r: r['seconds_per_epoch'])
-        if n == c.baseline or not ours or math.isnan(c.difference(n)[0]): continue
-        points.append((n, paired_difference(np.divide(ours, base), np.zeros(len(ours))), np.multiply(c.difference(n), 100)))
+    points = _costs(c)
     if not points: return None
-    x,y = Axis([1.]+[v for _,t,_ in points for v in t]),Axis([0.]+[v for _,_,d in points for v in d])
-    def draw(X, Y):
-        def line(cls, n, x1, x2, y1, y2):
-            known = all(map(math.isfinite, (x1, x2, y1, y2)))
-            return el('line', cls=cls, style=n and look.colour(n), x1=X(x1), x2=X(x2), y1=Y(y1), y2=Y(y2)) if known else None
-        out  = [line('zero', None, x.low, x.high, 0, 0), line('zero', None, 1, 1, y.low, y.high)]
-        out += [[line('interval thin', n, t[1], t[2], d[0], d[0]), line('interval thin', n, t[0], t[0], d[1], d[2])] for n,t,d in points]
-        out += [look.mark(n, X(t[0]), Y(d[0]), f'{n}: {t[0]:.2f} times the baseline per epoch, {_points(*d/100)}') for n,t,d in points]
-        if len(points) > 12: return out
-        for (n,t,_),v in zip(points, spread([Y(d[0])-6 for _,_,d in points], 13)):
-            left = x(t[0]) > .6
-            out.append(el('text', n if len(n) < 24 else n[:22]+'…', cls='near', x=round(X(t[0])+(-8 if left else 8), 1), y=round(v, 1), text_anchor='end' if left else 'start'))
-        return out
-    said = 'Cost against gain: ' + '; '.join(f'{n} {t[0]:.2f} times the time, {d[0]:+.2f} points' for n,t,d in points)
-    note = ('Time of a training epoch as a ratio to the baseline, and the paired difference in accuracy to it, both with 95 % intervals over seeds. '
-            'Better is up and to the left.')
-    drawn = panel(x, y, 'time per epoch, ratio to the baseline', 'difference in accuracy to the baseline, points', said, draw, 400, 290)
-    return figure('Cost against gain', note, look.legend([n for n,_,_ in points]), drawn, cls='cost')
+    def draw(ax):
+        zero = dict(color=palette()['zero'], linewidth=1.25, zorder=1)
+        ax.axhline(0, **zero)
+        ax.axvline(1, **zero)
+        for name,ratio,gain in points:
+            draw_point(ax, ratio, gain, f'{name}: {ratio[0]:.2f} times the baseline per epoch, {_points(*gain/100)}', **look.mark(name))
+        for axis in (ax.xaxis, ax.yaxis): round_ticks(axis)
+        ax.set(xlabel='time per epoch, ratio to the baseline', ylabel='difference in accuracy to the baseline, points')
+        if len(points) <= 12: _label_points(ax, points)
+    said = 'Cost against gain: ' + '; '.join(f'{name} {ratio[0]:.2f} times the time, {gain[0]:+.2f} points' for name,ratio,gain in points)
+    how = ('Time of a training epoch as a ratio to the baseline, and the paired difference in accuracy to it, both with 95 % intervals over seeds. '
+           'Better is up and to the left.')
+    return figure('Cost against gain', how, look.legend([name for name,*_ in points]), panel(draw, said, 400, 290), cls='cost')
 
 # %% ../../nbs/45b_lab.page.ipynb #3c3896a6
-def _shown(v):
-    "A setting as text"
-    if isinstance(v, bool):  return 'yes' if v else 'no'
-    if isinstance(v, float): return f'{v:.6g}'
-    if isinstance(v, dict):  return ', '.join(f'{k} = {_shown(o)}' for k,o in v.items())
-    if isinstance(v, list):  return ', '.join(map(_shown, v)) or 'none'
-    return str(v)
+def _shown(value):
+    "Write a setting as text"
+    if isinstance(value, bool):  return 'yes' if value else 'no'
+    if isinstance(value, float): return f'{value:.6g}'
+    if isinstance(value, dict):  return ', '.join(f'{k} = {_shown(v)}' for k,v in value.items())
+    if isinstance(value, list):  return ', '.join(map(_shown, value)) or 'none'
+    return str(value)
 
 _plain_names = dict(arch='network', n_epoch='epochs', fit='training method', lr='learning rate', bs='batch size', n_train='training samples',
     n_valid='validation samples', n_classes='classes', n_params='parameters', loss_func='loss', opt_func='optimizer', evaluated_on='evaluated on',
     dirty='uncommitted changes', date='finished')
 
-def _pairs(rows): return el('dl', [el('div', el('dt', _plain_names.get(k, k)), el('dd', _shown(v))) for k,v in rows])
+def _definitions(pairs): return Dl(*(Div(Dt(_plain_names.get(k, k)), Dd(_shown(v))) for k,v in pairs))
 
 def _table(c, look):
     shown = c.shown
-    cell = lambda column, v: el('td', v, cls='words' if column == 'control for' else None)
-    head = el('tr', [el('th', o, scope='col') for o in ('method', *shown.columns)])
-    rows = [el('tr', el('th', look.named(n), scope='row'), [cell(*o) for o in row.items()]) for n,row in shown.iterrows()]
-    return el('div', el('table', el('thead', head), el('tbody', rows)), cls='scroll', tabindex=0, role='region', aria_label='Table of results')
+    head = Tr(*(Th(column, scope='col') for column in ('method', *shown.columns)))
+    def cell(column, value): return Td(value, cls='words' if column == 'control for' else None)
+    def row(name, values): return Tr(Th(look.named(name), scope='row'), *(cell(*pair) for pair in values.items()))
+    rows = [row(*pair) for pair in shown.iterrows()]
+    return Div(Table(Thead(head), Tbody(*rows)), cls='scroll', tabindex=0, role='region', aria_label='Table of results')
 
 def _methods(c, look):
     def card(name):
         r = c.runs(name)[0]
-        called = [(o['callback'], {k: v for k,v in o.items() if k != 'callback'}) for o in r.get('callbacks') or []]
+        called = [(settings['callback'], {k: v for k,v in settings.items() if k != 'callback'}) for settings in r.get('callbacks') or []]
         nothing = [('callback', 'none: the loss of the learner' if 'callbacks' in r else 'not recorded')]
         controlled = [('control for', c.control_for(name))] if c.control_for(name) else []
-        return el('section', el('h4', look.named(name)), _pairs([*(r.get('description') or called or nothing), *controlled]), cls='card')
-    return figure('What each method does', 'Effective weights and settings, as recorded with the runs.', el('div', [card(n) for n in c.names], cls='cards'))
+        return Section(H4(look.named(name)), _definitions([*(r.get('description') or called or nothing), *controlled]), cls='card')
+    cards = Div(*(card(name) for name in c.names), cls='cards')
+    return figure('What each method does', 'Effective weights and settings, as recorded with the runs.', cards)
 
 _other_fields = ('key method rank control_for seed baseline setting settings callbacks description last best history epoch_seconds '
                  'seconds_per_epoch evaluated_on teacher_accuracy').split()
 
-def _conditions(c):
-    first = c.records[0]
-    settings = {**{k: first[k] for k in ('setting', 'evaluated_on')}, 'seeds': sorted({r['seed'] for r in c.records}), **(first.get('settings') or {})}
-    def distinct(field):
-        values = [_shown(r.get(field)) for r in c.records]
-        if field == 'date': return ' to '.join(dict.fromkeys([min(values), max(values)]))
-        if len(set(values)) == 1: return values[0]
-        return '; '.join(f'{v} ({values.count(v)} runs)' for v in dict.fromkeys(values))
-    environment = [(f, distinct(f)) for f in dict.fromkeys(f for r in c.records for f in r if f not in _other_fields)]
-    card = lambda rows: el('div', _pairs(rows), cls='card')
-    shared = figure('Setting and split', 'What all runs of this section share.', card(settings.items()))
-    versions = figure('Versions and machine', 'As recorded with the runs.', card(environment or [('environment', 'not recorded')]))
-    return el('div', shared, versions, cls='cards')
+def _recorded(c, field):
+    "Write the values of a field over all runs, with their number where they differ"
+    values = [_shown(r.get(field)) for r in c.records]
+    if field == 'date': return ' to '.join(dict.fromkeys([min(values), max(values)]))
+    if len(set(values)) == 1: return values[0]
+    return '; '.join(f'{value} ({values.count(value)} runs)' for value in dict.fromkeys(values))
 
+def _conditions(c):
+    first,seeds = c.records[0],sorted({r['seed'] for r in c.records})
+    settings = {'setting': first['setting'], 'evaluated_on': first['evaluated_on'], 'seeds': seeds, **(first.get('settings') or {})}
+    fields = dict.fromkeys(field for r in c.records for field in r if field not in _other_fields)
+    environment = [(field, _recorded(c, field)) for field in fields] or [('environment', 'not recorded')]
+    def card(pairs): return Div(_definitions(pairs), cls='card')
+    shared = figure('Setting and split', 'What all runs of this section share.', card(settings.items()))
+    versions = figure('Versions and machine', 'As recorded with the runs.', card(environment))
+    return Div(shared, versions, cls='cards')
+
+# %% ../../nbs/45b_lab.page.ipynb #d6c4c3c2
 def _heading(c): return c.records[0]['setting'].split(':')[0]
 
-def _section(c, look, i):
-    lost,(first,*found) = failures(c),headline(c)
-    n = sum(math.isfinite(c.difference(a, b)[1]) for a in c.names if a != c.baseline for b in _rivals(c, a))
+def _found(c):
+    "Return the sentences of the section, and a reminder of how many intervals there are"
+    first,*rest = headline(c)
+    pairs = [(name, rival) for name in c.names if name != c.baseline for rival in c.rivals(name)]
+    n = sum(math.isfinite(c.difference(*pair)[1]) for pair in pairs)
     count = f'{n} intervals of 95 %, not corrected for their number: of intervals around no difference at all, one in twenty misses zero.'
-    said = el('div', el('p', el('strong', first)), [el('p', o) for o in found], el('p', count, cls='less') if n > 1 else None, cls='found')
-    warn = el('div', el('h3', 'Runs that failed or are missing'), el('ul', [el('li', o) for o in lost]), cls='warn') if lost else None
-    figures = [f(c, look) for f in (_table, _accuracy, _differences, _curves, _reliability, _cost, _methods)]
-    return el('section', el('h2', _heading(c)), said, warn, el('p', c.caption, cls='caption'), figures, _conditions(c), id=f's{i}')
+    return Div(P(Strong(first)), *map(P, rest), P(count, cls='less') if n > 1 else None, cls='found')
+
+def _section(c, look, i):
+    lost = failures(c)
+    warn = Div(H3('Runs that failed or are missing'), Ul(*map(Li, lost)), cls='warn') if lost else None
+    figures = [draw(c, look) for draw in (_table, _accuracy, _differences, _curves, _reliability, _cost, _methods)]
+    return Section(H2(_heading(c)), _found(c), warn, P(c.caption, cls='caption'), *figures, _conditions(c), id=f's{i}')
 
 # %% ../../nbs/45b_lab.page.ipynb #f62fb6d4
 def _comparisons(runs):
     if isinstance(runs, Comparison): return [runs]
     runs = list(runs)
     if not runs: raise ValueError('runs is empty: there is no finished run to show')
-    if all(isinstance(o, Comparison) for o in runs): return runs
-    if all(isinstance(o, dict) for o in runs): return comparisons(runs)
+    if all(isinstance(r, Comparison) for r in runs): return runs
+    if all(isinstance(r, dict) for r in runs): return comparisons(runs)
     raise TypeError(f'runs must be records, a Comparison, or a list of Comparisons, got a list with {type(runs[0]).__name__}')
 
-_head = """<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-"""
+def _plural(n, what): return f"{n} {what}{'s'*(n != 1)}"
+
+def _head(title):
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), Link(rel='icon', href='data:,'),
+                Meta(http_equiv='Content-Security-Policy', content=policy), Title(title), Style(Safe(style_sheet())))
 
 def report_html(
     runs:Comparison|Iterable, # records as `read_runs` returns them, a `Comparison`, or several
     title:str='Do they beat their controls?', # of the page
     before:str='', # HTML that comes before the sections
 )->str: # one HTML page, which loads nothing
-    "The report of a set of runs, a section for each setting"
+    "Make the report of a set of runs, a section for each setting"
     cs = _comparisons(runs)
-    names = [n for c in cs for n in c.names]
-    look = Look(names, {c.baseline for c in cs}, {n for c in cs for n in c.names if c.control_for(n)})
-    plural = lambda n, o: f"{n} {o}{'s'*(n != 1)}"
-    about = f"{plural(sum(len(c.records) for c in cs), 'run')} of {plural(len(set(names)), 'method')} (baselines and controls included), {plural(len(cs), 'setting')}."
-    links = el('nav', el('ul', [el('li', el('a', _heading(c), href=f'#s{i}')) for i,c in enumerate(cs)])) if len(cs) > 1 else None
+    names = [name for c in cs for name in c.names]
+    look = Look(names, {c.baseline for c in cs}, {name for c in cs for name in c.names if c.control_for(name)})
+    n_runs,n_methods = sum(len(c.records) for c in cs),len(set(names))
+    about = f"{_plural(n_runs, 'run')} of {_plural(n_methods, 'method')} (baselines and controls included), {_plural(len(cs), 'setting')}."
+    links = Nav(Ul(*(Li(A(_heading(c), href=f'#s{i}')) for i,c in enumerate(cs)))) if len(cs) > 1 else None
     foot = ('Colours after Okabe and Ito, for colour-blind readers: grey is the baseline; hollow marks and dotted lines are matched controls. '
             'Written by fastkdtf.')
-    body = el('body', mark_shapes(), el('header', el('h1', title), el('p', about), links),
-              el('main', Markup(before), [_section(c, look, i) for i,c in enumerate(cs)]), el('footer', el('p', foot, cls='less')))
-    head = el('head', Markup(_head), el('title', title), el('style', Markup(page_style)))
-    return '<!doctype html>\n' + el('html', head, body, lang='en') + '\n'
+    body = Body(Header(H1(title), P(about), links), Main(Safe(before), *(_section(c, look, i) for i,c in enumerate(cs))), Footer(P(foot, cls='less')))
+    return to_xml(Html(_head(title), body, lang='en'), indent=False) + '\n'
 
 # %% ../../nbs/45b_lab.page.ipynb #5ee828d5
 def write_whole(

@@ -26,39 +26,42 @@ from fastai.data.core import DataLoaders
 from fastprogress.fastprogress import progress_bar
 
 from ..core import *
+from ..files import run_lock
+from .draw import draw_baseline
 from .experiment import recipe_campaign
 from .recipes import Recipe, recipe as find_recipe
-from .report import last_accuracy
-from ..files import run_lock
+from .report import last_accuracy, mean_sd
 from .training import EpochBar, check_seeds, make_folder, settings_digest, fingerprint
 
 # %% ../../nbs/48_lab.sweep.ipynb #9232dab9
 _wang = dict(alpha=[.01, .05, .1, .25, .5, .75, .9], tau=[1., 2., 3., 4., 5., 8., 12., 20.], gamma=[.01, .011, .015, .025, .05, .1, .25, .5, .75, .9],
              interval=[1/391, 4/391, 10/391, 40/391, .25, 1., 2.5, 10., 25., 50., 100., 200.], n_copies=[1, 3, 5])
-_wang_grids = {'LsrKD': 'alpha tau', 'LsrKD-TC': 'alpha tau gamma', **{f'MrKD{n}': 'alpha tau interval n_copies' for n in (1, 3, 5)}, 'MrKD3-TC': 'alpha tau gamma interval n_copies'}
-_grids = {'LSR': dict(alpha=[i/100 for i in range(1, 100, 2)]), 'SelfGuidance': dict(lam=[0., .1, .25, .5, 1., 3.]), 'EffDstl': dict(tau_teacher=[.7, .8, 1.]),
-          **{name: {p: _wang[p] for p in o.split()} for name,o in _wang_grids.items()}}
+_wang_grids = {'LsrKD': 'alpha tau', 'LsrKD-TC': 'alpha tau gamma', 'MrKD1': 'alpha tau interval n_copies', 'MrKD3': 'alpha tau interval n_copies',
+               'MrKD5': 'alpha tau interval n_copies', 'MrKD3-TC': 'alpha tau gamma interval n_copies'}
+_grids = {name: {p: _wang[p] for p in parameters.split()} for name,parameters in _wang_grids.items()}
+_grids |= {'LSR': dict(alpha=[i/100 for i in range(1, 100, 2)]), 'SelfGuidance': dict(lam=[0., .1, .25, .5, 1., 3.]), 'EffDstl': dict(tau_teacher=[.7, .8, 1.])}
 
 def paper_grid(
     recipe:Recipe|str, # or its id
 )->dict: # name of the parameter → its values
-    """The values that the paper tried. Raises `ValueError` where it states none
+    """Return the values that the paper tried. Raises `ValueError` where it states none
 
     Wang et al. 2020, §4.3; label smoothing: the supplement of Yuan et al. 2020, §2; λ: Zheng et al. 2022; temperature of stage 2: Song et al. 2023, Tab. 4d"""
     r = _as_recipe(recipe)
-    if r.method_name not in _grids: raise ValueError(f"{r.id}: the papers state no grid for {r.method_name}, only for {', '.join(_grids)}: give grid={{'alpha': [.1, .5, .9]}}")
-    return {k: list(v) for k,v in _grids[r.method_name].items()}
+    if r.method_name not in _grids:
+        known = ', '.join(_grids)
+        raise ValueError(f"{r.id}: the papers state no grid for {r.method_name}, only for {known}: give grid={{'alpha': [.1, .5, .9]}}")
+    return {name: list(values) for name,values in _grids[r.method_name].items()}
 
-def _as_recipe(o): return find_recipe(o) if isinstance(o, str) else o
+def _as_recipe(recipe): return find_recipe(recipe) if isinstance(recipe, str) else recipe
 
 # %% ../../nbs/48_lab.sweep.ipynb #435d92b5
-def _real(o): return isinstance(o, (int, float)) and not isinstance(o, bool)
-def _plain(o): return o.item() if isinstance(o, np.generic) else o
+def _real(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 def search_space(
     grid:dict, # name → values, as `paper_grid` returns them
 )->dict: # name → (low, high), or (low, high, 'log') where the values span a factor of ten
-    "The ranges that the values of a grid lie in. Values that are no numbers remain a list"
+    "Return the ranges that the values of a grid lie in. Values that are no numbers remain a list"
     def span(values):
         if not all(map(_real, values)): return list(values)
         low,high = min(values),max(values)
@@ -67,30 +70,38 @@ def search_space(
 
 # %% ../../nbs/48_lab.sweep.ipynb #6f6ca2bb
 def _check_grid(grid):
+    "Return a grid as lists of Python's numbers, each value once"
     if not isinstance(grid, dict) or not grid: raise TypeError(f"grid must be 'paper' or a dict of parameters and their values, got {grid!r}")
     for name,values in grid.items():
-        if not isinstance(values, (list, range, np.ndarray)) or not len(values): raise TypeError(f"grid[{name!r}] must be a list of values, got {values!r}; ranges are for tpe=, a number of trials")
-    return {name: list(dict.fromkeys(map(_plain, values))) for name,values in grid.items()}
+        if not isinstance(values, (list, range, np.ndarray)) or not len(values):
+            raise TypeError(f'grid[{name!r}] must be a list of values, got {values!r}; ranges are for tpe=, a number of trials')
+    def python_number(value): return value.item() if isinstance(value, np.generic) else value
+    return {name: list(dict.fromkeys(map(python_number, values))) for name,values in grid.items()}
 
 def _grid_points(grid, own):
-    "Settings of each trial: one parameter at a time differs from `own`"
+    "Return the settings of each trial: one parameter at a time differs from `own`"
     base,points = {name: own[name] for name in grid if name in own},[]
     for name,values in grid.items():
-        for v in values:
-            if (point := {**base, name: v}) not in points: points.append(point)
+        for value in values:
+            point = {**base, name: value}
+            if point not in points: points.append(point)
     return points
 
 def _check_space(space):
     if not isinstance(space, dict) or not space: raise TypeError(f"grid must be 'paper' or a dict of parameters and their ranges, got {space!r}")
-    for name,o in space.items():
-        if isinstance(o, list) and o: continue
-        if not isinstance(o, tuple) or len(o) not in (2, 3) or not all(map(_real, o[:2])) or o[2:] not in ((), ('log',)):
-            raise TypeError(f"grid[{name!r}] must be (low, high), (low, high, 'log') or a list of choices, got {o!r}")
-        low,high = o[:2]
-        if not low < high or o[2:] and low <= 0: raise ValueError(f"grid[{name!r}]: low must be below high{', and above 0' if o[2:] else ''}, got {o!r}")
+    for name,given in space.items():
+        if isinstance(given, list) and given: continue
+        is_range = isinstance(given, tuple) and len(given) in (2, 3) and all(map(_real, given[:2])) and given[2:] in ((), ('log',))
+        if not is_range: raise TypeError(f"grid[{name!r}] must be (low, high), (low, high, 'log') or a list of choices, got {given!r}")
+        low,high,*log = given
+        if not low < high or log and low <= 0:
+            raise ValueError(f"grid[{name!r}]: low must be below high{', and above 0' if log else ''}, got {given!r}")
     return space
 
-def _corners(space): return [{name: o[i if isinstance(o, tuple) else -i] for name,o in space.items()} for i in (0, 1)]
+def _corners(space):
+    "Return the points with all lowest and all highest values, which show bad ranges at once"
+    def end(given, i): return given[i] if isinstance(given, tuple) else given[-i]
+    return [{name: end(given, i) for name,given in space.items()} for i in (0, 1)]
 
 # %% ../../nbs/48_lab.sweep.ipynb #78549683
 def _optuna():
@@ -100,7 +111,7 @@ def _optuna():
 
 @contextmanager
 def _quiet(optuna):
-    "Without a line for each study and trial"
+    "Keep Optuna from writing a line for each study and trial"
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try: yield
@@ -111,7 +122,8 @@ class _Points:
     "Trials of given settings"
     def __init__(self, points):
         self.points = points
-        self.choices = {name: list(dict.fromkeys(o[name] for o in points if name in o)) for name in dict.fromkeys(chain(*points))}
+        names = dict.fromkeys(chain(*points))
+        self.choices = {name: list(dict.fromkeys(point[name] for point in points if name in point)) for name in names}
 
     def __len__(self): return len(self.points)
     def __call__(self, optuna, trials):
@@ -127,12 +139,14 @@ class _Suggested:
         seed = int(np.random.SeedSequence([self.seed, len(trials)]).generate_state(1)[0])
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
         study.add_trials(trials)
-        return (asked := study.ask({name: self._distribution(optuna.distributions, o) for name,o in self.space.items()})).params,asked.distributions
+        asked = study.ask({name: self._distribution(optuna.distributions, given) for name,given in self.space.items()})
+        return asked.params,asked.distributions
 
-    def _distribution(self, kinds, o):
-        if isinstance(o, list): return kinds.CategoricalDistribution(o)
-        kind = kinds.IntDistribution if all(isinstance(v, int) for v in o[:2]) else kinds.FloatDistribution
-        return kind(*o[:2], log=o[2:] == ('log',))
+    def _distribution(self, kinds, given):
+        if isinstance(given, list): return kinds.CategoricalDistribution(given)
+        low,high,*log = given
+        kind = kinds.IntDistribution if isinstance(low, int) and isinstance(high, int) else kinds.FloatDistribution
+        return kind(low, high, log=bool(log))
 
 # %% ../../nbs/48_lab.sweep.ipynb #5944e6c3
 class _Trials:
@@ -141,7 +155,8 @@ class _Trials:
         self.optuna,self.out,self.name,self.propose = optuna,out,name,propose
         with self._lock('sweep', -1):
             storage = optuna.storages.RDBStorage(f"sqlite:///{out/'sweep.db'}", engine_kwargs=dict(connect_args=dict(timeout=100)))
-            self.study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=pruner, study_name=name, load_if_exists=True)
+            sampler = optuna.samplers.RandomSampler()
+            self.study = optuna.create_study(storage=storage, sampler=sampler, pruner=pruner, study_name=name, load_if_exists=True)
 
     def _lock(self, what, timeout=0): return run_lock(self.out/'unfinished'/what, timeout)
     def _file(self, number): return f"{self.name.rsplit(' ', 1)[1]}-trial{number}"
@@ -150,13 +165,15 @@ class _Trials:
     def running(self): return [t.number for t in self.all() if t.state == self.optuna.trial.TrialState.RUNNING]
 
     def _take(self, stack):
+        "Claim a trial that nobody works on, or a new one, until `stack` ends; return its number, None if all are taken"
         for number in self.running():
             if stack.enter_context(self._lock(self._file(number))) and number in self.running(): return number   # not finished just now
         trials = self.all()
         if len(trials) >= len(self.propose): return None
         params,distributions = self.propose(self.optuna, trials)
         stack.enter_context(self._lock(self._file(len(trials))))
-        self.study.add_trial(self.optuna.trial.create_trial(state=self.optuna.trial.TrialState.RUNNING, params=params, distributions=distributions))
+        state = self.optuna.trial.TrialState.RUNNING
+        self.study.add_trial(self.optuna.trial.create_trial(state=state, params=params, distributions=distributions))
         return len(trials)
 
     def run(self, train):
@@ -166,12 +183,13 @@ class _Trials:
                 with self._lock('sweep', -1): number = self._take(stack)
                 if number is not None: train(self.optuna.trial.Trial(self.study, self.all()[number]._trial_id))
             if number is not None: continue
-            if not (running := self.running()): return
+            running = self.running()
+            if not running: return
             with self._lock(self._file(running[0]), -1): pass   # until another process has finished its trial, or died
 
 # %% ../../nbs/48_lab.sweep.ipynb #258c8a4d
 class ReportEpochs(Callback):
-    "Tell a trial the validation error of each epoch, and end the training where the study has seen enough"
+    "Report the validation error of each epoch to a trial, and end the training where the study has seen enough"
     order = 63   # after `KeepBest`, before `Checkpoint`: no epoch is saved that the study has not heard of
     def __init__(self,
         trial:object, # Optuna's
@@ -182,14 +200,15 @@ class ReportEpochs(Callback):
         self.known = set(trial.study.get_trials()[trial.number].intermediate_values)
 
     def report(self, epoch:int, accuracy:float|None)->int:
-        step = self.first+epoch
-        if step not in self.known: self.trial.report(1-accuracy if accuracy is not None and math.isfinite(accuracy) else 1., step)
+        "Report an epoch, unless the trial knows it; return its step in the trial"
+        step,known = self.first+epoch,accuracy is not None and math.isfinite(accuracy)
+        if step not in self.known: self.trial.report(1-accuracy if known else 1., step)
         self.known.add(step)
         return step
 
     def after_epoch(self):
-        values = self.recorder.values   # of all stages
-        step = self.report(len(values)-1, float(values[-1][self.recorder.metric_names.index('accuracy')-1]))
+        values,column = self.recorder.values,self.recorder.metric_names.index('accuracy')-1   # values of all stages
+        step = self.report(len(values)-1, float(values[-1][column]))
         if step+1 < self.n_steps and self.trial.should_prune(): raise _optuna().TrialPruned('worse than the median')
 
 class StopDiverged(TerminateOnNaNCallback):
@@ -209,20 +228,22 @@ def _train_trial(trial, campaign, bar):
     n_epoch,seeds = campaign.arms[name].n_epoch,campaign.seeds
     records,n_steps = [],n_epoch*len(seeds)
     for i,seed in enumerate(seeds):
-        for o in needed: campaign.train(o, seed)
-        report = ReportEpochs(trial, i*n_epoch, n_steps)
-        try: records.append(campaign.train(name, seed, cbs=[StopDiverged(), report, EpochBar(bar, trial.number*n_steps + i*n_epoch)]))
+        for arm in needed: campaign.train(arm, seed)
+        report,progress = ReportEpochs(trial, i*n_epoch, n_steps),EpochBar(bar, trial.number*n_steps + i*n_epoch)
+        try: records.append(campaign.train(name, seed, cbs=[StopDiverged(), report, progress]))
         except _optuna().TrialPruned:
             trial.study.tell(trial.number, state=_optuna().trial.TrialState.PRUNED)
             for cb in campaign.store.checkpoint(campaign.runs[name, seed]): cb.path.unlink(missing_ok=True)
             return
-        for epoch,accuracy in enumerate(records[-1]['history'].get('accuracy', ())): report.report(epoch, accuracy)   # of a run that was there already
+        accuracies = records[-1]['history'].get('accuracy', ())
+        for epoch,accuracy in enumerate(accuracies): report.report(epoch, accuracy)   # of a run that was there already
     errors = [_error(r, n_epoch) for r in records]
-    for k,v in dict(errors=errors, runs=[r['key'] for r in records], diverged=any(_diverged(r, n_epoch) for r in records)).items(): trial.set_user_attr(k, v)
+    trial.set_user_attr('errors', errors)
+    trial.set_user_attr('runs', [r['key'] for r in records])
+    trial.set_user_attr('diverged', any(_diverged(r, n_epoch) for r in records))
     trial.study.tell(trial.number, float(np.mean(errors)))
 
 # %% ../../nbs/48_lab.sweep.ipynb #a8448bc1
-def _spread(errors): return float(np.mean(errors)),float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
 def _per_cent(mean, sd): return '–' if math.isnan(mean) else f'{100*mean:.2f}' + ('' if math.isnan(sd) else f' ± {100*sd:.2f}')
 
 class Sweep:
@@ -234,21 +255,22 @@ class Sweep:
         trials:list, # of Optuna, finished
         baseline:list, # errors of the recipe's baseline, by seed
         words:str, # how it was trained
-        grid:bool=True, # whether one parameter varied at a time
-    ): self.recipe,self.own,self.parameters,self.trials,self.baseline,self.words,self.grid = recipe,own,list(parameters),trials,baseline,words,grid
-
-    def _state(self, t): return 'diverged' if t.user_attrs.get('diverged') else t.state.name.lower()
+        grid:bool=True, # one parameter varied at a time
+    ):
+        self.recipe,self.own,self.parameters,self.trials = recipe,own,list(parameters),trials
+        self.baseline,self.words,self.grid = baseline,words,grid
 
     @property
     def table(self)->pd.DataFrame:
         "One row a trial; errors are shares, not per cent. A pruned trial has none"
-        rows = []
-        for t in self.trials:
-            errors = t.user_attrs.get('errors', [])
-            error,sd = _spread(errors) if errors else (math.nan, math.nan)
-            rows.append(dict(trial=t.number, **{p: t.params.get(p) for p in self.parameters}, error=error, sd=sd, seeds=len(errors), state=self._state(t)))
-        df = pd.DataFrame(rows).set_index('trial')
+        df = pd.DataFrame([self._row(trial) for trial in self.trials]).set_index('trial')
         return df.assign(rank=df.error.rank(method='min').astype('Int64'))
+
+    def _row(self, trial):
+        errors,settings = trial.user_attrs.get('errors', []),{p: trial.params.get(p) for p in self.parameters}
+        error,sd = mean_sd(errors)
+        state = 'diverged' if trial.user_attrs.get('diverged') else trial.state.name.lower()
+        return dict(trial=trial.number, **settings, error=error, sd=sd, seeds=len(errors), state=state)
 
     @property
     def best(self)->pd.Series:
@@ -260,52 +282,58 @@ class Sweep:
     @property
     def best_settings(self)->dict:
         "The recipe's settings with those of the best trial; `recipe.method(**best_settings)` makes the method"
-        return {**self.own, **{t.number: t for t in self.trials}[self.best.name].params}
+        best, = (trial for trial in self.trials if trial.number == self.best.name)
+        return {**self.own, **best.params}
 
     @property
     def shown(self)->pd.DataFrame:
         "The table as people read it, errors in per cent"
         t = self.table
-        numbers = {p: [f'{v:g}' if _real(v) else '' if v is None else str(v) for v in t[p].astype(object).where(t[p].notna(), None)] for p in self.parameters}
-        return pd.DataFrame({**numbers, 'error %': list(map(_per_cent, t.error, t.sd)), 'seeds': t.seeds, 'state': t.state, 'rank': t['rank'].astype(object).where(t['rank'].notna(), '')}, index=t.index)
+        def text(value): return f'{value:g}' if _real(value) else '' if value is None else str(value)
+        def known(column, blank): return t[column].astype(object).where(t[column].notna(), blank)
+        settings,errors = {p: known(p, None).map(text) for p in self.parameters},list(map(_per_cent, t.error, t.sd))
+        return pd.DataFrame({**settings, 'error %': errors, 'seeds': t.seeds, 'state': t.state, 'rank': known('rank', '')}, index=t.index)
 
     @property
     def caption(self)->str:
         "What was run, and what the columns mean"
         states = self.table.state.value_counts()
-        ended = ', '.join(f'{states[o]} {o}' for o in ('pruned', 'diverged') if o in states)
+        ended = ', '.join(f'{states[state]} {state}' for state in ('pruned', 'diverged') if state in states)
         return (f"{self.recipe.id}: {len(self.trials)} trials{f' ({ended})' if ended else ''}, {self.words}. "
-                f"Error after the last epoch, mean ± sd over seeds; baseline {_per_cent(*_spread(self.baseline))} %.")
+                f'Error after the last epoch, mean ± sd over seeds; baseline {_per_cent(*mean_sd(self.baseline))} %.')
 
     def __repr__(self): return f'{self.caption}\n{self.shown.to_string()}'
     def _repr_html_(self): return f'<p>{escape(self.caption)}</p>{self.shown.to_html()}'
 
     def _drawn(self, parameter):
-        "The trials that differ from the recipe in nothing else; all of a search"
-        rest = lambda o: {k: o[k] for k in self.parameters if k in o and k != parameter}
-        found = [t for t in self.trials if parameter in t.params and (not self.grid or rest(t.params) == rest(self.own))]
-        return sorted(found, key=lambda t: t.params[parameter]) if all(_real(t.params[parameter]) for t in found) else found
+        "Return the trials that differ from the recipe in nothing else; all of a search"
+        def rest(settings): return {name: settings[name] for name in self.parameters if name in settings and name != parameter}
+        found = [trial for trial in self.trials if parameter in trial.params]
+        if self.grid: found = [trial for trial in found if rest(trial.params) == rest(self.own)]
+        numbers = all(_real(trial.params[parameter]) for trial in found)
+        return sorted(found, key=lambda trial: trial.params[parameter]) if numbers else found
 
     def plot(self,
         parameter:str, # one of `parameters`
         ax:plt.Axes|None=None, # axes to draw on
     )->plt.Axes:
-        "Error against one parameter, mean ± sd over seeds; the baseline as a band. Wang et al. 2020, Fig. 2–4"
+        "Plot error against one parameter, mean ± sd over seeds; the baseline as a band. Wang et al. 2020, Fig. 2–4"
         check_choice('parameter', parameter, tuple(self.parameters))
         if ax is None: ax = plt.subplots(figsize=(6, 3.6), layout='constrained')[1]
-        trials = self._drawn(parameter)
-        done,pruned = ([t for t in trials if bool(t.user_attrs.get('errors')) == o] for o in (True, False))
-        at = lambda o: [t.params[parameter] if _real(t.params[parameter]) else str(t.params[parameter]) for t in o]
+        trials,own = self._drawn(parameter),self.own.get(parameter)
+        done   = [trial for trial in trials if trial.user_attrs.get('errors')]
+        pruned = [trial for trial in trials if not trial.user_attrs.get('errors')]
+        def values(trials): return [v if _real(v) else str(v) for v in (trial.params[parameter] for trial in trials)]
         if done:
-            means,sds = 100*np.array([_spread(t.user_attrs['errors']) for t in done]).T
-            ax.errorbar(at(done), means, np.nan_to_num(sds), fmt='-o' if self.grid else 'o', capsize=3, label=self.recipe.method_name)
-        if pruned: ax.scatter(at(pruned), [100*t.intermediate_values[max(t.intermediate_values)] for t in pruned], marker='x', color='grey', label='pruned, when it was')
-        mean,sd = 100*np.array(_spread(self.baseline))
-        ax.axhline(mean, color='black', lw=1.5, label='baseline')
-        if not math.isnan(sd): ax.axhspan(mean-sd, mean+sd, color='black', alpha=.1, lw=0)
-        if _real(own := self.own.get(parameter)): ax.axvline(own, color='grey', ls=':', lw=1, label="the recipe's")
-        values = [v for v in at(trials) if _real(v)]
-        if values and 0 < 10*min(values) <= max(values): ax.set_xscale('log')
+            means,sds = 100*np.array([mean_sd(trial.user_attrs['errors']) for trial in done]).T
+            ax.errorbar(values(done), means, np.nan_to_num(sds), fmt='-o' if self.grid else 'o', capsize=3, label=self.recipe.method_name)
+        if pruned:
+            last = [100*trial.intermediate_values[max(trial.intermediate_values)] for trial in pruned]
+            ax.scatter(values(pruned), last, marker='x', color='grey', label='pruned, when it was')
+        draw_baseline(ax, *100*np.array(mean_sd(self.baseline)))
+        if _real(own): ax.axvline(own, color='grey', ls=':', lw=1, label="the recipe's")
+        numbers = list(filter(_real, values(trials)))
+        if numbers and 0 < 10*min(numbers) <= max(numbers): ax.set_xscale('log')
         ax.set(xlabel=parameter, ylabel='error on held-out images, %')
         ax.legend(fontsize='small')
         return ax
@@ -316,19 +344,31 @@ class Sweep:
         "Write `sweep.csv`, and a figure for each parameter"
         out = make_folder(out)
         self.table.to_csv(out/'sweep.csv')
-        for p in self.parameters:
-            plt.savefig(out/f'{p}.png', dpi=120) if self.plot(p) else None
+        for parameter in self.parameters:
+            self.plot(parameter)
+            plt.savefig(out/f'{parameter}.png', dpi=120)
             plt.close()
         return out
 
 # %% ../../nbs/48_lab.sweep.ipynb #e51bca85
 def _held_out(dls):
-    "Loaders for training and validation alone"
+    "Return loaders for training and validation alone"
     split = getattr(dls, 'split', None)
-    if isinstance(split, dict) and split.get('valid_pct') == 0: raise ValueError('dls validates on the test set: hold some training images out, as kd_dataloaders(…, valid_pct=.1) does')
+    if isinstance(split, dict) and split.get('valid_pct') == 0:
+        raise ValueError('dls validates on the test set: hold some training images out, as kd_dataloaders(…, valid_pct=.1) does')
     two = copy(dls)
     two.loaders = dls.loaders[:2]
     return two
+
+def _proposals(r, grid, tpe, own, seed):
+    "Return what is searched, what proposes trials, and points whose settings must make a method"
+    paper = isinstance(grid, str) and grid == 'paper'
+    if tpe is None:
+        space = _check_grid(paper_grid(r) if paper else grid)
+        points = _grid_points(space, own)
+        return space,_Points(points),points
+    space = _check_space(search_space(paper_grid(r)) if paper else grid)
+    return space,_Suggested(space, check_whole('tpe', tpe), seed),_corners(space)
 
 def sweep(
     recipe:Recipe|str, # or its id
@@ -351,18 +391,16 @@ def sweep(
     Parameters are the recipe's, in its own units: with fewer epochs, the interval of memory replay shrinks with the schedule.
     With one process, a sweep that was killed and started again ends as one that was not. With several, what is suggested and pruned depends on which trials have ended."""
     optuna,r,out,seeds = _optuna(),_as_recipe(recipe),make_folder(out),check_seeds(seeds)
-    n_epoch = check_whole('n_epoch', int(r.schedule.epochs) if n_epoch is None else n_epoch)
-    own,prune = {**r.settings, **(settings or {})},tpe is not None if prune is None else prune
-    if tpe is None: propose = _Points(points := _grid_points(space := _check_grid(paper_grid(r) if grid == 'paper' else grid), own))
-    else:
-        space = _check_space(search_space(paper_grid(r)) if grid == 'paper' else grid)
-        propose,points = _Suggested(space, check_whole('tpe', tpe), seed),_corners(space)
-    if dls is None: dls = r.dataloaders(path, data, train_subset, None, device=device, seed=seed)
-    dls = _held_out(dls)
+    epochs = int(r.schedule.epochs)
+    n_epoch = check_whole('n_epoch', epochs if n_epoch is None else n_epoch)
+    settings = settings or {}
+    own,prune = {**r.settings, **settings},tpe is not None if prune is None else prune
+    space,propose,points = _proposals(r, grid, tpe, own, seed)
+    dls = _held_out(r.dataloaders(path, data, train_subset, None, device=device, seed=seed) if dls is None else dls)
     def campaign(point):
-        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**(settings or {}), **point}, data=data)
+        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data)
         except (TypeError, ValueError) as e: raise ValueError(f'{r.id} with {point}: {e}') from e
-    first,*_ = [campaign(o) for o in points]   # bad settings are found before anything is trained
+    first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
     keys = [first.runs[first.baseline, s]['key'] for s in seeds]
     identity = fingerprint(dict(recipe=r.id, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=n_epoch//3) if prune else optuna.pruners.NopPruner()
@@ -372,11 +410,13 @@ def sweep(
         bar = progress_bar(range(len(propose)*len(seeds)*n_epoch))
         bar.update(0)
         def train(trial):
-            bar.comment = ', '.join(f'{k}={v:g}' if _real(v) else f'{k}={v}' for k,v in trial.params.items())
+            bar.comment = ', '.join(f'{name}={value:g}' if _real(value) else f'{name}={value}' for name,value in trial.params.items())
             _train_trial(trial, campaign(trial.params), bar)
         trials.run(train)
         bar.update(bar.total)
-    words = (f"{n_epoch:,} of {int(r.schedule.epochs):,} epochs, {len(seeds)} seed{'s'*(len(seeds) > 1)}, {len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} held out")
-    result = Sweep(r, own, space, trials.all(), [_error(o, first.arms[first.baseline].n_epoch) for o in baseline], words, tpe is None)
+    words = (f"{n_epoch:,} of {epochs:,} epochs, {len(seeds)} seed{'s'*(len(seeds) > 1)}, "
+             f'{len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} held out')
+    errors = [_error(record, first.arms[first.baseline].n_epoch) for record in baseline]
+    result = Sweep(r, own, space, trials.all(), errors, words, tpe is None)
     result.save(out)
     return result
