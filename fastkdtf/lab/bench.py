@@ -50,8 +50,10 @@ from ..callback.survival import survival
 
 # %% ../../nbs/46a_lab.bench.ipynb #bc773cfc
 def _composed(z, y, alpha, tau, scale, target):
-    "The textbook composition: cross-entropy, and `kl_div` to a target tensor"
-    return (1-alpha)*F.cross_entropy(z, y) + alpha*scale*F.kl_div(F.log_softmax(z/tau, 1), target(z, y), reduction='batchmean')
+    "Return the textbook composition: cross-entropy, and `kl_div` to a target tensor"
+    hard_loss = F.cross_entropy(z, y)
+    soft_loss = F.kl_div(F.log_softmax(z/tau, 1), target(z, y), reduction='batchmean')
+    return (1-alpha)*hard_loss + alpha*scale*soft_loss
 
 def _uniform(z, y): return torch.full_like(z, 1/z.shape[1])
 def _corrected(z, y, gamma): return torch.full_like(z, (1-gamma)/(z.shape[1]-1)).scatter_(1, y.unsqueeze(1), gamma)
@@ -70,20 +72,27 @@ def bench_losses(
     rounds:int=50, # each candidate runs once a round
     device:str='cpu',
 )->pd.DataFrame: # one row a loss
-    "Time of forward and backward over `F.cross_entropy`'s and over the composition's, and memory in units of the logits"
-    for name,v,least in (('n', n, 1), ('n_classes', n_classes, 2), ('rounds', rounds, 1)): check_whole(name, v, least)
+    "Measure forward and backward of each loss: time over `F.cross_entropy`'s and over the composition's, memory in units of the logits"
+    check_whole('n', n)
+    check_whole('n_classes', n_classes, 2)
+    check_whole('rounds', rounds)
     z = torch.randn(n, n_classes, device=device, requires_grad=True)
     y = torch.randint(0, n_classes, (n,), device=device)
-    def step(f): torch.autograd.grad(f(z, y), z)
     candidates = {'F.cross_entropy': F.cross_entropy}
     for name,(ours,composed) in _losses.items():
         torch.testing.assert_close(ours(z, y), composed(z, y), rtol=1e-4, atol=1e-4)
-        candidates |= {name: ours, f'{name}, composed': composed}
-    times = interleaved_times({k: partial(step, f) for k,f in candidates.items()}, rounds)
-    memory = {k: peak_memory(partial(step, f), device)/z.nbytes - 1 for k,f in candidates.items()}
-    rows = [{'loss': k, 'time / cross_entropy': median_ratio(times, k, 'F.cross_entropy'),
-             'time / composed': median_ratio(times, k, f'{k}, composed'), 'memory / logits': memory[k],
-             'composed: memory / logits': memory[f'{k}, composed']} for k in _losses]
+        candidates[name] = ours
+        candidates[f'{name}, composed'] = composed
+    def step(loss): torch.autograd.grad(loss(z, y), z)
+    steps = {name: partial(step, loss) for name,loss in candidates.items()}
+    times = interleaved_times(steps, rounds)
+    memory = {name: peak_memory(f, device)/z.nbytes - 1 for name,f in steps.items()}
+    rows = []
+    for name in _losses:
+        composed = f'{name}, composed'
+        rows.append({'loss': name, 'time / cross_entropy': median_ratio(times, name, 'F.cross_entropy'),
+                     'time / composed': median_ratio(times, name, composed),
+                     'memory / logits': memory[name], 'composed: memory / logits': memory[composed]})
     rows.append({'loss': 'F.cross_entropy', 'time / cross_entropy': 1., 'memory / logits': memory['F.cross_entropy']})
     return pd.DataFrame(rows).set_index('loss').round(3)
 
@@ -96,7 +105,9 @@ class StepBench:
         n_classes:int,
         cbs:Sequence=(), # callbacks
     ):
-        dls = DataLoaders(*[DataLoader(TensorDataset(*batch), bs=len(batch[1]))]*2, device=batch[0].device)
+        images,labels = batch
+        dl = DataLoader(TensorDataset(images, labels), bs=len(labels))
+        dls = DataLoaders(dl, dl, device=images.device)
         dls.c = n_classes
         self.batch = next(iter(with_index(dls).train))   # the loader goes on telling which samples these are
         self.learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=1e-3, cbs=cbs)
@@ -122,9 +133,11 @@ class Candidate(NamedTuple):
         batch:tuple, # images and labels
         n_classes:int,
     )->Callable: # returns its loss
-        "Its step, ready to run"
+        "Make its step, ready to run"
         if self.step: return self.step(student, batch)
         return StepBench(student, batch, n_classes, [] if self.make is None else [self.make()])
+
+def _as_candidate(method): return method if isinstance(method, Candidate) else Candidate(method)
 
 def distillation_candidates(
     teacher:torch.nn.Module,
@@ -132,77 +145,86 @@ def distillation_candidates(
     tau:float=4., # temperature
     cache:str|Path|None=None, # a folder; None leaves out the cached teacher
 )->dict: # name → `Candidate`
-    "Distillation from a network: live, from a cache, and by the other libraries that are installed"
+    "Make candidates of distillation from a network: live, from a cache, and by the other libraries that are installed"
     frozen = FrozenCopy(teacher)
     out = {'KD': Candidate(partial(KnowledgeDistillation, teacher, alpha, tau), frozen)}
     if cache is not None: out['KD, cached'] = Candidate(lambda: KnowledgeDistillation(CachedTeacher(teacher, cache), alpha, tau))
     if find_spec('fasterai'): out['KD, fasterai'] = Candidate(partial(callback_of_fasterai, teacher, alpha, tau), frozen)
-    return out | {k: Candidate(beside=frozen, step=o) for k,o in peer_steps(teacher, alpha, tau).items()}
+    for name,make_step in peer_steps(teacher, alpha, tau).items(): out[name] = Candidate(beside=frozen, step=make_step)
+    return out
 
 # %% ../../nbs/46a_lab.bench.ipynb #8d1cd608
 def memory_candidates(
     network:torch.nn.Module, # like the student
     ns:tuple=(1, 3), # numbers of copies
 )->dict: # name → `Candidate`
-    "Memory replay in its worst case: a refresh before every step, so that all copies differ"
+    "Make candidates of memory replay in its worst case: a refresh before every step, so that all copies differ"
     def forwards(n):
         copies = [FrozenCopy(network) for _ in range(n)]
-        return lambda x: [o(x) for o in copies]
+        return lambda x: [copy(x) for copy in copies]
     return {f'MrKD-{n}': Candidate(partial(MemoryReplay, n, interval_steps=1), forwards(n)) for n in ns}
 
 def depth_candidates(
     network:torch.nn.Module, # like the student
 )->dict: # name → `Candidate`; nothing for a network without residual blocks
-    "Stochastic depth and self-guidance"
+    "Make candidates of stochastic depth and self-guidance"
     try: survival(copy_model(network))
     except ValueError: return {}
-    return {o.__name__: Candidate(o) for o in (StochasticDepth, SelfGuidance)}
+    return {cb.__name__: Candidate(cb) for cb in (StochasticDepth, SelfGuidance)}
 
 # %% ../../nbs/46a_lab.bench.ipynb #81cede08
 def _batch(bs, size, n_classes, device, seed=None):
     if seed is not None: torch.manual_seed(seed)
-    return torch.randn(bs, 3, size, size, device=device),torch.randint(0, n_classes, (bs,), device=device)
+    images = torch.randn(bs, 3, size, size, device=device)
+    return images,torch.randint(0, n_classes, (bs,), device=device)
 
 def _network(arch, n_classes, device, seed=0):
     torch.manual_seed(seed)
     return create_model(arch, n_classes).to(device)
 
 def _operations(step, n):
-    "Multiplications and additions of a step's convolutions and matrix products, a mean over `n` steps"
+    "Count multiplications and additions of a step's convolutions and matrix products, as a mean over `n` steps"
     with FlopCounterMode(display=False) as counted:
         for _ in range(n): step()
     return counted.get_total_flops()/n
+
+def _all_candidates(arch, n_classes, device, cache):
+    "Make a candidate of every method; the teacher is a network of the student's kind"
+    network = _network(arch, n_classes, device, 1)
+    return {**teacher_free(n_classes), **distillation_candidates(network, cache=cache), **memory_candidates(network),
+            **depth_candidates(network), 'plain, without fastai': Candidate(step=TorchStep)}
 
 def bench_steps(
     arch:str='resnet20', # as `create_model` takes it
     bs:int=128, # images a batch
     size:int=32, # pixels of an image's side
     n_classes:int=10,
-    methods:dict|None=None, # name → `Candidate`, or function that makes a callback; None: all of them, a teacher being a network of the student's kind
+    methods:dict|None=None, # name → `Candidate`, or function that makes a callback; None: all of them, with a teacher of the student's kind
     rounds:int=20, # each candidate runs once a round
     device:str='cpu',
 )->pd.DataFrame: # one row a method
-    "Time, operations and peak memory of a training step, as ratios to those of the plain step"
-    for name,v in (('bs', bs), ('size', size), ('rounds', rounds)): check_whole(name, v)
-    batch = _batch(bs, size, n_classes, device)
+    "Measure time, operations and peak memory of a training step, as ratios to those of the plain step"
+    for name,value in (('bs', bs), ('size', size), ('rounds', rounds)): check_whole(name, value)
     if methods is None:
         with TemporaryDirectory() as cache:
-            network = _network(arch, n_classes, device, 1)
-            methods = {**teacher_free(n_classes), **distillation_candidates(network, cache=cache), **memory_candidates(network), **depth_candidates(network),
-                       'plain, without fastai': Candidate(step=TorchStep)}
+            methods = _all_candidates(arch, n_classes, device, cache)
             return bench_steps(arch, bs, size, n_classes, methods, rounds, device)
-    methods = {'plain': Candidate(), **{k: o if isinstance(o, Candidate) else Candidate(o) for k,o in methods.items()}}
-    steps = {k: o.start(_network(arch, n_classes, device), batch, n_classes) for k,o in methods.items()}
-    beside = {f: partial(f, batch[0]) for o in methods.values() if (f := o.beside)}
-    times = interleaved_times({**steps, **beside}, rounds)
-    memory = {k: peak_memory(f, device) for k,f in steps.items()}
-    flops = {k: _operations(f, rounds) for k,f in steps.items()}
-    def row(k):
-        f = methods[k].beside
-        beyond = median_ratio({**times, 'both': times['plain']+times[f]}, k, 'both') if f else float('nan')
-        return {'method': k, 'time / plain': median_ratio(times, k, 'plain'), 'time / (plain + forwards)': beyond,
-                'operations / plain': flops[k]/flops['plain'], 'memory / plain': memory[k]/memory['plain']}
-    return pd.DataFrame([row(k) for k in steps]).set_index('method').round(3)
+    batch = _batch(bs, size, n_classes, device)
+    candidates = {'plain': Candidate(), **{name: _as_candidate(method) for name,method in methods.items()}}
+    steps = {name: c.start(_network(arch, n_classes, device), batch, n_classes) for name,c in candidates.items()}
+    forwards = {c.beside: partial(c.beside, batch[0]) for c in candidates.values() if c.beside}
+    times = interleaved_times({**steps, **forwards}, rounds)
+    memory = {name: peak_memory(step, device) for name,step in steps.items()}
+    operations = {name: _operations(step, rounds) for name,step in steps.items()}
+    def over_least(name):
+        "Median ratio to the least that the method could cost"
+        beside = candidates[name].beside
+        if beside is None: return float('nan')
+        return median_ratio({**times, 'least': times['plain']+times[beside]}, name, 'least')
+    def row(name):
+        return {'method': name, 'time / plain': median_ratio(times, name, 'plain'), 'time / (plain + forwards)': over_least(name),
+                'operations / plain': operations[name]/operations['plain'], 'memory / plain': memory[name]/memory['plain']}
+    return pd.DataFrame(map(row, steps)).set_index('method').round(3)
 
 # %% ../../nbs/46a_lab.bench.ipynb #126322ab
 def loss_difference(
@@ -215,10 +237,10 @@ def loss_difference(
     n_steps:int=50, # batches of noise to train on
     device:str='cpu',
 )->float:
-    "Largest difference between the training losses of two methods, from the same weights on the same batches"
-    def losses(o):
-        o = o if isinstance(o, Candidate) else Candidate(o)
-        step = o.start(_network(arch, n_classes, device), _batch(bs, size, n_classes, device), n_classes)
+    "Return the largest difference between the training losses of two methods, from the same weights on the same batches"
+    def losses(method):
+        student,batch = _network(arch, n_classes, device),_batch(bs, size, n_classes, device)
+        step = _as_candidate(method).start(student, batch, n_classes)
         out = []
         for i in range(n_steps):
             step.batch = _batch(bs, size, n_classes, device, i)
@@ -229,19 +251,25 @@ def loss_difference(
 # %% ../../nbs/46a_lab.bench.ipynb #6b789fd4
 _peers = ('fasterai', 'torchdistill')
 
+def _processor():
+    "Name the processor as Linux does, or as Python does elsewhere"
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: lines = []
+    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
 def machine(
     device:str='cpu',
 )->dict:
-    "What a measurement has to name: processor, cores, threads, versions, and the commit"
-    try: processor = next(o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
-    except (OSError, StopIteration): processor = platform.processor() or platform.machine()
-    out = dict(processor=processor, cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
+    "Return all that a measurement has to name: processor, cores, threads, versions, and the commit"
+    out = dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
     if torch.device(device).type == 'cuda': out['device'] = torch.cuda.get_device_name(device)
-    return {**out, **run_environment(), **{k: version(k) for k in _peers if find_spec(k)}}
+    peers = {name: version(name) for name in _peers if find_spec(name)}
+    return {**out, **run_environment(), **peers}
 
 # %% ../../nbs/46a_lab.bench.ipynb #9bd0cff3
 class Bench:
-    "What `bench` measured: a table of losses, one of training steps, and how far other libraries' losses are from ours"
+    "The result of `bench`: a table of losses, one of training steps, and how far other libraries' losses are from ours"
     def __init__(self,
         machine:dict, # as `machine` tells
         sizes:dict, # of logits, network and images; rounds, and seconds that it took
@@ -250,34 +278,50 @@ class Bench:
         differences:dict|None=None, # name → largest difference of training losses
     ): self.machine,self.sizes,self.losses,self.steps,self.differences = machine,sizes,losses,steps,differences or {}
 
-    def to_dict(self)->dict: # what JSON can hold
-        tables = {k: t.reset_index().to_dict('records') for k in ('losses', 'steps') if (t := getattr(self, k)) is not None}
-        return dict(machine=self.machine, sizes=self.sizes, differences=self.differences, **tables)
+    def to_dict(self)->dict: # for JSON
+        "Return all of it as numbers, words and lists"
+        out = dict(machine=self.machine, sizes=self.sizes, differences=self.differences, losses=self.losses)
+        if self.steps is not None: out['steps'] = self.steps
+        return {name: v.reset_index().to_dict('records') if isinstance(v, pd.DataFrame) else v for name,v in out.items()}
 
     @classmethod
     def read(cls,
         path:str|Path, # what `fastkdtf bench --json` printed
     )->'Bench':
-        "From a file"
-        d = json.loads(Path(path).read_text(encoding='utf-8'))
-        table = lambda k,index: pd.DataFrame(d[k]).set_index(index).astype(float) if k in d else None
-        return cls(d['machine'], d['sizes'], table('losses', 'loss'), table('steps', 'method'), d['differences'])
+        "Read one from a file"
+        kept = json.loads(Path(path).read_text(encoding='utf-8'))
+        def table(key, index): return pd.DataFrame(kept[key]).set_index(index).astype(float) if key in kept else None
+        return cls(kept['machine'], kept['sizes'], table('losses', 'loss'), table('steps', 'method'), kept['differences'])
+
+    def _conditions(self):
+        m = self.machine
+        versions = ', '.join(f'{name} {m[name]}' for name in ('fastkdtf', 'torch', 'fastai', 'timm', *_peers) if name in m)
+        kept = '; freed memory kept (mallopt)' if m.get('freed_memory_kept') else ''
+        return f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['device']}; {versions}{kept}; {m['date'][:10]}"
+
+    def _held_against(self, peer):
+        ours,theirs = self.steps.loc['KD'],self.steps.loc[peer]
+        time,memory = ours['time / plain']/theirs['time / plain'],ours['memory / plain']/theirs['memory / plain']
+        return (f"{peer}: losses of {self.sizes['compared']} steps differ from ours by {self.differences[peer]:.1e} at most; "
+                f"our step takes {time:.2f} of its time and {memory:.2f} of its memory")
 
     def parts(self)->list: # (caption, table or None)
-        "Captions and tables, in order"
-        m,s = self.machine,self.sizes
-        versions = ', '.join(f'{k} {m[k]}' for k in ('fastkdtf', 'torch', 'fastai', 'timm', *_peers) if k in m)
-        out = [(f"{m['processor']}, {m['cores']} cores, {m['threads']} threads, {m['device']}; {versions}{'; freed memory kept (mallopt)' if m.get('freed_memory_kept') else ''}; {m['date'][:10]}", None),
-               (f"Losses, {s['n']} × {s['n_classes']}: forward and backward", self.losses)]
+        "Return captions and tables, in order"
+        s = self.sizes
+        out = [(self._conditions(), None), (f"Losses, {s['n']} × {s['n_classes']}: forward and backward", self.losses)]
         if self.steps is not None: out.append((f"Training steps, {s['arch']}, batch {s['bs']} of {s['size']}×{s['size']}", self.steps))
-        for k,v in self.differences.items():
-            ratio = lambda column: self.steps.loc['KD', column]/self.steps.loc[k, column]
-            out.append((f"{k}: losses of {s['compared']} steps differ from ours by {v:.1e} at most; our step takes {ratio('time / plain'):.2f} of its time and {ratio('memory / plain'):.2f} of its memory", None))
-        if self.steps is not None and (missing := [o for o in _peers if o not in m]): out.append((f"Not installed, and left out: {', '.join(missing)}", None))
+        out += [(self._held_against(peer), None) for peer in self.differences]
+        missing = [name for name in _peers if name not in self.machine]
+        if self.steps is not None and missing: out.append((f"Not installed, and left out: {', '.join(missing)}", None))
         return out + [(f"Medians of {s['rounds']} interleaved round{'s'*(s['rounds'] != 1)}, in {s['seconds']:.0f} s", None)]
 
-    def __str__(self): return '\n\n'.join(k if t is None else f'{k}\n{t.to_string(na_rep="")}' for k,t in self.parts())
-    def _repr_html_(self): return ''.join(f'<p>{escape(k)}</p>{"" if t is None else t.to_html(na_rep="")}' for k,t in self.parts())
+    def __str__(self):
+        shown = [caption if table is None else f'{caption}\n{table.to_string(na_rep="")}' for caption,table in self.parts()]
+        return '\n\n'.join(shown)
+
+    def _repr_html_(self):
+        shown = [f'<p>{escape(caption)}</p>' + ('' if table is None else table.to_html(na_rep='')) for caption,table in self.parts()]
+        return ''.join(shown)
 
 # %% ../../nbs/46a_lab.bench.ipynb #a19281ef
 def bench(
@@ -289,7 +333,7 @@ def bench(
     rounds:int=20, # each candidate runs once a round
     device:str='cpu',
 )->Bench:
-    "Losses and training steps beside plain PyTorch, the plain step, and what other libraries do"
+    "Measure losses and training steps beside plain PyTorch, the plain step, and what other libraries do"
     start = perf_counter()
     kept = keep_freed_memory()
     sizes = dict(n=n, n_classes=n_classes, arch=arch, bs=bs, size=size, rounds=rounds)
@@ -297,6 +341,8 @@ def bench(
     if arch:
         steps = bench_steps(arch, bs, size, rounds=rounds, device=device)
         sizes['compared'] = min(50, 5*rounds)
-        ours,*peers = distillation_candidates(_network(arch, 10, device, 1)).items()
-        differences = {k: loss_difference(ours[1], o, arch, bs, size, n_steps=sizes['compared'], device=device) for k,o in peers}
-    return Bench({**machine(device), 'freed_memory_kept': kept}, {**sizes, 'seconds': round(perf_counter()-start, 1)}, losses, steps, differences)
+        (_,ours),*peers = distillation_candidates(_network(arch, 10, device, 1)).items()
+        for name,peer in peers:
+            differences[name] = loss_difference(ours, peer, arch, bs, size, n_steps=sizes['compared'], device=device)
+    sizes['seconds'] = round(perf_counter()-start, 1)
+    return Bench({**machine(device), 'freed_memory_kept': kept}, sizes, losses, steps, differences)

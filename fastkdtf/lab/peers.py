@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 
 # %% ../../nbs/46b_lab.peers.ipynb #449edf52
 class TorchStep:
-    "A training step of plain PyTorch that runs on `batch` whenever it is called: what a `Learner` adds is beside it"
+    "A training step of plain PyTorch that runs on `batch` whenever it is called"
     def __init__(self,
         student:torch.nn.Module,
         batch:tuple, # images and labels
@@ -43,7 +43,7 @@ def callback_of_fasterai(
     alpha:float=.9, # soft share
     tau:float=4., # temperature
 )->Callback:
-    "fasterai's `KnowledgeDistillationCallback`, on a copy of the teacher, which it leaves with gradients"
+    "Make fasterai's `KnowledgeDistillationCallback`, on a copy of the teacher"
     from fasterai.distill.distillation_callback import KnowledgeDistillationCallback
     from fasterai.distill.losses import SoftTarget
     return KnowledgeDistillationCallback(deepcopy(teacher), partial(SoftTarget, T=tau), weight=alpha)
@@ -63,9 +63,12 @@ class DistillationBoxStep:
         from torchdistill.losses import high_level, mid_level   # registers them
         outputs = dict(student_module_path='.', student_module_io='output', teacher_module_path='.', teacher_module_io='output')
         criterion = dict(key='KDLoss', kwargs=dict(outputs, temperature=tau, alpha=1-alpha))
-        config = dict(num_epochs=1, optimizer=dict(key='SGD', kwargs=dict(lr=lr)),
-            criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=dict(kd=dict(criterion=criterion, weight=1.)))),
-            teacher=dict(forward_proc='forward_batch_only', requires_grad=False), student=dict(forward_proc='forward_batch_only'))
+        terms = dict(kd=dict(criterion=criterion, weight=1.))
+        config = dict(num_epochs=1,
+            optimizer=dict(key='SGD', kwargs=dict(lr=lr)),
+            criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=terms)),
+            teacher=dict(forward_proc='forward_batch_only', requires_grad=False),
+            student=dict(forward_proc='forward_batch_only'))
         self.batch = batch
         self.box = DistillationBox(deepcopy(teacher).eval(), student.train(), {}, config, batch[0].device, [], False, 1)
 
@@ -82,12 +85,13 @@ def step_of_timm(
     alpha:float=.9, # soft share
     tau:float=4., # temperature
 )->TorchStep:
-    "A step of timm's `LogitDistillationTask`"
+    "Make a step of timm's `LogitDistillationTask`"
     from timm.task import DistillationTeacher, LogitDistillationTask
-    teacher = deepcopy(teacher)
+    teacher,device = deepcopy(teacher),batch[0].device
     student.pretrained_cfg = teacher.pretrained_cfg = dict(mean=(0.,)*3, std=(1.,)*3)
-    task = LogitDistillationTask(student, DistillationTeacher(teacher), criterion=torch.nn.CrossEntropyLoss(), task_loss_weight=1-alpha,
-        temperature=tau, device=batch[0].device, verbose=False).to(batch[0].device).train()
+    task = LogitDistillationTask(student, DistillationTeacher(teacher), criterion=torch.nn.CrossEntropyLoss(),
+        task_loss_weight=1-alpha, temperature=tau, device=device, verbose=False)
+    task = task.to(device).train()
     return TorchStep(student, batch, lambda x,y: task(x, y)['loss'])
 
 # %% ../../nbs/46b_lab.peers.ipynb #3f0dee47
@@ -96,7 +100,7 @@ def peer_steps(
     alpha:float=.9, # soft share
     tau:float=4., # temperature
 )->dict: # name → function of student and batch that makes a step
-    "Steps of those libraries that are installed"
+    "Return the steps of those libraries that are installed"
     out = {}
     if find_spec('torchdistill'): out['KD, torchdistill'] = partial(DistillationBoxStep, teacher=teacher, alpha=alpha, tau=tau)
     if find_spec('timm.task'): out['KD, timm'] = partial(step_of_timm, teacher=teacher, alpha=alpha, tau=tau)
