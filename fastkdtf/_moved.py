@@ -15,7 +15,7 @@ moved = {old: tuple(new.split()) for old,new in dict(
     bench='lab.bench', defective='lab.defective', draw='lab.draw', experiment='lab.experiment', explore='lab.explore',
     interpret='lab.interpret', learner='lab.compare', measure='lab.measure', page='lab.page', peers='lab.peers',
     procedures='lab.procedures', recipes='lab.recipes', report='lab.report', reproduction='lab.reproduction',
-    runs='lab.runs callback.checkpoint files', sweep='lab.sweep', training='lab.training').items()}
+    runs='lab.runs callback.checkpoint files', sweep='lab.sweep', training='lab.training lab.runs fingerprint').items()}
 
 def find(old:str, name:str):
     "The object that module `old` of 0.1.0 called `name`"

@@ -36,6 +36,6 @@ from fastkdtf.lab.procedures import Reversed, Taught, own_callbacks, teacher_acc
 from fastkdtf.lab.recipes import recipe, recipes
 from fastkdtf.lab.report import *
 from fastkdtf.lab.reproduction import Reproduction
-from fastkdtf.lab.runs import *
+from fastkdtf.lab.runs import Ledger, run_environment
 from fastkdtf.lab.sweep import Sweep, paper_grid, sweep
 from fastkdtf.lab.training import train_run

@@ -158,7 +158,7 @@ def test_batch_sizes_of_networks(tmp_path):
     mixed = Campaign({'a': Arm(bs=64, **arm), 'b': Arm(**arm)}, dls(128), partial(small, 'net', 10), 2, 1, out=tmp_path/'mixed')
     for name,bs in (('a', 64), ('b', 128)):
         own = Campaign({name: Arm(**arm)}, dls(bs), partial(small, 'net', 10), 2, 1, out=tmp_path/name)
-        assert mixed.runs[name, 0]['key'] == own.runs[name, 0]['key']
+        assert mixed.runs[name, 0].key == own.runs[name, 0].key
         ours,theirs = (c.train(name, 0)['history'] for c in (mixed, own))
         assert ours['train_loss'] == theirs['train_loss'] and ours['accuracy'] == theirs['accuracy']
         assert ours['valid_loss'] == pytest.approx(theirs['valid_loss'], rel=1e-5)   # validated in batches of another size
@@ -238,10 +238,10 @@ def failing(small_networks, monkeypatch):
     "Runs that raise: arm of the method's name → how often"
     left,seen,train = {},[],Campaign._train
     def _train(self, run, cbs):
-        seen.append(run['method'])
-        if left.get(run['method'], 0):
-            left[run['method']] -= 1
-            raise RuntimeError(f"no memory left for {run['method']}")
+        seen.append(run.arm)
+        if left.get(run.arm, 0):
+            left[run.arm] -= 1
+            raise RuntimeError(f"no memory left for {run.arm}")
         return train(self, run, cbs)
     monkeypatch.setattr(Campaign, '_train', _train)
     return left,seen

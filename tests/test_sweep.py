@@ -42,11 +42,11 @@ class Scripted:
         if not 0 < settings['alpha'] <= 1: raise ValueError(f"alpha must be in [0,1], got {settings['alpha']}")
         self.settings,self.seeds,self.n_epoch,self.baseline = {**r.settings, **settings},seeds,n_epoch,'net baseline'
         self.arms = {'net baseline': SimpleNamespace(n_epoch=n_epoch), 'LsrKD': SimpleNamespace(n_epoch=n_epoch)}
-        self.runs = {(name, s): dict(key=f'{out}/{name}/{s}/{n_epoch}' + ('' if name == self.baseline else f'/{json.dumps(self.settings)}')) for name in self.arms for s in seeds}
+        self.runs = {(name, s): SimpleNamespace(key=f'{out}/{name}/{s}/{n_epoch}' + ('' if name == self.baseline else f'/{json.dumps(self.settings)}')) for name in self.arms for s in seeds}
         self.store = SimpleNamespace(checkpoint=lambda run: [])
 
     def train(self, name, seed, cbs=()):
-        key = self.runs[name, seed]['key']
+        key = self.runs[name, seed].key
         if key not in self.finished:
             errors = [.3+.02*seed]*self.n_epoch if name == self.baseline else errors_of(self.settings, seed, self.n_epoch)
             for e in range(self.n_epoch):

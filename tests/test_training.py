@@ -1,6 +1,8 @@
 "Campaigns: arms with their own network, schedule and stages; what a run's record says of time"
-import time
+import json, shutil, time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoader, DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
+from fastai.torch_core import set_seed
 from torch import nn
 
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, TfKDReg
@@ -15,6 +18,9 @@ from fastkdtf.lab.compare import compare
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.stages import Stage
 from fastkdtf.teachers.network import NetworkTeacher
+from fastkdtf.lab.runs import Run, work
+from fastkdtf.vision.cifar_nets import BasicBlock, CifarResNet
+from fastkdtf.vision.data import kd_dataloaders
 from fastkdtf.lab.training import Campaign, Arm, make_callbacks, method_identity, train_run
 from fastkdtf.callback.twostage import effdstl_stages
 
@@ -49,7 +55,7 @@ def test_an_arm_has_its_own_network_epochs_and_fit():
     seen = []
     for name in c.arms: c.train(name, 0, cbs=[Watch(seen)])
     assert seen == [(32*6+32+32*3+3, 3, .03), (6*8+8+8*3+3, 2, .001)]
-    teacher,student = (c.runs[name, 0]['settings'] for name in c.arms)
+    teacher,student = (c.runs[name, 0].settings for name in c.arms)
     assert (teacher['n_epoch'], teacher['fit'], teacher['n_params']) == (3, 'fit_steadily(lr=0.03)', 323)
     assert (student['n_epoch'], student['fit'], student['n_params']) == (2, 'fit', 83)
 
@@ -58,16 +64,16 @@ def test_a_teacher_is_known_by_its_own_settings_only(tmp_path):
     teacher = Arm(keep='best', model_fn=large, fit=partial(fit_steadily, lr=.03))
     one = campaign({'teacher': teacher, 'a': Arm(KnowledgeDistillation, teacher='teacher')}, out=tmp_path, seeds=1)
     other = Campaign({'teacher': teacher, 'a': Arm(LsrKD)}, loaders(), partial(nn.Linear, 6, 3), 2, 1, out=tmp_path, learner=learner)
-    assert one.runs['teacher', 0]['key'] == other.runs['teacher', 0]['key'] and one.runs['a', 0]['key'] != other.runs['a', 0]['key']
+    assert one.runs['teacher', 0].key == other.runs['teacher', 0].key and one.runs['a', 0].key != other.runs['a', 0].key
     one.run()
     n = len((tmp_path/'results.jsonl').read_text().splitlines())
     other.run()
     assert n == 2 and len((tmp_path/'results.jsonl').read_text().splitlines()) == 3
 
 def test_settings_of_an_arm_tell_its_runs_apart():
-    keys = [campaign({'baseline': Arm(**o)}).runs['baseline', 0]['key'] for o in ({}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large), dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2)))]
+    keys = [campaign({'baseline': Arm(**o)}).runs['baseline', 0].key for o in ({}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large), dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2)))]
     assert len(set(keys)) == len(keys)
-    assert campaign({'baseline': Arm(n_epoch=2, fit='fit_one_cycle', model_fn=small)}).runs['baseline', 0]['key'] == keys[0]
+    assert campaign({'baseline': Arm(n_epoch=2, fit='fit_one_cycle', model_fn=small)}).runs['baseline', 0].key == keys[0]
 
 def test_two_teachers():
     seen = []
@@ -139,3 +145,67 @@ def test_train_says_what_is_missing():
     with pytest.raises(ValueError, match="'b', seed 0, needs 'a', which is not finished"): c.train('b', 0)
     c.train('a', 0)
     assert c.train('b', 0)['method'] == 'b'
+
+def test_runs_of_0_1_0_keep_their_keys(tmp_path):
+    "A folder that 0.1.0 wrote is continued: the same call finds all three runs and trains none again"
+    written = Path(__file__).parent/'written_by_0_1_0'/'results.jsonl'
+    set_seed(0, True)
+    dls = kd_dataloaders('digits', bs=64, train_subset=128)
+    net = lambda: CifarResNet(BasicBlock, 1, 10, widths=(4,4,4), stem=4)
+    out = tmp_path/'old'
+    out.mkdir()
+    shutil.copy(written, out)
+    c = compare({'LsrKD': LsrKD}, dls, net, 1, seeds=1, out=out)
+    assert (out/'results.jsonl').read_bytes() == written.read_bytes()
+    old = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [r['key'] for r in c.records] == [r['key'] for r in old] == ['baseline/seed0/05fd6ba63ba6', 'LsrKD/seed0/21d661c6c583', 'LS 0.1/seed0/98e9d75d4f74']
+    compare({'LsrKD': LsrKD}, dls, net, 1, seeds=1, out=tmp_path/'new')
+    new = [json.loads(line) for line in (tmp_path/'new'/'results.jsonl').read_text().splitlines()]
+    assert len(new) == len(old) == 3
+    for a,b in zip(old, new):
+        assert list(a) == list(b) and a['settings'] == b['settings'] and a['callbacks'] == b['callbacks']
+
+def test_the_key_of_a_run():
+    "It changes with all that decides the numbers, and with which weights of which run it uses; what it keeps itself is no part of it"
+    first = Run('a', 0, dict(n_epoch=1), keep='last')
+    keys = [Run(**{**dict(arm='b', seed=0, settings=dict(n_epoch=1)), **kw}).key for kw in (dict(), dict(seed=1), dict(settings=dict(n_epoch=2)), dict(method=[dict(callback='LsrKD')]),
+        dict(teachers=(first,)), dict(start=first), dict(teachers=(replace(first, keep='best'),)), dict(teachers=(replace(first, seed=1),)), dict(teachers=(first, first)))]
+    assert len(set(keys)) == len(keys) == 9
+    assert Run('b', 0, dict(n_epoch=1), keep='best').key == keys[0]
+    with pytest.raises(AttributeError): first.seed = 1
+
+def pretend(outcome):
+    "A `train` that trains nothing, and the calls it got; `outcome(run, wait)` is a record, None or an error"
+    calls = []
+    def train(run, wait, cbs):
+        calls.append((run.arm, wait))
+        if isinstance(done := outcome(run, wait), Exception): raise done
+        return done
+    return train,calls
+
+def made_up_runs():
+    teacher,other = Run('teacher', 0, dict(n_epoch=1), keep='last'),Run('other', 0, dict(n_epoch=1))
+    return [teacher, Run('taught', 0, dict(n_epoch=1), teachers=(teacher,)), other]
+
+def test_work_leaves_what_is_claimed_for_the_second_pass():
+    train,calls = pretend(lambda run, wait: {} if wait or run.arm == 'other' else None)
+    assert work(made_up_runs(), train) == {}
+    assert calls == [('teacher', False), ('taught', False), ('other', False), ('teacher', True), ('taught', True)]
+
+def test_work_ends_with_an_error_that_nobody_notes():
+    train,calls = pretend(lambda run, wait: RuntimeError('no memory') if run.arm == 'teacher' else {})
+    with pytest.raises(RuntimeError, match='no memory'): work(made_up_runs(), train, retries=3)
+    assert calls == [('teacher', False)]
+
+def test_work_tries_again_and_goes_on_without_those_that_need_a_failed_run():
+    train,calls = pretend(lambda run, wait: RuntimeError('no memory') if run.arm == 'teacher' else {})
+    runs,notes = made_up_runs(),[]
+    failed = work(runs, train, lambda run, attempt, error, trace: notes.append((run.arm, attempt, error, 'in train' in trace)), retries=1)
+    assert failed == {runs[0].key: 'RuntimeError: no memory', runs[1].key: f'needs {runs[0].key}, which failed'}
+    assert notes == [('teacher', i, 'RuntimeError: no memory', True) for i in (1, 2)]
+    assert calls == [('teacher', False), ('teacher', False), ('other', False)]
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_no_failure(error):
+    def train(run, wait, cbs): raise error
+    with pytest.raises(error): work(made_up_runs(), train, lambda *args: pytest.fail('noted'), retries=1)

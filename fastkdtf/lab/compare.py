@@ -24,6 +24,7 @@ from fastai.torch_core import default_device, get_model, get_random_states, set_
 from fastcore.basics import patch
 
 from ..core import *
+from ..fingerprint import fingerprint
 from ..teachers.frozen import copy_model
 from ..vision.loader import LastBatch, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory

@@ -25,12 +25,13 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core import *
-from ..callback.distill import KnowledgeDistillation
-from .procedures import Student, Taught
 from ..callback.checkpoint import Checkpoint
+from ..callback.distill import KnowledgeDistillation
 from ..files import replacing, run_lock
-from ..teachers.network import NetworkTeacher, as_teacher, class_names, input_stats
+from ..fingerprint import settings_digest
+from .procedures import Student, Taught
 from .training import *
+from ..teachers.network import NetworkTeacher, as_teacher, class_names, input_stats
 
 # %% ../../nbs/42a_lab.defective.ipynb #e070a594
 class KeepEpochs(Callback):
@@ -44,19 +45,33 @@ class KeepEpochs(Callback):
     @property
     def missing(self)->list:
         "Accuracies that were not reached yet"
-        reached = max((o['valid_accuracy'] for o in self.kept), default=-1.)
-        return [o for o in self.at_accuracies if not reached >= o]
+        reached = max((kept['valid_accuracy'] for kept in self.kept), default=-1.)
+        return [accuracy for accuracy in self.at_accuracies if not reached >= accuracy]
+
+    def _asked(self, epoch, accuracy):
+        "Return what the weights of an epoch are asked for, in words"
+        reached = [f'{100*wanted:g} %' for wanted in self.missing if accuracy >= wanted]
+        return [f'epoch {epoch}', *reached] if epoch in self.at_epochs else reached
 
     def after_epoch(self):
-        epoch,value = self.epoch+1,float(self.recorder.values[-1][self.recorder.metric_names.index('accuracy')-1])
-        asked = [f'epoch {epoch}']*(epoch in self.at_epochs) + [f'{100*o:g} %' for o in self.missing if value >= o]
-        if asked: self.kept = self.kept + [dict(epoch=epoch, valid_accuracy=value, asked=asked, weights=weights_on_cpu(self.model))]
-        if not self.missing and epoch >= max(self.at_epochs, default=0) and epoch < self.n_epoch: raise CancelFitException
+        "Keep the weights if they are asked for, and end the training after the last that is"
+        column = self.recorder.metric_names.index('accuracy')-1
+        epoch,value = self.epoch+1,float(self.recorder.values[-1][column])
+        if asked := self._asked(epoch, value):
+            self.kept = self.kept + [dict(epoch=epoch, valid_accuracy=value, asked=asked, weights=weights_on_cpu(self.model))]
+        done = not self.missing and epoch >= max(self.at_epochs, default=0)
+        if done and epoch < self.n_epoch: raise CancelFitException
 
-    def state_dict(self)->dict: return dict(kept=self.kept)
-    def load_state_dict(self, state:dict): self.kept = state['kept']
+    def state_dict(self)->dict:
+        "Return the weights kept so far, for `Checkpoint`"
+        return dict(kept=self.kept)
+    def load_state_dict(self, state:dict):
+        "Go on from `state`"
+        self.kept = state['kept']
 
 # %% ../../nbs/42a_lab.defective.ipynb #e56c0561
+def _in_per_cent(share): return '–' if math.isnan(share) else f'{100*share:.2f}'
+
 class PoorTeacher(NetworkTeacher):
     "A checkpoint of an unfinished training, for use as a teacher"
     def __init__(self,
@@ -72,7 +87,10 @@ class PoorTeacher(NetworkTeacher):
         self.epoch,self.valid_accuracy,self.accuracy,self.asked = epoch,valid_accuracy,accuracy,list(asked)
 
     @property
-    def weights(self)->dict: return self.model.state_dict()
+    def weights(self)->dict:
+        "The network's state dict"
+        return self.model.state_dict()
+
     def __repr__(self): return f'PoorTeacher(epoch {self.epoch}, {100*self.valid_accuracy:.2f} % on validation)'
 
 class PoorTeachers(list):
@@ -89,19 +107,22 @@ class PoorTeachers(list):
     @property
     def table(self)->pd.DataFrame:
         "One row a checkpoint. Accuracies are shares, not per cent"
-        rows = [dict(epoch=o.epoch, asked=', '.join(o.asked), valid_accuracy=o.valid_accuracy, accuracy=math.nan if o.accuracy is None else o.accuracy) for o in self]
+        rows = [dict(epoch=teacher.epoch, asked=', '.join(teacher.asked), valid_accuracy=teacher.valid_accuracy,
+                     accuracy=math.nan if teacher.accuracy is None else teacher.accuracy) for teacher in self]
         return pd.DataFrame(rows, columns=['epoch', 'asked', 'valid_accuracy', 'accuracy']).set_index('epoch')
 
     @property
     def caption(self)->str:
-        "How they were trained, and what was not reached"
-        return self.setting + '.' + (f" Never reached on validation: {', '.join(f'{100*o:g} %' for o in self.missing)}." if self.missing else '')
+        "Setting of the training, and accuracies that were not reached"
+        never = ', '.join(f'{100*accuracy:g} %' for accuracy in self.missing)
+        return f'{self.setting}.' + (f' Never reached on validation: {never}.' if never else '')
 
     @property
     def shown(self)->pd.DataFrame:
         "The table as people read it, in per cent"
-        t,pct = self.table,lambda x: '–' if math.isnan(x) else f'{100*x:.2f}'
-        return pd.DataFrame({'taken for': t.asked, 'validation acc %': t.valid_accuracy.map(pct), 'test acc %': t.accuracy.map(pct)}, index=t.index)
+        t = self.table
+        columns = {'taken for': t.asked, 'validation acc %': t.valid_accuracy.map(_in_per_cent), 'test acc %': t.accuracy.map(_in_per_cent)}
+        return pd.DataFrame(columns, index=t.index)
 
     def __repr__(self): return f'{self.caption}\n{self.shown.to_string()}'
     def _repr_html_(self): return f'<p>{escape(self.caption)}</p>{self.shown.to_html()}'
@@ -110,12 +131,13 @@ class PoorTeachers(list):
         folder:str|Path, # made if needed
     )->Path:
         "Write `teachers.json`, and the weights beside it"
-        folder = Path(folder)
-        told = [{k: getattr(o, k) for k in ('epoch', 'valid_accuracy', 'accuracy', 'asked', 'vocab', 'stats')} for o in self]
-        for o in self:
-            with replacing(folder/f'epoch{o.epoch}.pt') as f: torch.save({k: v.cpu() for k,v in o.weights.items()}, f)
-        told = dict(setting=self.setting, missing=self.missing, key=self.key, teachers=told)
-        with replacing(folder/'teachers.json') as f: f.write(json.dumps(told, indent=1).encode())
+        folder,told = Path(folder),[]
+        for teacher in self:
+            told.append({name: getattr(teacher, name) for name in ('epoch', 'valid_accuracy', 'accuracy', 'asked', 'vocab', 'stats')})
+            weights = {name: tensor.cpu() for name,tensor in teacher.weights.items()}
+            with replacing(folder/f'epoch{teacher.epoch}.pt') as f: torch.save(weights, f)
+        whole = dict(setting=self.setting, missing=self.missing, key=self.key, teachers=told)
+        with replacing(folder/'teachers.json') as f: f.write(json.dumps(whole, indent=1).encode())
         return folder
 
     @classmethod
@@ -123,31 +145,59 @@ class PoorTeachers(list):
         folder:str|Path, # as `save` wrote it
         model_fn:Callable, # makes the network that the weights belong to
     )->'PoorTeachers':
-        "The teachers in a folder. Raises `FileNotFoundError` or `ValueError` if there are none, or of another network"
+        "Read the teachers in a folder. Raises `FileNotFoundError` or `ValueError` if there are none, or of another network"
         folder = Path(folder)
         if not (folder/'teachers.json').is_file(): raise FileNotFoundError(f'{folder} holds no teachers.json: give a folder that PoorTeachers.save wrote')
-        told = json.loads((folder/'teachers.json').read_text())
-        def one(o):
-            model,file = model_fn(),folder/f"epoch{o['epoch']}.pt"
-            try: model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
-            except FileNotFoundError: raise
-            except Exception as e: raise ValueError(f"{file} is damaged, or no weights of this {type(model).__name__}: give the model_fn that it was trained with") from e
-            return PoorTeacher(model, **o)
-        return cls([one(o) for o in told.pop('teachers')], **told)
+        whole = json.loads((folder/'teachers.json').read_text())
+        teachers = [_load_teacher(folder/f"epoch{told['epoch']}.pt", told, model_fn()) for told in whole.pop('teachers')]
+        return cls(teachers, **whole)
+
+def _load_teacher(file, told, model):
+    "Return a saved teacher. Raises `ValueError` if its weights are damaged, or of another network"
+    try: model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+    except FileNotFoundError: raise
+    except Exception as e:
+        raise ValueError(f"{file} is damaged, or no weights of this {type(model).__name__}: give the model_fn that it was trained with") from e
+    return PoorTeacher(model, **told)
 
 # %% ../../nbs/42a_lab.defective.ipynb #3bc70536
+def _as_list(name, values):
+    "Return epochs or accuracies as a list. Raises `TypeError` if they are no collection"
+    values = values or ()
+    if not isinstance(values, (list, tuple, set, range)): raise TypeError(f'{name} must be a list, got {values!r}')
+    return list(values)
+
 def _check_checkpoints(n_epoch, at_epochs, at_accuracies, fit):
-    at_epochs,at_accuracies = (list(o) if isinstance(o, (list, tuple, set, range)) else o for o in (at_epochs or (), at_accuracies or ()))
-    for name,o in (('at_epochs', at_epochs), ('at_accuracies', at_accuracies)):
-        if not isinstance(o, list): raise TypeError(f'{name} must be a list, got {o!r}')
+    "Return the epochs of the schedule, and when to take a teacher, sorted"
+    at_epochs,at_accuracies = _as_list('at_epochs', at_epochs),_as_list('at_accuracies', at_accuracies)
     if not at_epochs and not at_accuracies: raise ValueError('at_epochs and at_accuracies are both empty: say when to take a teacher')
-    for o in at_epochs: check_whole('at_epochs', o)
-    for o in at_accuracies: check_number('at_accuracies', o, '[0,1]')
+    for epoch in at_epochs: check_whole('at_epochs', epoch)
+    for wanted in at_accuracies: check_number('at_accuracies', wanted, '[0,1]')
     if n_epoch is None and not at_epochs: raise ValueError('n_epoch is needed when at_epochs is empty: it says how long to try')
     n_epoch = check_whole('n_epoch', max(at_epochs) if n_epoch is None else n_epoch)
-    if max(at_epochs, default=0) > n_epoch: raise ValueError(f'at_epochs has {max(at_epochs)}, which is beyond n_epoch={n_epoch}: give at_epochs= up to it, or more epochs')
-    if fit == 'fine_tune': raise ValueError("fit='fine_tune' is two trainings: call freeze, fit and unfreeze, and give the second one's 'fit_one_cycle' here")
+    if max(at_epochs, default=0) > n_epoch:
+        raise ValueError(f'at_epochs has {max(at_epochs)}, which is beyond n_epoch={n_epoch}: give at_epochs= up to it, or more epochs')
+    if fit == 'fine_tune':
+        raise ValueError("fit='fine_tune' is two trainings: call freeze, fit and unfreeze, and give the second one's 'fit_one_cycle' here")
     return n_epoch,sorted(set(at_epochs)),sorted(set(at_accuracies))
+
+def _train_teachers(student, campaign, keep, key, cbs=()):
+    "Train once, and return the weights that `keep` kept as teachers"
+    dls,(run,) = student.dls,campaign.runs.values()
+    train_run(None, run.seed, dls, student.model_fn, run.n_epoch, campaign.fit, campaign.lr, [keep, *cbs], student.learner)
+    teachers = [_poor_teacher(student, **kept) for kept in keep.kept]
+    if keep.missing:
+        never = ', '.join(f'{100*accuracy:g} %' for accuracy in keep.missing)
+        warnings.warn(f'never reached on validation in {run.n_epoch} epochs: {never}')
+    return PoorTeachers(teachers, f'{setting_in_words(run.settings)}, seed {run.seed}', keep.missing, key)
+
+def _poor_teacher(student, epoch, valid_accuracy, asked, weights):
+    "Return weights that were kept as a teacher, with its accuracy on the test set"
+    learn = student.learner(student.dls, student.model_fn())
+    learn.model.load_state_dict(weights)
+    test = reported_scores(learn)['accuracy'] if evaluation_set(student.dls) == 2 else None
+    stats = input_stats(student.dls.train) or ([0.], [1.])
+    return PoorTeacher(learn.model.cpu(), epoch, valid_accuracy, test, asked, class_names(student.dls), stats)
 
 @patch
 def poor_teachers(self:Learner,
@@ -160,49 +210,41 @@ def poor_teachers(self:Learner,
     model_fn:Callable|None=None, # makes the model, with fresh weights for the seed; None: the weights that the learner holds
     out:str|Path|None=None, # folder to save them in, and to go on from; None keeps nothing
 )->PoorTeachers:
-    """Checkpoints of one unfinished training on the schedule of `n_epoch`, which ends with the last one taken. Yuan et al. 2020, §2.2
+    """Train on the schedule of `n_epoch`, and return the checkpoints asked for; the training ends with the last of them. Yuan et al. 2020, §2.2
 
     An accuracy that is never reached is told in a warning and in the caption. The learner itself stays as it is."""
     n_epoch,at_epochs,at_accuracies = _check_checkpoints(n_epoch, at_epochs, at_accuracies, fit)
     student = Student(self, model_fn)
-    plan = student.campaign({'baseline': Arm()}, n_epoch, [seed], fit, lr, None)
-    run = plan.runs['baseline', seed]
-    key = settings_digest(dict(run=run['key'], at_epochs=at_epochs, at_accuracies=at_accuracies))
-    if out is None: return _train_poor(student, plan, run, at_epochs, at_accuracies, key)
+    campaign = student.campaign({'baseline': Arm()}, n_epoch, [seed], fit, lr, None)
+    key = settings_digest(dict(run=campaign.runs['baseline', seed].key, at_epochs=at_epochs, at_accuracies=at_accuracies))
+    train = partial(_train_teachers, student, campaign, KeepEpochs(at_epochs, at_accuracies), key)
+    if out is None: return train()
     out = make_folder(out)
-    file = out/f'unfinished-{key}.pt'
-    with run_lock(file, -1):
+    checkpoint = out/f'unfinished-{key}.pt'
+    with run_lock(checkpoint, -1):
         if (out/'teachers.json').exists():
             teachers = PoorTeachers.load(out, student.model_fn)
             if teachers.key != key: raise ValueError(f'{out} holds the teachers of another training: give another folder')
             return teachers
-        teachers = _train_poor(student, plan, run, at_epochs, at_accuracies, key, [Checkpoint(file)])
+        teachers = train([Checkpoint(checkpoint)])
         teachers.save(out)
-        file.unlink(missing_ok=True)
-    return teachers
-
-def _train_poor(student, plan, run, at_epochs, at_accuracies, key, cbs=()):
-    dls,keep = student.dls,KeepEpochs(at_epochs, at_accuracies)
-    train_run(None, run['seed'], dls, student.model_fn, plan.n_epoch, plan.fit, plan.lr, [keep, *cbs], student.learner)
-    def one(epoch, valid_accuracy, asked, weights):
-        learn = student.learner(dls, student.model_fn())
-        learn.model.load_state_dict(weights)
-        test = reported_scores(learn)['accuracy'] if evaluation_set(dls) == 2 else None
-        return PoorTeacher(learn.model.cpu(), epoch, valid_accuracy, test, asked, class_names(dls), input_stats(dls.train) or ([0.], [1.]))
-    teachers = PoorTeachers([one(**o) for o in keep.kept], f"{run['setting']}, seed {run['seed']}", keep.missing, key)
-    if keep.missing: warnings.warn(f"never reached on validation in {plan.n_epoch} epochs: {', '.join(f'{100*o:g} %' for o in keep.missing)}")
+        checkpoint.unlink(missing_ok=True)
     return teachers
 
 # %% ../../nbs/42a_lab.defective.ipynb #7cae19e1
+def _teacher_name(teacher, number): return f'De-KD epoch {teacher.epoch}' if isinstance(teacher, PoorTeacher) else f'De-KD teacher {number}'
+
 def _named_teachers(teachers):
+    "Return teachers by the names of their rows. Raises `TypeError` or `ValueError` if they are none, or two have one name"
     if isinstance(teachers, dict): named = list(teachers.items())
-    elif isinstance(teachers, (list, tuple, L)): named = [(f'De-KD epoch {o.epoch}' if isinstance(o, PoorTeacher) else f'De-KD teacher {i}', o) for i,o in enumerate(teachers, 1)]
+    elif isinstance(teachers, (list, tuple, L)): named = [(_teacher_name(teacher, i), teacher) for i,teacher in enumerate(teachers, 1)]
     else: raise TypeError(f'teachers must be a list of teachers, or a dict from names to them, got {type(teachers).__name__}')
     if not named: raise ValueError('teachers is empty: learn.poor_teachers(…) makes some')
-    names = [name for name,_ in named]
-    twice = next((o for o in names if names.count(o) > 1), None)
-    if twice: raise ValueError(f'two teachers are called {twice!r}: give a dict from names to teachers')
-    return {name: as_teacher(o) for name,o in named}
+    by_name = {}
+    for name,teacher in named:
+        if name in by_name: raise ValueError(f'two teachers are called {name!r}: give a dict from names to teachers')
+        by_name[name] = teacher
+    return {name: as_teacher(teacher) for name,teacher in by_name.items()}
 
 @patch
 def defective_kd(self:Learner,

@@ -11,6 +11,8 @@ __all__ = ['exploration_subsets', 'SoftOnly', 'exploration_schemes', 'Exploratio
 # %% ../../nbs/43_lab.explore.ipynb #662a9c25
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,9 +28,9 @@ from torch import Tensor, nn
 from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .report import Comparison, last_accuracy
+from .training import Arm, Campaign
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
-from .training import Campaign, Arm
 
 # %% ../../nbs/43_lab.explore.ipynb #c817a4c2
 class SoftOnly(WatchedDistill):
@@ -42,24 +44,27 @@ class SoftOnly(WatchedDistill):
         super().__init__(teacher, (0., 1.), 1., scale=1, loss='ce', rewrite=rewrite, name=name)
         self.settings = dict(teacher=self.teacher, rewrite=rewrite)
 
-    def facts(self, step:Step)->dict: return dict(train_accuracy=step.z.argmax(1) == step.y)
+    def facts(self, step:Step)->dict:
+        "Return for each sample whether the student gets it right"
+        return dict(train_accuracy=step.z.argmax(1) == step.y)
 
 def exploration_schemes(
     strong:nn.Module|Learner|Callable|str|Path|None=None, # the strong teacher, for 'full', 'partial' and 'confidence'
     smooth_to:float|None=None, # eq. 3's `t`, for 'label smoothing'
     delta:float|None=None, # δ, for 'teacher amplification' and 'student amplification'
 )->dict: # name → function of a subset that makes the rewrite
-    "The paper's schemes, as far as what they need is given"
-    out = {}
+    "Return the paper's schemes, as far as what they need is given"
+    schemes = {}
     if strong is not None:
         strong = as_teacher(strong)
-        for what in ('full', 'partial', 'confidence'): out[what] = lambda on, what=what: Replace(strong, what, on)
-    if smooth_to is not None: out['label smoothing'] = lambda on: SmoothTo(smooth_to, on)
+        for what in ('full', 'partial', 'confidence'): schemes[what] = partial(Replace, strong, what)
+    if smooth_to is not None: schemes['label smoothing'] = partial(SmoothTo, smooth_to)
     if delta is not None:
-        for who in ('teacher', 'student'): out[f'{who} amplification'] = lambda on, who=who: Amplify(delta, who, on)
-    return out
+        for who in ('teacher', 'student'): schemes[f'{who} amplification'] = partial(Amplify, delta, who)
+    return schemes
 
-exploration_subsets = {'all': None, 'correct': Correct(), 'not correct': ~Correct(), 'regularization': Regularization(), 'reg & cor': Regularization() & Correct()}
+exploration_subsets = {'all': None, 'correct': Correct(), 'not correct': ~Correct(), 'regularization': Regularization(),
+                       'reg & cor': Regularization() & Correct()}
 
 # %% ../../nbs/43_lab.explore.ipynb #a2ba807e
 class Exploration(Comparison):
@@ -67,9 +72,14 @@ class Exploration(Comparison):
     weak,strong = 'weak teacher','strong teacher'
 
     def normalised(self, name:str)->list:
-        "`(acc - acc⁻)/(acc⁺ - acc⁻)` of each run, by seed; the two in between which it lies are means over the seeds"
-        low,high = (np.mean([last_accuracy(r) for r in self.runs(o)]) for o in (self.weak, self.strong))
-        return [(last_accuracy(r)-low)/(high-low) if high != low else math.nan for r in self.runs(name)]
+        "Return `(acc - acc⁻)/(acc⁺ - acc⁻)` of each run, by seed; the two ends are means over the seeds"
+        low,high = (np.mean([last_accuracy(record) for record in self.runs(end)]) for end in (self.weak, self.strong))
+        if high == low: return [math.nan for _ in self.runs(name)]
+        return [(last_accuracy(record)-low)/(high-low) for record in self.runs(name)]
+
+    def mean_normalised(self, name:str)->float:
+        "Return the mean of `normalised` over the seeds"
+        return float(np.mean(self.normalised(name)))
 
     @property
     def rewritten(self)->list:
@@ -78,9 +88,9 @@ class Exploration(Comparison):
 
     @property
     def table(self)->pd.DataFrame:
-        "As that of `Comparison`, and the mean normalised accuracy"
+        "The table of `Comparison`, and the mean normalised accuracy"
         t = super().table
-        t.insert(t.columns.get_loc('last'), 'normalised', [float(np.mean(self.normalised(o))) for o in t.index])
+        t.insert(t.columns.get_loc('last'), 'normalised', list(map(self.mean_normalised, t.index)))
         return t
 
     @property
@@ -93,18 +103,20 @@ class Exploration(Comparison):
     @property
     def grid(self)->pd.DataFrame:
         "Mean normalised accuracy, schemes × subsets"
-        rows = [(scheme, subset, float(np.mean(self.normalised(name)))) for scheme,subset,name in self.rewritten]
+        rows = [(scheme, subset, self.mean_normalised(name)) for scheme,subset,name in self.rewritten]
         t = pd.DataFrame(rows, columns=['scheme', 'subset', 'normalised'])
         return t.pivot(index='scheme', columns='subset', values='normalised').loc[t.scheme.unique(), t.subset.unique()]
 
-    def plot_schemes(self, ax:plt.Axes|None=None)->plt.Axes:
-        "Normalised accuracy by scheme, a dot for each run, coloured by subset. Song et al. 2023, Fig. 5 and 6"
+    def plot_schemes(self,
+        ax:plt.Axes|None=None, # axes to draw on
+    )->plt.Axes:
+        "Draw normalised accuracy by scheme, a dot for each run, coloured by subset. Song et al. 2023, Fig. 5 and 6"
         if ax is None: ax = plt.subplots(figsize=(8, 4), layout='constrained')[1]
         schemes,subsets = list(self.grid.index),list(self.grid.columns)
         for scheme,subset,name in self.rewritten:
-            i,j = schemes.index(scheme),subsets.index(subset)
-            values = self.normalised(name)
-            ax.scatter([i + .12*(j-(len(subsets)-1)/2)]*len(values), values, s=20, color=f'C{j}', alpha=.7, label=subset if i == 0 else None)
+            i,j,values = schemes.index(scheme),subsets.index(subset),self.normalised(name)
+            x = i + .12*(j-(len(subsets)-1)/2)   # the subsets of a scheme side by side
+            ax.scatter([x]*len(values), values, s=20, color=f'C{j}', alpha=.7, label=subset if i == 0 else None)
         for y in (0, 1): ax.axhline(y, color='grey', ls=':', lw=1)
         ax.set(xticks=range(len(schemes)), xticklabels=schemes, ylabel='normalised accuracy: 0 weak, 1 strong teacher')
         ax.legend(fontsize='small', title='rewritten samples')
@@ -112,9 +124,9 @@ class Exploration(Comparison):
 
     def plot_overfitting(self,
         names:Iterable|None=None, # which arms; None: all
-        axs:np.ndarray|list|None=None,
+        axs:np.ndarray|list|None=None, # two axes to draw on
     )->np.ndarray|list:
-        "Training and validation accuracy by epoch, mean over seeds. Song et al. 2023, Fig. 8"
+        "Draw training and validation accuracy by epoch, mean over seeds. Song et al. 2023, Fig. 8"
         if axs is None: axs = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout='constrained')[1]
         for ax,column,title in zip(axs, ('train_accuracy', 'accuracy'), ('training batches', 'validation')):
             for name in self.names if names is None else names:
@@ -125,7 +137,7 @@ class Exploration(Comparison):
         return axs
 
     def save(self, out:str|Path)->Path:
-        "As `Comparison.save`, and `schemes.csv` and `schemes.png`"
+        "Write what `Comparison.save` does, and `schemes.csv` and `schemes.png`"
         out = super().save(out)
         if self.rewritten:
             self.grid.to_csv(out/'schemes.csv')
@@ -149,8 +161,10 @@ def explore(
     out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
 )->Exploration:
     "Train students of a weak teacher, of a strong one, and of the weak one rewritten by each scheme on each subset. Song et al. 2023, §4.1–4.2"
-    if not isinstance(schemes, dict) or not schemes: raise TypeError(f'schemes must be a dict such as exploration_schemes(strong) returns, got {schemes!r}')
-    if not isinstance(subsets, dict) or not subsets: raise TypeError(f"subsets must be a dict from names to subsets, such as {{'correct': Correct()}}, got {subsets!r}")
+    if not isinstance(schemes, dict) or not schemes:
+        raise TypeError(f'schemes must be a dict such as exploration_schemes(strong) returns, got {schemes!r}')
+    if not isinstance(subsets, dict) or not subsets:
+        raise TypeError(f"subsets must be a dict from names to subsets, such as {{'correct': Correct()}}, got {subsets!r}")
     weak,strong = as_teacher(weak),as_teacher(strong)
     arms = {Exploration.weak: Arm(SoftOnly(weak)), Exploration.strong: Arm(SoftOnly(strong))}
     for scheme,make in schemes.items():
@@ -158,6 +172,22 @@ def explore(
     return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
 
 # %% ../../nbs/43_lab.explore.ipynb #9c3332bd
+@contextmanager
+def _evaluating(*models):
+    "Put networks in evaluation mode for the block; each part gets its own mode back"
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models: model.eval()
+        yield
+    finally:
+        for module,training in modes.items(): module.training = training
+
+def _unit_step(gradient, norm):
+    "Return steps along a gradient `[N,…]` whose length is 1 in a norm"
+    if norm == 'inf': return gradient.sign()
+    lengths = gradient.flatten(1).norm(dim=1).clamp(min=1e-30)
+    return gradient/lengths.view(-1, *[1]*(gradient.ndim-1))
+
 def fgsm(
     model:nn.Module, # classifier; runs in evaluation mode, and gets no gradients of its own
     x:Tensor, # inputs `[N,…]`
@@ -165,23 +195,18 @@ def fgsm(
     eps:float, # size of the step, 0 or more
     norm:str|int='inf', # what is `eps` long: 'inf' | 2
 )->Tensor: # inputs, changed
-    "Adversarial examples by one step along the gradient of the loss"
+    "Return adversarial examples, one step along the gradient of the loss"
     check_number('eps', eps, '[0,inf)')
     check_choice('norm', norm, ('inf', 2))
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        with torch.enable_grad():
-            x = x.detach().clone().requires_grad_()
-            g, = torch.autograd.grad(F.cross_entropy(model(x).float(), y, reduction='sum'), x)
-    finally:
-        for m,o in modes.items(): m.training = o
-    step = g.sign() if norm == 'inf' else g/g.flatten(1).norm(dim=1).clamp(min=1e-30).view(-1, *[1]*(g.ndim-1))
-    return (x + eps*step).detach()
+    with _evaluating(model), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        loss = F.cross_entropy(model(x).float(), y, reduction='sum')
+        g, = torch.autograd.grad(loss, x)
+    return (x + eps*_unit_step(g, norm)).detach()
 
 # %% ../../nbs/43_lab.explore.ipynb #ebf08e31
 class ConfidenceChange:
-    "How much adversarial examples of a teacher change the probability of the label, in several networks, for samples kept and manipulated"
+    "Change of the label's probability under adversarial examples of a teacher, in several networks, for samples kept and manipulated"
     def __init__(self,
         changes:pd.DataFrame, # a row a sample and network: `network`, `group`, `change`
         eps:float, # size of the step
@@ -194,14 +219,18 @@ class ConfidenceChange:
         t = self.changes.groupby(['network', 'group'], sort=False).change.agg(['mean', 'count']).unstack('group')
         return t.loc[self.changes.network.unique()]
 
-    def plot(self, axs:np.ndarray|list|None=None)->np.ndarray|list:
-        "Histograms of the change. Song et al. 2023, Fig. 7"
-        names = list(self.changes.network.unique())
-        if axs is None: axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 3), sharey=True, layout='constrained', squeeze=False)[1][0]
-        low,high = min(self.changes.change.min(), -1e-3),max(self.changes.change.max(), 1e-3)
+    def plot(self,
+        axs:np.ndarray|list|None=None, # axes to draw on, one a network
+    )->np.ndarray|list:
+        "Draw histograms of the change. Song et al. 2023, Fig. 7"
+        names,change = list(self.changes.network.unique()),self.changes.change
+        if axs is None:
+            axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 3), sharey=True, layout='constrained', squeeze=False)[1][0]
+        bins = np.linspace(min(change.min(), -1e-3), max(change.max(), 1e-3), 41)
         for ax,name in zip(axs, names):
-            for color,(group,o) in zip(('C3', 'C0'), self.changes[self.changes.network == name].groupby('group', sort=True)):
-                ax.hist(o.change, bins=np.linspace(low, high, 41), density=True, histtype='step', color=color, label=group)
+            groups = self.changes[self.changes.network == name].groupby('group', sort=True)
+            for color,(group,rows) in zip(('C3', 'C0'), groups):
+                ax.hist(rows.change, bins=bins, density=True, histtype='step', color=color, label=group)
             ax.set(title=name, xlabel='change of confidence')
         axs[0].legend(fontsize='small')
         return axs
@@ -209,11 +238,15 @@ class ConfidenceChange:
     def __repr__(self): return f'FGSM, eps={self.eps:g}, norm={self.norm}\n{self.table.to_string()}'
     def _repr_html_(self): return f'<p>FGSM, eps={self.eps:g}, norm={self.norm}</p>{self.table.to_html()}'
 
-def _network(o):
-    "The module of a learner or a `NetworkTeacher`"
-    if isinstance(o, (Learner, NetworkTeacher)): o = get_model(o.model)
-    if not isinstance(o, nn.Module): raise TypeError(f'a network must be a module, a Learner or a NetworkTeacher, got {o!r}')
-    return o
+def _as_network(x):
+    "Return the module of a learner or a `NetworkTeacher`. Raises `TypeError` if it is no network"
+    if isinstance(x, (Learner, NetworkTeacher)): x = get_model(x.model)
+    if not isinstance(x, nn.Module): raise TypeError(f'a network must be a module, a Learner or a NetworkTeacher, got {x!r}')
+    return x
+
+def _probability_of_label(z, y): return z.float().softmax(1).gather(1, y[:,None])[:,0]
+
+def _plain_on(device, x): return (x.as_subclass(Tensor) if type(x) is not Tensor else x).to(device)
 
 def confidence_change(
     teacher:nn.Module|Learner|NetworkTeacher, # whose gradients are followed
@@ -227,30 +260,31 @@ def confidence_change(
     tau:tuple=(1., 1.), # temperatures of teacher and student in `on`
     seed:int=0, # of the choice
 )->ConfidenceChange:
-    """What adversarial examples of the teacher do to samples that are kept and to those that are manipulated. Song et al. 2023, §4.3
+    """Measure what adversarial examples of the teacher do to samples that are kept and to those that are manipulated. Song et al. 2023, §4.3
 
     The networks must know the same classes and take inputs as `dl` gives them: nothing is normalised anew."""
     check_number('eps', eps, '[0,inf)')
     check_choice('norm', norm, ('inf', 2))
     check_whole('n', n)
-    networks = {'teacher': _network(teacher), 'student': _network(student), **{k: _network(o) for k,o in (others or {}).items()}}
-    modes = {m: m.training for o in networks.values() for m in o.modules()}
+    networks = dict(teacher=_as_network(teacher), student=_as_network(student))
+    networks.update({name: _as_network(other) for name,other in (others or {}).items()})
     device = next((p.device for p in networks['teacher'].parameters()), torch.device('cpu'))
-    plain = lambda o: (o.as_subclass(Tensor) if type(o) is not Tensor else o).to(device)
-    sure = lambda z, y: z.float().softmax(1).gather(1, y[:,None])[:,0]
-    moved,manipulated = {k: [] for k in networks},[]
-    try:
-        for o in networks.values(): o.eval().to(device)
+    changes,manipulated = {name: [] for name in networks},[]
+    with _evaluating(*networks.values()):
+        for network in networks.values(): network.to(device)
         for x,y in dl:
-            x,y = plain(x),plain(y)
-            bad = fgsm(networks['teacher'], x, y, eps, norm)
+            x,y = _plain_on(device, x),_plain_on(device, y)
+            moved = fgsm(networks['teacher'], x, y, eps, norm)
             with torch.no_grad():
-                said = {k: o(x) for k,o in networks.items()}
-                for k,o in networks.items(): moved[k].append(sure(o(bad), y) - sure(said[k], y))
-                manipulated.append(on(Step(y, said['student'], zt=said['teacher'], tau=tau)))
-    finally:
-        for m,o in modes.items(): m.training = o
+                z = {name: network(x) for name,network in networks.items()}
+                for name,network in networks.items():
+                    changes[name].append(_probability_of_label(network(moved), y) - _probability_of_label(z[name], y))
+                manipulated.append(on(Step(y, z['student'], zt=z['teacher'], tau=tau)))
     manipulated,rng = torch.cat(manipulated).cpu().numpy(),np.random.default_rng(seed)
-    chosen = {group: rng.permutation(np.flatnonzero(which))[:n] for group,which in (('kept', ~manipulated), ('manipulated', manipulated))}
-    rows = [dict(network=k, group=group, change=c) for k,v in moved.items() for v in [torch.cat(v).cpu().numpy()] for group,i in chosen.items() for c in v[i]]
+    groups = dict(kept=~manipulated, manipulated=manipulated)
+    chosen = {group: rng.permutation(np.flatnonzero(members))[:n] for group,members in groups.items()}
+    rows = []
+    for name,parts in changes.items():
+        change = torch.cat(parts).cpu().numpy()
+        for group,i in chosen.items(): rows += [dict(network=name, group=group, change=value) for value in change[i]]
     return ConfidenceChange(pd.DataFrame(rows), eps, norm)

@@ -27,51 +27,59 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..callback.distill import KnowledgeDistillation
-from ..teachers.frozen import copy_model
+from ..fingerprint import fingerprint
 from .interpret import evaluate
 from .report import Comparison, last_accuracy
-from ..teachers.network import NetworkTeacher, as_teacher
 from .training import *
+from ..teachers.frozen import copy_model
+from ..teachers.network import NetworkTeacher, as_teacher
 
 # %% ../../nbs/42_lab.procedures.ipynb #6339480f
+def _mean_and_sd(accuracies): return accuracies.mean(),accuracies.std(ddof=1) if len(accuracies) > 1 else 0.
+
 class Taught(Comparison):
     "A `Comparison` whose teachers' accuracies are known, on the set that is reported"
     def teacher_accuracies(self, name:str)->list:
-        "The accuracy of a method's teacher in each run, by seed; not-a-number where there is none"
-        return [math.nan if r.get('teacher_accuracy') is None else r['teacher_accuracy'] for r in self.runs(name)]
+        "Return the accuracy of a method's teacher in each run, by seed; not-a-number where there is none"
+        known = [record.get('teacher_accuracy') for record in self.runs(name)]
+        return [math.nan if accuracy is None else accuracy for accuracy in known]
 
     @property
     def table(self)->pd.DataFrame:
-        "As that of `Comparison`, and the mean accuracy of the teachers"
+        "The table of `Comparison`, and the mean accuracy of the teachers"
         t = super().table
-        t.insert(t.columns.get_loc('last'), 'teacher', [float(np.mean(self.teacher_accuracies(o))) for o in t.index])
+        means = [float(np.mean(self.teacher_accuracies(name))) for name in t.index]
+        t.insert(t.columns.get_loc('last'), 'teacher', means)
         return t
 
     @property
     def shown(self)->pd.DataFrame:
         "The table as people read it, in per cent"
         t = super().shown
-        t.insert(t.columns.get_loc('last acc %'), 'teacher acc %', ['–' if math.isnan(o) else f'{100*o:.2f}' for o in self.table.teacher])
+        per_cent = ['–' if math.isnan(accuracy) else f'{100*accuracy:.2f}' for accuracy in self.table.teacher]
+        t.insert(t.columns.get_loc('last acc %'), 'teacher acc %', per_cent)
         return t
 
     @property
     def caption(self)->str:
-        "What was run, and what the columns mean"
+        "Setting, and meaning of the columns"
         return super().caption + ' Teacher: accuracy of the network that teaches, on the same set.'
 
-    def plot_teachers(self, ax:plt.Axes|None=None)->plt.Axes:
-        "Student accuracy against teacher accuracy: a dot for each seed, mean ± sd; lines without a teacher. Yuan et al. 2020, Fig. 2"
+    def plot_teachers(self,
+        ax:plt.Axes|None=None, # axes to draw on
+    )->plt.Axes:
+        "Draw student accuracy against teacher accuracy: a dot for each seed, mean ± sd; lines without a teacher. Yuan et al. 2020, Fig. 2"
         if ax is None: ax = plt.subplots(figsize=(6, 4), layout='constrained')[1]
-        accs = {n: 100*np.array([last_accuracy(r) for r in self.runs(n)]) for n in self.names}
-        spread = lambda a: a.std(ddof=1) if len(a) > 1 else 0.
-        taught = [n for n in self.names if not np.isnan(self.teacher_accuracies(n)).all()]
+        teachers = {name: 100*np.array(self.teacher_accuracies(name)) for name in self.names}
+        students = {name: 100*np.array([last_accuracy(record) for record in self.runs(name)]) for name in self.names}
+        taught = [name for name in self.names if not np.isnan(teachers[name]).all()]
         for name in taught:
-            x = 100*np.array(self.teacher_accuracies(name))
-            ax.scatter(x, accs[name], s=16, color='C0', alpha=.5)
-            ax.errorbar(x.mean(), accs[name].mean(), spread(accs[name]), color='C0', marker='D', capsize=3, label='student, mean ± sd' if name == taught[0] else None)
-        base = accs[self.baseline]
-        self.draw_baseline(ax, base.mean(), spread(base))
-        for i,name in enumerate(n for n in self.names if n not in (*taught, self.baseline)): ax.axhline(accs[name].mean(), color=f'C{i+1}', ls=':', label=name)
+            mean,sd = _mean_and_sd(students[name])
+            ax.scatter(teachers[name], students[name], s=16, color='C0', alpha=.5)
+            ax.errorbar(teachers[name].mean(), mean, sd, color='C0', marker='D', capsize=3, label='student, mean ± sd' if name == taught[0] else None)
+        self.draw_baseline(ax, *_mean_and_sd(students[self.baseline]))
+        untaught = [name for name in self.names if name not in (*taught, self.baseline)]
+        for i,name in enumerate(untaught, 1): ax.axhline(students[name].mean(), color=f'C{i}', ls=':', label=name)
         ax.set(xlabel=f"teacher's {self.records[0]['evaluated_on']} accuracy, %", ylabel="student's accuracy after the last epoch, %")
         ax.legend(fontsize='small')
         return ax
@@ -79,7 +87,7 @@ class Taught(Comparison):
     def save(self,
         out:str|Path, # folder
     )->Path:
-        "As `Comparison.save`, and `teachers.png`"
+        "Write what `Comparison.save` does, and `teachers.png`"
         out = super().save(out)
         self.plot_teachers()
         plt.savefig(out/'teachers.png', dpi=120)
@@ -90,12 +98,20 @@ class Taught(Comparison):
 def own_callbacks(
     learn:Learner,
 )->list:
-    "Copies of the callbacks that a learner was given, without fastai's defaults"
-    default = [o if isinstance(o, type) else type(o) for o in defaults.callbacks]
+    "Copy the callbacks that a learner was given, without fastai's defaults"
+    default = [cb if isinstance(cb, type) else type(cb) for cb in defaults.callbacks]
     return [deepcopy(cb, {id(learn): None}) for cb in learn.cbs if type(cb) not in default]
 
+_settings_of_a_learner = 'loss_func','opt_func','lr','splitter','wd','wd_bn_bias','train_bn','moms'
+
+def _check_same_parameters(own, model):
+    "Check that two networks have parameters of the same names and shapes"
+    shapes = [{name: tuple(tensor.shape) for name,tensor in net.state_dict().items()} for net in (own, model)]
+    if shapes[0] == shapes[1]: return
+    raise ValueError(f"model_fn must make a network like the learner's own, a {type(own).__name__}, but its {type(model).__name__} has other parameters")
+
 class Student:
-    "What makes the runs of `learn`: its network from the weights it holds now, or `model_fn`'s, and learners like it"
+    "Networks and learners like those of `learn`, from the weights it holds now or those of `model_fn`"
     def __init__(self,
         learn:Learner,
         model_fn:Callable|None=None, # makes the model, with fresh weights for each seed; None: the weights that `learn` holds
@@ -104,21 +120,17 @@ class Student:
             raise ValueError('opt_func is an optimizer of this very network, but each run needs its own: '
                              'give Learner a function, such as partial(OptimWrapper, opt=torch.optim.SGD)')
         self.dls,self.callbacks = learn.dls,own_callbacks(learn)
-        own,kept = copy_model(get_model(learn.model)),('loss_func', 'opt_func', 'lr', 'splitter', 'wd', 'wd_bn_bias', 'train_bn', 'moms')
-        self.args = {k: getattr(learn, k) for k in (*kept, 'path', 'model_dir')}
-        self.settings = {**{k: fingerprint(self.args[k]) for k in kept}, 'learner_callbacks': method_identity(self.callbacks)}
+        own = copy_model(get_model(learn.model))
+        self.args = {name: getattr(learn, name) for name in (*_settings_of_a_learner, 'path', 'model_dir')}
+        self.settings = {name: fingerprint(self.args[name]) for name in _settings_of_a_learner}
+        self.settings['learner_callbacks'] = method_identity(self.callbacks)
         if model_fn is None: self.settings['initial'] = NetworkTeacher(own, teacher_norm=None).identity[:12]
         elif isinstance(model_fn, nn.Module) or not callable(model_fn): raise TypeError(f'model_fn must be a function that makes a model, got {type(model_fn).__name__}')
-        else: self._check(own, model_fn())
+        else: _check_same_parameters(own, model_fn())
         self.model_fn = model_fn or partial(copy_model, own)
 
-    def _check(self, own, model):
-        shapes = [{k: tuple(v.shape) for k,v in o.state_dict().items()} for o in (own, model)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"model_fn must make a network like the learner's own, a {type(own).__name__}, but its {type(model).__name__} has other parameters")
-
     def learner(self, dls:DataLoaders, model:nn.Module, **kwargs)->Learner:
-        "A learner like `learn`"
+        "Make a learner like `learn`"
         return Learner(dls, model, cbs=make_callbacks(self.callbacks), **self.args, **kwargs)
 
     def campaign(self,
@@ -129,7 +141,7 @@ class Student:
         lr:float|None, # learning rate; None: the learner's own
         out:str|Path|None, # folder to keep runs in; None keeps nothing
     )->Campaign:
-        "Their runs on the data of `learn`"
+        "Plan the runs of `arms` on the data of `learn`"
         return Campaign(arms, self.dls, self.model_fn, n_epoch, seeds, fit, lr, out, settings=self.settings, learner=self.learner)
 
     def arms(self,
@@ -137,39 +149,46 @@ class Student:
         kd:Callable, # makes the callback of a teacher
         controls:bool, # with the matched controls?
     )->dict: # name → `Arm`
-        "The baseline, a student of each teacher, and their matched controls"
+        "Return the baseline, a student of each teacher, and their matched controls"
         methods = {'baseline': None, **{name: partial(kd, teacher) for name,teacher in students.items()}}
-        return {name: Arm(*o) for name,o in with_controls(methods, self.dls.c, controls).items()}
+        planned = with_controls(methods, self.dls.c, controls)
+        return {name: Arm(method, controlled) for name,(method,controlled) in planned.items()}
 
     def taught(self,
         teachers:dict, # name → teacher
         kd:Callable, # makes the callback of a teacher
         controls:bool, # with the matched controls?
     )->dict: # name → `Arm`
-        "The same for networks that are trained already"
+        "Return the same arms for networks that are trained already, and measure these networks' accuracies"
         arms = self.arms(teachers, kd, controls)
-        for name,o in teachers.items(): arms[name].teacher_accuracy = teacher_accuracy(o, self.learner(self.dls, self.model_fn()))
+        for name,teacher in teachers.items():
+            arms[name].teacher_accuracy = teacher_accuracy(teacher, self.learner(self.dls, self.model_fn()))
         return arms
 
 # %% ../../nbs/42_lab.procedures.ipynb #8f3948ab
+def _plain(x):
+    "Return a tensor without fastai's types"
+    return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
+
 def teacher_accuracy(
     teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
     learn:Learner, # of a student
 )->float:
-    "A teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"
+    "Measure a teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"
     teacher = as_teacher(teacher)
     teacher = getattr(teacher, 'teacher', teacher)   # what a cache remembers
-    if not getattr(teacher, 'before_student', False): raise TypeError(f'a teacher must be a network here, whose accuracy can be measured, got {teacher!r}')
-    plain = lambda o: o.as_subclass(Tensor) if isinstance(o, Tensor) else o
+    if not getattr(teacher, 'before_student', False):
+        raise TypeError(f'a teacher must be a network here, whose accuracy can be measured, got {teacher!r}')
+    logits,labels = [],[]
     teacher.attach(learn)
     try:
-        answers = []
-        for b in learn.dls[evaluation_set(learn.dls)].new(shuffle=False, drop_last=False):
-            learn._split(b)
-            xb,y = tuple(map(plain, learn.xb)),plain(learn.yb[0])
-            with torch.no_grad(): answers.append((teacher(Step(y, None, xb)).float().cpu(), y.cpu()))
+        for batch in learn.dls[evaluation_set(learn.dls)].new(shuffle=False, drop_last=False):
+            learn._split(batch)
+            xb,y = tuple(map(_plain, learn.xb)),_plain(learn.yb[0])
+            with torch.no_grad(): logits.append(teacher(Step(y, None, xb)).float().cpu())
+            labels.append(y.cpu())
     finally: teacher.detach()
-    z,y = map(torch.cat, zip(*answers))
+    z,y = torch.cat(logits),torch.cat(labels)
     if z.shape[1] != learn.dls.c: raise ValueError(f'{teacher!r} has {z.shape[1]} outputs for {learn.dls.c} classes')
     return evaluate(z, y)['accuracy']
 
@@ -212,14 +231,14 @@ class Reversed(Taught):
     "A `Taught` that says when the weak teacher is not weak"
     @property
     def surprise(self)->str:
-        "A sentence if the weak teacher is the more accurate one, else nothing"
+        "A sentence about a weak teacher that is more accurate than the baseline; empty if it is not"
         weak,base = self.table.teacher['Re-KD'],self.table['last'][self.baseline]
         if not weak > base: return ''
         return f"The teacher that was called weak is more accurate ({100*weak:.2f} %) than the baseline ({100*base:.2f} %): this is ordinary distillation."
 
     @property
     def caption(self)->str:
-        "What was run, and what the columns mean"
+        "Setting, meaning of the columns, and the surprise if there is one"
         return f'{super().caption} {self.surprise}'.rstrip()
 
 @patch

@@ -31,7 +31,9 @@ from .draw import draw_baseline
 from .experiment import recipe_campaign
 from .recipes import Recipe, recipe as find_recipe
 from .report import last_accuracy, mean_sd
-from .training import EpochBar, check_seeds, make_folder, settings_digest, fingerprint
+from ..fingerprint import fingerprint, settings_digest
+from .runs import EpochBar
+from .training import check_seeds, make_folder
 
 # %% ../../nbs/48_lab.sweep.ipynb #9232dab9
 _wang = dict(alpha=[.01, .05, .1, .25, .5, .75, .9], tau=[1., 2., 3., 4., 5., 8., 12., 20.], gamma=[.01, .011, .015, .025, .05, .1, .25, .5, .75, .9],
@@ -401,7 +403,7 @@ def sweep(
         try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data)
         except (TypeError, ValueError) as e: raise ValueError(f'{r.id} with {point}: {e}') from e
     first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
-    keys = [first.runs[first.baseline, s]['key'] for s in seeds]
+    keys = [first.runs[first.baseline, s].key for s in seeds]
     identity = fingerprint(dict(recipe=r.id, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=n_epoch//3) if prune else optuna.pruners.NopPruner()
     baseline = [first.train(first.baseline, s) for s in seeds]
