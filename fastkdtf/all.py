@@ -1,6 +1,7 @@
 "Everything a notebook needs: `from fastkdtf.all import *`"
-from fastkdtf.core import Step, TwoValued
+from fastkdtf.core import Batch, Step, TwoValued, first_output
 from fastkdtf.describe import Description
+from fastkdtf.divergence import SoftLoss
 from fastkdtf.losses import *
 from fastkdtf.targets import *
 from fastkdtf.files import replacing, run_lock

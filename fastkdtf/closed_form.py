@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .core import *
 
@@ -104,6 +103,19 @@ def _loss_and_gradient(z, y, grad, coefs, reduction, ignore_index):
     loss = loss.where(keep, 0.)
     return loss if reduction == 'none' else loss.sum()*factor
 
+def _differentiable_gradient(z, y, g, coefs, reduction, ignore_index):
+    "Return the gradient with a graph of its own, from the loss in plain steps; constants are left out"
+    mixed = y.is_floating_point()
+    rest = sum(w*torch.logsumexp(z/tau, 1) for w,tau in coefs.softmaxes) - coefs.everywhere*z.sum(1)
+    if mixed: loss = rest*y.sum(1) - coefs.at_label*(y*z).sum(1)
+    else:
+        keep = y != ignore_index
+        z_label = z.gather(1, y.where(keep, 0).unsqueeze(1)).squeeze(1)
+        loss = (rest - coefs.at_label*z_label).where(keep, 0.)
+    if reduction == 'sum': loss = loss.sum()
+    if reduction == 'mean': loss = loss.mean() if mixed else loss.sum()/keep.sum()
+    return torch.autograd.grad(loss, z, g, create_graph=True)[0]
+
 class _LabelLoss(torch.autograd.Function):
     "The loss as autograd sees it"
     @staticmethod
@@ -113,8 +125,8 @@ class _LabelLoss(torch.autograd.Function):
         return _loss_and_gradient(z, y, ctx.grad, *args)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled(): return _differentiable_gradient(*ctx.saved_tensors, g, *ctx.args),None,None,None,None
         grad,ctx.grad = ctx.grad,None
         if grad is None:   # a second backward through a retained graph
             z,y = ctx.saved_tensors

@@ -6,11 +6,13 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 
 # %% auto #0
 __all__ = ['Step', 'check_number', 'check_whole', 'check_choice', 'check_scale', 'soft_scale', 'check_variant', 'plain_tensors',
-           'at_least_float32', 'shifted', 'TwoValued', 'virtual_logits', 'soften', 'soft_target_loss',
-           'classification_batch', 'check_teacher_logits', 'reduce_samples', 'at_label', 'put_confidence', 'Batch']
+           'at_least_float32', 'shifted', 'TwoValued', 'virtual_logits', 'soften', 'soft_target_loss', 'first_output',
+           'first_tensor', 'check_labels', 'looks_like_probabilities', 'classification_batch', 'check_teacher_logits',
+           'reduce_samples', 'at_label', 'put_confidence', 'Batch']
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -18,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 # %% ../nbs/00_core.ipynb #ded14153
 def check_number(
@@ -132,7 +134,9 @@ class TwoValued(NamedTuple):
         "Return the target as a tensor `[N,K,…]`: float32 for integer labels `y`, of `y`'s type for probabilities"
         q = y
         if not y.is_floating_point():
-            q = torch.zeros(y.shape[0], n_classes, *y.shape[1:], device=y.device).scatter_(1, y.unsqueeze(1), 1.)
+            inside = (0 <= y) & (y < n_classes)   # an ignored position, whose label is no class, has no labelled class
+            q = torch.zeros(y.shape[0], n_classes, *y.shape[1:], device=y.device)
+            q.scatter_(1, y.where(inside, 0).unsqueeze(1), inside.float().unsqueeze(1))
         return self.off + (self.on-self.off)*q
 
 # %% ../nbs/00_core.ipynb #77544df0
@@ -173,6 +177,47 @@ def soft_target_loss(
     return loss + (negative_entropy.mean(0) if several else negative_entropy)
 
 # %% ../nbs/00_core.ipynb #fbe21c72
+def first_output(
+    out:object, # of a network
+)->Tensor:
+    "Return the logits of a network that returns more: the first of several outputs, or those that are called `logits`"
+    if isinstance(out, Tensor): return out
+    if isinstance(out, Mapping): out = [out['logits']] if 'logits' in out else list(out.values())
+    elif hasattr(out, 'logits'): out = [out.logits]
+    return first_output(out[0]) if isinstance(out, (tuple, list)) and len(out) else out
+
+def first_tensor(
+    o:object, # tensors in tuples, lists and dicts, nested as they like
+)->Tensor|None:
+    "Return the first tensor in `o`, which tells the device of all"
+    return next((t for t in tree_flatten(o)[0] if isinstance(t, Tensor)), None)
+
+def check_labels(
+    y:Tensor, # integers `[N,…]`, or probabilities `[N,K,…]`
+    n_classes:int,
+    ignore_index:int=-100, # positions with this label do not count
+):
+    """Check that labels are classes, or distributions over them. Waits for the device
+
+    Raises `ValueError` for a label outside the classes, `TypeError` for numbers that do not sum to 1."""
+    if y.is_floating_point():
+        off = (y.sum(1)-1).abs().max().item() if y.numel() else 0.
+        if off < 1e-2: return
+        raise TypeError(f'labels [N,K] must be probabilities that sum to 1 over the classes; here a sum is off by {off:.3g}, as in a regression '
+                        'or where a sample has several labels: use a learner with one label a sample and a cross-entropy loss')
+    outside = y[(y < 0) | (y >= n_classes)]
+    outside = outside[outside != ignore_index]
+    if not len(outside): return
+    raise ValueError(f'labels must lie between 0 and {n_classes-1}, the classes of the model, got {outside[0].item()}; where this label marks '
+                     f'positions that do not count, give the loss ignore_index={outside[0].item()}, such as CrossEntropyLossFlat(ignore_index=…)')
+
+def looks_like_probabilities(
+    logits:Tensor, # `[…,K,…]`
+    axis:int=1, # the classes' axis
+)->bool:
+    "True if `logits` are no logits but probabilities: none is negative, and they sum to 1. Waits for the device"
+    return bool((logits >= 0).all() and ((logits.sum(axis)-1).abs() < 1e-3).all())
+
 def classification_batch(
     pred:Tensor, # what the model returned
     targ:Tensor, # the labels: integers `[N,…]`, also with a class axis of 1, or probabilities of `pred`'s shape

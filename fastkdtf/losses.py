@@ -55,6 +55,7 @@ class LabelOnlyLoss(ClassLoss):
     )->Tensor: # in float32 at least; a scalar unless `reduction='none'`
         "Return the loss. Raises `TypeError` or `ValueError` when the shapes do not fit"
         z,y = classification_batch(pred, targ, self.axis)
+        if not y.is_cuda: check_labels(y, z.shape[1], self.ignore_index)   # a GPU would have to be waited for, and finds labels outside by itself
         hard,soft,tau,target = self.parts(z.shape[1])
         return label_loss(z, y, target, tau, hard, soft, not self.cross_entropy, self.reduction, self.ignore_index)
 
@@ -143,6 +144,7 @@ class TeacherLoss(ClassLoss):
     )->Tensor: # in float32 at least; a scalar unless `reduction='none'`
         "Return the loss. Raises `TypeError` or `ValueError` when the shapes do not fit"
         z,y = classification_batch(pred, targ, self.axis)
+        if not y.is_cuda: check_labels(y, z.shape[1], self.ignore_index)   # a GPU would have to be waited for, and finds labels outside by itself
         tau = self.tau if isinstance(self.tau, tuple) else (self.tau, self.tau)
         step = Step(y, z, zt=check_teacher_logits(teacher_pred, z, self.axis), tau=tau)
         return reduce_samples(self.sample_losses(step), y, self.reduction, self.ignore_index)

@@ -1084,7 +1084,7 @@ WRONG = {   # name: learner's loss, labels, logits' shape, wrap, callback, error
     'regression':   (MSELossFlat(), logits(8, 1), (8, 1), None, LsrKD, TypeError, 'regression'),
     'L1':           (nn.L1Loss(), logits(8, 3), (8, 3), None, LsrKD, TypeError, 'regression'),
     'multi-label':  (BCEWithLogitsLossFlat(), (logits(8, 3) > 0).float(), (8, 3), None, LsrKD, TypeError, 'multi-label'),
-    'tuple':        (lambda p, t: F.cross_entropy(p[0], t), labels(3, 8), (8, 3), lambda z: (z, z.mean()), LsrKD, TypeError, 'tuple'),
+    'nothing':      (lambda p, t: F.cross_entropy(p[1], t), labels(3, 8), (8, 3), lambda z: ((), z), LsrKD, TypeError, 'tuple'),
     'one output':   (lambda p, t: F.binary_cross_entropy_with_logits(p[:,0], t.float()), labels(2, 8), (8, 1), None, LsrKD, ValueError, 'two outputs'),
     'no class axis': (lambda p, t: F.binary_cross_entropy_with_logits(p, t.float()), labels(2, 8), (8,), None, LsrKD, ValueError, r'\[N,K\]'),
     'integer logits': (lambda p, t: p.float().sum()*torch.ones(1, requires_grad=True), labels(3, 8), (8, 3), lambda z: z.long(), LsrKD, TypeError, 'floating'),

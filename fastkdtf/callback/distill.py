@@ -8,6 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.distill.html.md"""
 __all__ = ['Distill', 'LsrKD', 'TfKDReg', 'KnowledgeDistillation', 'MemoryReplay', 'ScaledCE', 'ScaledLS', 'matched_controls']
 
 # %% ../../nbs/31_callback.distill.ipynb #4a4a6ae3
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from fractions import Fraction
@@ -40,7 +41,7 @@ class Distill(LossTerm):
 
     Validation stays the learner's own."""
     _stateattrs = LossTerm._stateattrs + ('skipped',)
-    skipped,_label_matters = False,True
+    skipped,checked,_label_matters = False,False,True
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path, # of targets: a `Teacher`, a network as `NetworkTeacher` takes it, or `batch → logits`
@@ -113,7 +114,7 @@ class Distill(LossTerm):
 
     def before_fit(self):
         super().before_fit()
-        self.skipped = False
+        self.skipped,self.checked = False,False
         if not self.fitting: return
         self._find_teachers()
         self._label_matters = self._asks_label()
@@ -173,19 +174,28 @@ class Distill(LossTerm):
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = 0.
         for y,portion in labels:
-            z,y = classification_batch(self.learn.pred, y, batch.axis)
+            z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
             labelled = batch.labelled(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
             self.hear(labelled)
+            if not self.checked: self._check_first(labelled)
             losses = losses + self._portion_of(self.weighted_losses(labelled), portion)
             self.watch(labelled, portion)
             batch.finite = labelled.finite
-        weight = self._factor(batch.soft, batch.tau[1], z.shape[1])
+        self.checked,weight = True,self._factor(batch.soft, batch.tau[1], z.shape[1])
         loss = losses if not losses.ndim else reduce_samples(losses, y, 'sum' if batch.reduction == 'sum' else 'mean', batch.ignore_index)
         if batch.finite is not None: loss = torch.where(batch.finite, loss, 0.)
         batch.release()
         return batch.hard, weight, loss
+
+    def _check_first(self, batch):
+        "Check once a fit what would otherwise be wrong without a word: labels that are no classes, probabilities for logits"
+        check_labels(batch.y, batch.n_classes, batch.ignore_index)
+        for key,logits in ((None, batch.zt), *batch.extra_logits.items()):
+            if not isinstance(logits, Tensor) or not looks_like_probabilities(logits, 1+logits.ndim-batch.z.ndim): continue
+            warnings.warn(f'the teacher {self.teachers[key]!r} returned numbers that are not negative and sum to 1: probabilities, it seems, where logits are '
+                          'expected. They are softened as logits; if they are probabilities, let the teacher return their logarithm')
 
     def _portion_of(self, losses, portion):
         if losses.ndim or not isinstance(portion, Tensor) or portion.numel() == 1: return portion*losses

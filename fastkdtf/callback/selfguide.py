@@ -14,6 +14,7 @@ import torch
 from fastai.learner import Callback, Learner
 from fastai.torch_core import find_bs, get_model, num_distrib, rank_distrib
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..core import *
 from ..describe import Description
@@ -172,13 +173,14 @@ class SelfGuidance(LossTerm):
         self.batch = batch
 
     def after_pred(self):
-        if not self.full_backward: self.learn.pred = self.learn.pred.detach()
+        if not self.full_backward: self.learn.pred = tree_map_only(Tensor, Tensor.detach, self.learn.pred)
 
     def contribution(self, labels:list)->tuple:
         "Return the weight of the base loss, 1, and the loss of the sub-network"
         batch,n = self.batch,find_bs(self.learn.yb)
-        batch.z,self.batch = at_least_float32(batch.z),None
-        loss = self.learn.loss_func(batch.z, *self.learn.yb)
+        self.batch,pred = None,tree_map_only(Tensor, at_least_float32, batch.z)
+        loss = self.learn.loss_func(pred, *self.learn.yb)
+        batch.z = first_output(pred)
         self.student_mean.add(loss, n)
         if self.lam:
             kl = self._divergence(batch, labels[0][0])
@@ -190,7 +192,7 @@ class SelfGuidance(LossTerm):
     def _divergence(self, batch, y):
         "`D_KL(p^T_τ, p^S_τ)`; unlike a teacher's, the target may carry a gradient"
         zs,labels = classification_batch(batch.z, y, batch.axis)
-        zt,_ = classification_batch(at_least_float32(self.learn.pred), y, batch.axis)
+        zt,_ = classification_batch(at_least_float32(first_output(self.learn.pred)), y, batch.axis)
         if self.detach: zt = zt.detach()
         logp = torch.log_softmax(shifted(zs, self.tau, detach=True), 1)
         logt = torch.log_softmax(shifted(zt, self.tau, detach=True), 1)

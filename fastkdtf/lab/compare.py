@@ -29,7 +29,6 @@ from ..teachers.frozen import copy_model
 from ..vision.loader import LastBatch, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
 from .report import Comparison
-from ..teachers.network import first_output
 from ..callback.methods import find_method
 from ..callback.term import LossTerm
 from .training import *
@@ -137,7 +136,7 @@ def describe_kd(self:Learner,
     with _on_a_copy(self, pct) as device:
         try:
             for term in terms: term.before_fit()
-            batches = [(to_device(b, device), LastBatch(batch_info(self.dls.train))) for b in islice(self.dls.train, n_batches)]
+            batches = [(b, LastBatch(batch_info(self.dls.train), b)) for b in (to_device(b, device) for b in islice(self.dls.train, n_batches))]
             return pd.DataFrame([_measured(self, term, batches, device) for term in terms]).set_index('method').round(3)
         finally:
             for term in terms: term.after_fit()

@@ -316,7 +316,7 @@ class CachedTeacher(Teacher):
         if len(missing):
             self._ask(step, keys, missing)
             rows = self.store.find(keys)
-        device = step.xb[0].device
+        device = first_tensor(step.xb).device
         values,classes = self.store.read(rows)
         return unpack_logits(values.to(device), None if classes is None else classes.to(device), self.store.n_classes)
 

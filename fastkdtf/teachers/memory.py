@@ -18,11 +18,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..core import *
 from .frozen import FrozenCopy, copy_model
 from .base import Teacher
-from .network import first_output
 
 # %% ../../nbs/23_teachers.memory.ipynb #8a98d045
 def is_due(
@@ -146,12 +146,10 @@ class MemoryTeacher(Teacher):
         return torch.stack([said[net] for net in self.copies])
 
     def _ask(self, net, xb):
-        device = xb[0].device
+        device = first_tensor(xb).device
         if net.place is None and self.copy_dtype is None: return first_output(net(*xb))
-        def moved(x):
-            if not isinstance(x, Tensor): return x
-            return x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None)
-        with torch.autocast(device.type, enabled=False): return first_output(net(*map(moved, xb))).to(device, torch.float32)
+        moved = lambda x: x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None)
+        with torch.autocast(device.type, enabled=False): return first_output(net(*tree_map_only(Tensor, moved, xb))).to(device, torch.float32)
 
     def state_dict(self)->dict:
         if self.copies is None: return self.resumed or dict(done=self.done, checked=self.checked, copies=None)

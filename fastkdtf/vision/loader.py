@@ -17,6 +17,7 @@ from fastai.data.all import *
 from fastai.vision.core import PILImage, TensorImage, image2tensor
 from fastai.vision.data import show_batch, show_results # registers how image batches are shown
 from PIL import Image
+from torch.utils._pytree import tree_flatten
 from .augment import Augment
 
 # %% ../../nbs/10b_vision.loader.ipynb #2ed5db7b
@@ -79,17 +80,26 @@ class BatchInfo(NamedTuple):
     idx:Tensor  # Index in the data set, int64 `[N]`, on the CPU
     view:Tensor # View of `Augment`, int64 `[N]`, on the CPU; zeros where nothing is augmented
 
+def _marks(b):
+    "Where the tensors of `b` lie, and how often each was changed in place"
+    return {(t.data_ptr(), t._version, t.shape) for t in tree_flatten(b)[0] if isinstance(t, Tensor)}
+
 def batch_info(
-    dl:DataLoader # Of a fastai learner (`learn.dl`)
+    dl:DataLoader, # Of a fastai learner (`learn.dl`)
+    xb:tuple|None=None, # Inputs (`learn.xb`): the answer is None unless they are what `dl` gave, untouched by any callback
 ) -> BatchInfo|None:
     "Return the `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
     attrs = getattr(dl, '__dict__', {})
-    own = attrs.get('dl', dl)   # fastai's DistributedDL keeps the user's loader as `dl`
-    return getattr(own, '__dict__', {}).get('_last')
+    own = getattr(attrs.get('dl', dl), '__dict__', {})   # fastai's DistributedDL keeps the user's loader as `dl`
+    if xb is not None and not _marks(tuple(xb)) <= own.get('_given', set()): return None
+    return own.get('_last')
 
 class LastBatch:
     "Stand in for a loader that gave the batch of this `BatchInfo` last, for batches that were kept"
-    def __init__(self, info:BatchInfo|None): self._last = info
+    def __init__(self,
+        info:BatchInfo|None,
+        b:object=(), # That batch
+    ): self._last,self._given = info,_marks(b)
 
 # %% ../../nbs/10b_vision.loader.ipynb #4a73d90a
 class _Tag:
@@ -101,11 +111,13 @@ def _is_tagged(b): return isinstance(b, tuple) and len(b)==2 and isinstance(b[1]
 class _Untag(Pipeline):
     "A loader's `after_batch`, which leaves a batch's indices with the loader first"
     dl = None
-    def __call__(self, b): return super().__call__(self.dl.untag(*b) if _is_tagged(b) else b)
+    def __call__(self, b):
+        if not _is_tagged(b): return super().__call__(b)
+        return self.dl.give(super().__call__(self.dl.untag(*b)))
 
 def _untagging(pipeline, dl):
     "`pipeline`, which takes the tag off first"
-    if not isinstance(pipeline, Pipeline): return lambda b: pipeline(dl.untag(*b) if _is_tagged(b) else b)
+    if not isinstance(pipeline, Pipeline): return lambda b: dl.give(pipeline(dl.untag(*b))) if _is_tagged(b) else pipeline(b)
     if isinstance(pipeline, _Untag) and pipeline.dl is not dl: pipeline = Pipeline(pipeline)
     pipeline.__class__,pipeline.dl = _Untag,dl # the same object, to which fastai may still add transforms
     return pipeline
@@ -147,6 +159,11 @@ class IndexedDL:
         if type(b) is list and self.pin_memory: b = tuple(b) # PyTorch makes lists of pinned tuples
         idx = None if tag.idx is None else torch.as_tensor(np.asarray(tag.idx, dtype=np.int64))
         return self.keep(b, idx, None)
+
+    def give(self, b:object):
+        "Note which tensors go out with the batch, and return it"
+        self.__dict__['_given'] = _marks(b)
+        return b
 
     def keep(self, b:list|tuple, idx:Tensor|None, view:Tensor|None):
         "Remember the indices and views of `b`, and return it"
@@ -196,7 +213,7 @@ class RecordDL(IndexedDL, TfmdDL):
         res.augment = augment
         return res
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_kept','_last')}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_kept','_last','_given')}
 
     @property
     def augments(self) -> bool:
