@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/fingerprint.html.md"""
 # %% auto #0
 __all__ = ['fingerprint', 'settings_digest']
 
-# %% ../nbs/06_fingerprint.ipynb #3235fbcd
+# %% ../nbs/06_fingerprint.ipynb #16c33bde
 import hashlib
 import json
 import re
@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-# %% ../nbs/06_fingerprint.ipynb #07b60ae6
+# %% ../nbs/06_fingerprint.ipynb #0bfb76e3
 _address = re.compile(r' at 0x\w+')   # an object's place in memory, another one in every process
 
 def _own_identity(x):
@@ -28,7 +28,7 @@ def _tensor_digest(x):
     values = x.detach().cpu().double().numpy()
     return hashlib.sha1(values.tobytes()).hexdigest()
 
-# %% ../nbs/06_fingerprint.ipynb #27ed1765
+# %% ../nbs/06_fingerprint.ipynb #4d1ae4b2
 def fingerprint(
     x:object, # settings of a method or of a learner, or a part of them
     depth:int=8, # how many objects within objects are looked into
@@ -45,7 +45,7 @@ def fingerprint(
     if depth and hasattr(x, '__dict__'): return [type(x).__qualname__, fingerprint(vars(x), depth-1)]
     return _address.sub('', repr(x))
 
-# %% ../nbs/06_fingerprint.ipynb #831c5801
+# %% ../nbs/06_fingerprint.ipynb #925a994d
 def settings_digest(
     settings:dict, # of words and numbers, as `fingerprint` returns them
 )->str:

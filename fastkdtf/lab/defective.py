@@ -121,8 +121,8 @@ class PoorTeachers(list):
     def shown(self)->pd.DataFrame:
         "The table as people read it, in per cent"
         t = self.table
-        columns = {'taken for': t.asked, 'validation acc %': t.valid_accuracy.map(_in_per_cent), 'test acc %': t.accuracy.map(_in_per_cent)}
-        return pd.DataFrame(columns, index=t.index)
+        valid,test = t.valid_accuracy.map(_in_per_cent),t.accuracy.map(_in_per_cent)
+        return pd.DataFrame({'taken for': t.asked, 'validation acc %': valid, 'test acc %': test}, index=t.index)
 
     def __repr__(self): return f'{self.caption}\n{self.shown.to_string()}'
     def _repr_html_(self): return f'<p>{escape(self.caption)}</p>{self.shown.to_html()}'
@@ -147,7 +147,8 @@ class PoorTeachers(list):
     )->'PoorTeachers':
         "Read the teachers in a folder. Raises `FileNotFoundError` or `ValueError` if there are none, or of another network"
         folder = Path(folder)
-        if not (folder/'teachers.json').is_file(): raise FileNotFoundError(f'{folder} holds no teachers.json: give a folder that PoorTeachers.save wrote')
+        if not (folder/'teachers.json').is_file():
+            raise FileNotFoundError(f'{folder} holds no teachers.json: give a folder that PoorTeachers.save wrote')
         whole = json.loads((folder/'teachers.json').read_text())
         teachers = [_load_teacher(folder/f"epoch{told['epoch']}.pt", told, model_fn()) for told in whole.pop('teachers')]
         return cls(teachers, **whole)
@@ -157,7 +158,8 @@ def _load_teacher(file, told, model):
     try: model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     except FileNotFoundError: raise
     except Exception as e:
-        raise ValueError(f"{file} is damaged, or no weights of this {type(model).__name__}: give the model_fn that it was trained with") from e
+        network = type(model).__name__
+        raise ValueError(f'{file} is damaged, or no weights of this {network}: give the model_fn that it was trained with') from e
     return PoorTeacher(model, **told)
 
 # %% ../../nbs/42a_lab.defective.ipynb #3bc70536
@@ -210,7 +212,7 @@ def poor_teachers(self:Learner,
     model_fn:Callable|None=None, # makes the model, with fresh weights for the seed; None: the weights that the learner holds
     out:str|Path|None=None, # folder to save them in, and to go on from; None keeps nothing
 )->PoorTeachers:
-    """Train on the schedule of `n_epoch`, and return the checkpoints asked for; the training ends with the last of them. Yuan et al. 2020, §2.2
+    """Train on the schedule of `n_epoch` until the last checkpoint asked for, and return them all. Yuan et al. 2020, §2.2
 
     An accuracy that is never reached is told in a warning and in the caption. The learner itself stays as it is."""
     n_epoch,at_epochs,at_accuracies = _check_checkpoints(n_epoch, at_epochs, at_accuracies, fit)
@@ -232,7 +234,9 @@ def poor_teachers(self:Learner,
     return teachers
 
 # %% ../../nbs/42a_lab.defective.ipynb #7cae19e1
-def _teacher_name(teacher, number): return f'De-KD epoch {teacher.epoch}' if isinstance(teacher, PoorTeacher) else f'De-KD teacher {number}'
+def _teacher_name(teacher, number):
+    "Return the name of a teacher's row"
+    return f'De-KD epoch {teacher.epoch}' if isinstance(teacher, PoorTeacher) else f'De-KD teacher {number}'
 
 def _named_teachers(teachers):
     "Return teachers by the names of their rows. Raises `TypeError` or `ValueError` if they are none, or two have one name"
@@ -248,7 +252,7 @@ def _named_teachers(teachers):
 
 @patch
 def defective_kd(self:Learner,
-    teachers:dict|Iterable, # as `poor_teachers` returns them; or a list of teachers and what `NetworkTeacher` takes, or a dict from rows' names to these
+    teachers:dict|Iterable, # as `poor_teachers` returns them; or a list of what `as_teacher` takes, or a dict from rows' names to these
     n_epoch:int, # of each training
     seeds:int|Sequence=1, # how many, or a list of seeds
     fit:str='fit_one_cycle', # training method of the learner
@@ -267,4 +271,5 @@ def defective_kd(self:Learner,
     `plot_teachers` of the result is the paper's Fig. 2. The learner itself stays as it is."""
     named,student = _named_teachers(teachers),Student(self, model_fn)
     kd = partial(KnowledgeDistillation, alpha=alpha, tau=tau, scale=scale, variant=variant, multiplier=multiplier)
-    return student.campaign(student.taught(named, kd, controls), n_epoch, seeds, fit, lr, out).compare(Taught)
+    arms = student.taught(named, kd, controls)
+    return student.campaign(arms, n_epoch, seeds, fit, lr, out).compare(Taught)

@@ -53,7 +53,7 @@ def scaled(
     n_train:int=50_000, # training images there are
     n_classes:int=1, # at least an image of each remains
 )->dict: # n_epoch, train_subset (None: all images), and both in words
-    "Return epochs and training images at a scale: at least one epoch (of each stage), an image of each class, and a batch of each network"
+    "Return epochs and training images at a scale, never fewer than an epoch of each stage, an image of each class and a full batch"
     if check_number('scale', scale, '(0,inf)') > 1: raise ValueError(f'scale must be a share in (0,1], got {scale}')
     full,fewest = recipe.schedule.epochs,_fewest_epochs(recipe)
     n_epoch = max(fewest, round(scale*full)) if epochs is None else check_whole('epochs', epochs, fewest)
@@ -162,7 +162,7 @@ def distributed_learner(dls:DataLoaders, model:torch.nn.Module, **kwargs)->Distr
     if dls.bs%n: raise ValueError(f'batches of {dls.bs} cannot be shared out equally among {n} processes')
     return DistributedLearner(with_batch_size(dls, dls.bs//n), model, **kwargs)
 
-# %% ../../nbs/47b_lab.experiment.ipynb #9748d39f
+# %% ../../nbs/47b_lab.experiment.ipynb #b14b39cd
 def recipe_campaign(
     recipe:Recipe, # as `recipe` returns it
     dls:DataLoaders, # as its `dataloaders` makes them
@@ -256,9 +256,9 @@ class RecipeRuns:
         n_train,n_valid,n_test = (len(dl.dataset) for dl in self.dls.loaders)
         n_full,n_test = set_sizes.get(self.data, (self.n_full, n_test))
         full_epochs = self.recipe.schedule.epochs
-        in_full = recipe_arms(self.recipe, self.dls.c, full_epochs, self.plan.data, self.plan.controls).values()   # the same arms, in the same order
+        in_full = recipe_arms(self.recipe, self.dls.c, full_epochs, self.plan.data, self.plan.controls)
         hours = {}
-        for name,arm in zip(self.campaign.arms, in_full):
+        for name,arm in zip(self.campaign.arms, in_full.values()):   # the same arms in the same order, some by another name
             if name not in trained: continue
             training = _median_of(trained[name], 'seconds_per_epoch')*n_full/n_train
             validation = _median_of(trained[name], 'validation_seconds')*n_test/n_valid
@@ -270,7 +270,8 @@ class RecipeRuns:
     )->dict|None:
         "Return what is known when all runs have ended; None if the method or the baseline has no finished run"
         campaign,recipe = self.campaign,self.recipe
-        finished = {name: [key for seed in campaign.seeds if (key := campaign.runs[name, seed].key) in known] for name in campaign.arms}
+        keys = {name: [campaign.runs[name, seed].key for seed in campaign.seeds] for name in campaign.arms}
+        finished = {name: [key for key in planned if key in known] for name,planned in keys.items()}
         method = campaign.baseline if recipe.method_name == 'baseline' else recipe.method_name
         if not finished[method] or not finished[campaign.baseline]: return None
         trained = {name: [known[key] for key in keys] for name,keys in finished.items() if keys}
@@ -279,10 +280,12 @@ class RecipeRuns:
         hours = self._full_hours(trained) if self.data == recipe.data else {}   # with other images a full run is another one
         controls = [name for name,arm in campaign.arms.items() if method in arm.control_for]
         n_train_full = set_sizes.get(self.data, (self.n_full,))[0]
-        return dict(key=f'{recipe.id}/{settings_digest(dict(runs=finished, words=self.words))}', recipe=recipe.id, data=_data_name(self.data),
-                    n_epoch=self.size['n_epoch'], epochs=recipe.schedule.epochs, n_train=len(self.dls.train_ds), n_train_full=n_train_full,
-                    full=self.full, words=self.words, metric=recipe.metric, missing=recipe.missing, runs=finished, method=method,
-                    baseline=campaign.baseline, controls=controls, loading_share=waited/spent if spent else None,
+        digits = settings_digest(dict(runs=finished, words=self.words))
+        size = dict(n_epoch=self.size['n_epoch'], epochs=recipe.schedule.epochs, n_train=len(self.dls.train_ds), n_train_full=n_train_full,
+                    full=self.full, words=self.words)
+        return dict(key=f'{recipe.id}/{digits}', recipe=recipe.id, data=_data_name(self.data), **size,
+                    metric=recipe.metric, missing=recipe.missing, runs=finished, method=method, baseline=campaign.baseline,
+                    controls=controls, loading_share=waited/spent if spent else None,
                     seconds_per_epoch=_median_of(trained[method], 'seconds_per_epoch'), full_hours=hours.get(method),
                     full_hours_of_all=sum(hours.values()) if hours and len(hours) == len(finished) else None, **run_environment())
 
@@ -352,7 +355,8 @@ def run_recipes(
     if gpus is not None and engine == 'local': raise ValueError("gpus is Ray's: give engine='ray' too, or device= for one process")
     if (several := num_distrib() > 1): _meet_processes(engine)
     seeds,out = tuple(check_seeds(seeds)),make_folder(out).resolve()
-    plan = Plan('', seeds, scale, epochs, data, path and str(Path(path).resolve()), str(out), 'cpu' if engine == 'ray' else device, controls)
+    path,planned_on = path and str(Path(path).resolve()),'cpu' if engine == 'ray' else device
+    plan = Plan('', seeds, scale, epochs, data, path, str(out), planned_on, controls)
     loaders,learner = {},distributed_learner if several else Learner
     planned = [RecipeRuns(replace(plan, id=id), loaders, learner) for id in dict.fromkeys(L(ids))]
     runs,owners = _runs_of(planned)
@@ -361,7 +365,9 @@ def run_recipes(
     records = [record for recipe_runs in planned if (record := recipe_runs.record(known))]
     if not rank_distrib():
         for record in records: Ledger(out/'recipes.jsonl').append(record)
-    failures = [dict(run=key, recipe=owners[key].plan.id, name=runs[key].arm, seed=runs[key].seed, error=error) for key,error in failed.items()]
+    failures = []
+    for key,error in failed.items():
+        failures.append(dict(run=key, recipe=owners[key].plan.id, name=runs[key].arm, seed=runs[key].seed, error=error))
     example = f"{failures[0]['run']}: {failures[0]['error']}; all in {out.name}/failures.jsonl" if failures else ''
     if not records: raise RunsFailed(f'no recipe has both its baseline and its method trained; {example}', failures)
     if failures: warnings.warn(f'{len(failures)} of {len(runs)} runs failed, such as {example}')

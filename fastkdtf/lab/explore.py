@@ -1,4 +1,4 @@
-"""What does a strong teacher know that a weak one does not? Song et al. 2023, §4: targets rewritten by scheme and subset, and how far samples are from the teacher's boundaries
+"""What does a strong teacher know that a weak one does not? Song et al. 2023, §4: rewritten targets, and distances to boundaries
 
 Docs: https://fastkdtf.github.io/fastkdtf/lab.explore.html.md"""
 
@@ -160,7 +160,7 @@ def explore(
     lr:float|None=None, # learning rate; None: the learner's own
     out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
 )->Exploration:
-    "Train students of a weak teacher, of a strong one, and of the weak one rewritten by each scheme on each subset. Song et al. 2023, §4.1–4.2"
+    "Train students of a weak teacher, of a strong one, and of the weak one rewritten in each way. Song et al. 2023, §4.1–4.2"
     if not isinstance(schemes, dict) or not schemes:
         raise TypeError(f'schemes must be a dict such as exploration_schemes(strong) returns, got {schemes!r}')
     if not isinstance(subsets, dict) or not subsets:
@@ -260,7 +260,7 @@ def confidence_change(
     tau:tuple=(1., 1.), # temperatures of teacher and student in `on`
     seed:int=0, # of the choice
 )->ConfidenceChange:
-    """Measure what adversarial examples of the teacher do to samples that are kept and to those that are manipulated. Song et al. 2023, §4.3
+    """Measure what adversarial examples of the teacher do to samples kept and to samples manipulated. Song et al. 2023, §4.3
 
     The networks must know the same classes and take inputs as `dl` gives them: nothing is normalised anew."""
     check_number('eps', eps, '[0,inf)')

@@ -76,7 +76,8 @@ class Taught(Comparison):
         for name in taught:
             mean,sd = _mean_and_sd(students[name])
             ax.scatter(teachers[name], students[name], s=16, color='C0', alpha=.5)
-            ax.errorbar(teachers[name].mean(), mean, sd, color='C0', marker='D', capsize=3, label='student, mean ± sd' if name == taught[0] else None)
+            label = 'student, mean ± sd' if name == taught[0] else None
+            ax.errorbar(teachers[name].mean(), mean, sd, color='C0', marker='D', capsize=3, label=label)
         self.draw_baseline(ax, *_mean_and_sd(students[self.baseline]))
         untaught = [name for name in self.names if name not in (*taught, self.baseline)]
         for i,name in enumerate(untaught, 1): ax.axhline(students[name].mean(), color=f'C{i}', ls=':', label=name)
@@ -108,7 +109,8 @@ def _check_same_parameters(own, model):
     "Check that two networks have parameters of the same names and shapes"
     shapes = [{name: tuple(tensor.shape) for name,tensor in net.state_dict().items()} for net in (own, model)]
     if shapes[0] == shapes[1]: return
-    raise ValueError(f"model_fn must make a network like the learner's own, a {type(own).__name__}, but its {type(model).__name__} has other parameters")
+    own,model = type(own).__name__,type(model).__name__
+    raise ValueError(f"model_fn must make a network like the learner's own, a {own}, but its {model} has other parameters")
 
 class Student:
     "Networks and learners like those of `learn`, from the weights it holds now or those of `model_fn`"
@@ -125,7 +127,8 @@ class Student:
         self.settings = {name: fingerprint(self.args[name]) for name in _settings_of_a_learner}
         self.settings['learner_callbacks'] = method_identity(self.callbacks)
         if model_fn is None: self.settings['initial'] = NetworkTeacher(own, teacher_norm=None).identity[:12]
-        elif isinstance(model_fn, nn.Module) or not callable(model_fn): raise TypeError(f'model_fn must be a function that makes a model, got {type(model_fn).__name__}')
+        elif isinstance(model_fn, nn.Module) or not callable(model_fn):
+            raise TypeError(f'model_fn must be a function that makes a model, got {type(model_fn).__name__}')
         else: _check_same_parameters(own, model_fn())
         self.model_fn = model_fn or partial(copy_model, own)
 
@@ -234,7 +237,8 @@ class Reversed(Taught):
         "A sentence about a weak teacher that is more accurate than the baseline; empty if it is not"
         weak,base = self.table.teacher['Re-KD'],self.table['last'][self.baseline]
         if not weak > base: return ''
-        return f"The teacher that was called weak is more accurate ({100*weak:.2f} %) than the baseline ({100*base:.2f} %): this is ordinary distillation."
+        return (f'The teacher that was called weak is more accurate ({100*weak:.2f} %) than the baseline ({100*base:.2f} %): '
+                'this is ordinary distillation.')
 
     @property
     def caption(self)->str:
@@ -262,4 +266,5 @@ def reversed_kd(self:Learner,
     The learner itself stays as it is."""
     student = Student(self, model_fn)
     kd = partial(KnowledgeDistillation, alpha=alpha, tau=tau, scale=scale, variant=variant, multiplier=multiplier)
-    return student.campaign(student.taught({'Re-KD': as_teacher(weak)}, kd, controls), n_epoch, seeds, fit, lr, out).compare(Reversed)
+    arms = student.taught({'Re-KD': as_teacher(weak)}, kd, controls)
+    return student.campaign(arms, n_epoch, seeds, fit, lr, out).compare(Reversed)

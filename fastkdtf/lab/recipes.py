@@ -1,4 +1,4 @@
-"""Every printed result of the papers with all that is known about how to get it: network, teacher, hyper-parameters, schedule, and what the text leaves open
+"""Every printed result of the papers, with all that is known about how to get it, and what the text leaves open
 
 Docs: https://fastkdtf.github.io/fastkdtf/lab.recipes.html.md"""
 
@@ -25,81 +25,99 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Callback, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastcore.basics import first
 from fastcore.foundation import L
 from torch import nn
 
 import fastkdtf
-from ..vision.augment import Augment
 from ..core import *
-from ..vision.data import KDDataLoaders, kd_dataloaders
 from ..callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from ..callback.effdstl import CKM, WSL
-from ..vision.models import create_model
 from ..callback.schedules import Schedule, fit_start, make_optimizer
 from ..callback.selfguide import SelfGuidance, StochasticDepth
-from .training import Awaited, make_callbacks, with_controls
 from ..callback.twostage import effdstl_stages
+from .training import Awaited, make_callbacks, with_controls
+from ..vision.augment import Augment
+from ..vision.data import KDDataLoaders, kd_dataloaders
+from ..vision.models import create_model
 
 # %% ../../nbs/47_lab.recipes.ipynb #712dd01f
 @cache
 def paper_table(
     name:str, # 'results' | 'settings' | 'schedules' | 'networks' | 'papers'
 )->pd.DataFrame: # of strings
-    "A table as it is kept"
-    return pd.read_csv(Path(fastkdtf.__file__).parent/'tables'/f'{name}.csv', dtype=str, keep_default_na=False)
+    "Read a table as it is kept"
+    file = Path(fastkdtf.__file__).parent/'tables'/f'{name}.csv'
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 @cache
-def _lines(name, paper): return [o for o in paper_table(name).to_dict('records') if o['paper'] == paper]
+def _lines(name, paper):
+    "Return the lines of a table that are about a paper"
+    return [line for line in paper_table(name).to_dict('records') if line['paper'] == paper]
 
-_keys = 'table','data','student','method','teacher'
+def _has_words(words, text):
+    "True if `words` stand together in `text`, or are none"
+    return f' {words}'.rstrip()+' ' in f' {text} '
 
 def _fits(line, row):
-    "Whether a line is about a result; `case` asks for words that stand together in the row's"
-    return all(line.get(k, '') in ('', row[k]) for k in _keys) and f" {line.get('case', '')}".rstrip()+' ' in f" {row['case']} "
+    "True if a line is about the result in `row`"
+    named = all(line.get(column, '') in ('', row[column]) for column in ('table', 'data', 'student', 'method', 'teacher'))
+    return named and _has_words(line.get('case', ''), row['case'])
 
-def _fitting(name, row): return [o for o in _lines(name, row['paper']) if _fits(o, row)]
+def _fitting(name, row): return [line for line in _lines(name, row['paper']) if _fits(line, row)]
 
 # %% ../../nbs/47_lab.recipes.ipynb #431def43
+def _id_parts(row, several):
+    "Return what names a result; `several` says in which tables the data set is part of it"
+    data = row['data'] if several[row['paper'], row['table']] else ''
+    return row['paper'], row['table'], data, row['student'], row['method'], row['case']
+
 @cache
 def _rows():
-    "id → line of `results`"
-    r = paper_table('results')
-    several = r.groupby(['paper', 'table'])['data'].nunique() > 1
-    names = lambda o: (o['paper'], o['table'], o['data'] if several[o['paper'], o['table']] else '', o['student'], o['method'], o['case'])
-    return {'/'.join(filter(None, names(o))): o for o in r.to_dict('records')}
+    "Return the lines of `results` by id"
+    results = paper_table('results')
+    several = results.groupby(['paper', 'table'])['data'].nunique() > 1
+    return {'/'.join(filter(None, _id_parts(row, several))): row for row in results.to_dict('records')}
 
-def _number(text):
+def _number_or_none(text):
     try: return float(text)
     except ValueError: return None
 
-def _near(o, known):
-    "The close ones of `known`, or all if they are few"
-    words = str(o).lower().split('/')
-    scores = {k: (sum(w in k.lower().split('/') for w in words), difflib.SequenceMatcher(None, str(o).lower(), k.lower()).ratio()) for k in known}
-    return ', '.join(sorted(scores, key=scores.get, reverse=True)[:None if len(scores) <= 12 else 5])
+def _close_names(wanted, known):
+    "Return the names of `known` that are closest to `wanted`, or all if they are few, closest first"
+    wanted = str(wanted).lower()
+    words = wanted.split('/')
+    def closeness(name):
+        same_parts = sum(word in name.lower().split('/') for word in words)
+        return same_parts, difflib.SequenceMatcher(None, wanted, name.lower()).ratio()
+    closest = sorted({name: closeness(name) for name in known}.items(), key=lambda scored: scored[1], reverse=True)
+    return ', '.join(name for name,_ in closest[:None if len(closest) <= 12 else 5])
 
 # %% ../../nbs/47_lab.recipes.ipynb #055ef741
 second_stage = .8   # Song et al. 2023, §5.2: 60 of 300 epochs have the second teacher
 
 def _between(value, low, high, pct): return value if low <= pct < high else 0.
 
-def _in_turn(make, name, value, teachers, settings):
-    "A callback for the only teacher; or one for each of two, whose weight is on the schedule"
-    if len(teachers) == 1: return make(teachers[0], **{name: value}, **settings)
-    parts = (0., second_stage),(second_stage, float('inf'))
-    return [make(t, **{name: partial(_between, value, *part)}, **settings, name=o) for t,part,o in zip(teachers, parts, ('first', 'second'))]
+def _in_turn(make, weight, value, teachers, settings):
+    "Make a callback for the only teacher; or one for each of two, whose weight is on the schedule"
+    if len(teachers) == 1: return make(teachers[0], **{weight: value}, **settings)
+    parts = ('first', 0., second_stage),('second', second_stage, float('inf'))
+    return [make(teacher, **{weight: partial(_between, value, low, high)}, **settings, name=name)
+            for teacher,(name,low,high) in zip(teachers, parts)]
 
 def _kd(*teachers, alpha=.9, **settings): return _in_turn(KnowledgeDistillation, 'alpha', alpha, teachers, settings)
 def _wsl(*teachers, beta=2.5, **settings): return _in_turn(WSL, 'beta', beta, teachers, settings)
 
 def _mealv2(teacher, tau=1., ckm=False, tau_teacher=1., smooth_to=.99):
-    return CKM(teacher, tau_teacher, smooth_to=smooth_to) if ckm else Distill(teacher, (0., 1.), tau, scale=1, loss='ce')
+    if ckm: return CKM(teacher, tau_teacher, smooth_to=smooth_to)
+    return Distill(teacher, (0., 1.), tau, scale=1, loss='ce')
 
 def _effdstl(*teachers, n_epoch, **settings): return effdstl_stages(n_epoch, *teachers, **settings)
 
 def _lsr(n_classes, alpha=.1, variant='paper'):
     "Label smoothing; the authors' code leaves the label's class out when it shares out `alpha`"
-    return LsrKD(alpha*n_classes/(n_classes-1) if check_choice('variant', variant, ('paper', 'official')) == 'official' else alpha, tau=1.)
+    official = check_choice('variant', variant, ('paper', 'official')) == 'official'
+    return LsrKD(alpha*n_classes/(n_classes-1) if official else alpha, tau=1.)
 
 _taught = dict(KD=_kd, ReKD=_kd, DeKD=_kd, TfKD_self=_kd, WSL=_wsl, EffDstl=_effdstl, MEALV2=_mealv2)
 _alone = {'TfKD_reg': TfKDReg, 'LSR': _lsr, 'LsrKD': LsrKD, 'LsrKD-TC': LsrKD, 'SD': StochasticDepth, 'SelfGuidance': SelfGuidance}
@@ -107,22 +125,37 @@ _alone = {'TfKD_reg': TfKDReg, 'LSR': _lsr, 'LsrKD': LsrKD, 'LsrKD-TC': LsrKD, '
 def _is_replay(method): return re.fullmatch(r'MrKD\d+(-TC)?', method) is not None
 def _is_ours(method): return method == 'baseline' or method in _taught or method in _alone or _is_replay(method)
 
+def _callback_of(method):
+    "Return the callback whose defaults a method has where the paper states none; None if it has none of its own"
+    if method == 'WSL': return WSL
+    if _taught.get(method) is _kd: return KnowledgeDistillation
+    return MemoryReplay if _is_replay(method) else _alone.get(method)
+
 # %% ../../nbs/47_lab.recipes.ipynb #459ab0d3
-image_sets = dict(cifar10=(10, 32), cifar100=(100, 32), cinic10=(10, 32), tiny_imagenet=(200, 64), imagenet=(1000, 224), fer2013=(7, 32), raf=(7, 32))  # classes, pixels
+image_sets = dict(cifar10=(10, 32), cifar100=(100, 32), cinic10=(10, 32), tiny_imagenet=(200, 64), imagenet=(1000, 224),
+                  fer2013=(7, 32), raf=(7, 32))   # classes, pixels
 _about_training = 'teacher_epoch','teacher_from'   # settings that are not the callback's
 _measures = dict(accuracy='accuracy', error='error', accuracy5='top-5 accuracy', error5='top-5 error', gain='gain in accuracy')
 
-def _missing(notes):
-    "The sentences that say what is missing"
-    return [s.removeprefix('missing: ') for note in notes for s in re.split(r'(?<=[.!?])\s+(?=[A-Z"§]|missing)', note) if 'missing' in s.lower()]
+_end_of_sentence = re.compile(r'(?<=[.!?])\s+(?=[A-Z"§]|missing)')
 
-def _schedule(row):
-    "The schedule of a result, and the notes on it"
-    lines,types = _fitting('schedules', row),{f.name: f.type for f in fields(Schedule)}
-    cells = {k: v for line in lines for k,v in line.items() if k in types and v}
-    read = dict(milestones=lambda v: tuple(int(o) for o in v.split()), augment=lambda v: () if v == 'none' else tuple(v.split('+')), nesterov=lambda v: v == '1',
-                optimizer=str, schedule=str, epochs=int, bs=int, size=int)
-    return Schedule(**{k: read.get(k, float)(v) for k,v in cells.items()}), [o['note'] for o in lines]
+def _sentences_on_what_is_missing(notes):
+    sentences = [sentence for note in notes for sentence in _end_of_sentence.split(note)]
+    return [sentence.removeprefix('missing: ') for sentence in sentences if 'missing' in sentence.lower()]
+
+def _epochs(cell): return tuple(map(int, cell.split()))
+def _words(cell): return () if cell == 'none' else tuple(cell.split('+'))
+def _flag(cell): return cell == '1'
+
+# how a cell of `schedules` is read; all others are numbers
+_read_cell = dict(milestones=_epochs, augment=_words, nesterov=_flag, optimizer=str, schedule=str, epochs=int, bs=int, size=int)
+
+def _schedule_and_notes(row):
+    "Return the schedule of a result, and the notes on it"
+    lines,known = _fitting('schedules', row),{field.name for field in fields(Schedule)}
+    cells = {name: cell for line in lines for name,cell in line.items() if name in known and cell}
+    values = {name: _read_cell.get(name, float)(cell) for name,cell in cells.items()}
+    return Schedule(**values), [line['note'] for line in lines]
 
 def fit_stages_of(
     learn:Learner, # with `stages`, a function of `n_epoch`
@@ -158,62 +191,74 @@ class Recipe:
     @property
     def printed(self)->str:
         "The printed number, with its own digits"
-        r = self._row
-        return f"{r['value'] or '–'}" + (f" ± {r['sd']}" if r['sd'] else '') + (f" ({r['gain']})" if r['gain'] else '')
+        row = self._row
+        sd,gain = row['sd'] and f" ± {row['sd']}",row['gain'] and f" ({row['gain']})"
+        return f"{row['value'] or '–'}{sd}{gain}"
 
     @cached_property
-    def _joined(self):
-        "name → (value, source)"
-        parts = [(part.split('=', 1), line['source']) for line in _fitting('settings', self._row) for part in line['settings'].split('; ') if part]
-        return {name.strip(): (ast.literal_eval(value), source) for (name,value),source in parts}
+    def _stated_settings(self):
+        "Value and source of each setting, by name"
+        stated = {}
+        for line in _fitting('settings', self._row):
+            for part in filter(None, line['settings'].split('; ')):
+                name,value = part.split('=', 1)
+                stated[name.strip()] = ast.literal_eval(value),line['source']
+        return stated
 
     @property
     def settings(self)->dict:
         "Hyper-parameters, arguments of the method's callback; `teacher_epoch` and `teacher_from` are about the teacher"
-        return {k: v for k,(v,_) in self._joined.items()}
+        return {name: value for name,(value,_) in self._stated_settings.items()}
 
     @property
     def sources(self)->dict:
-        "Where each setting is stated: a table or section, 'code' for the authors' code, 'decided here'"
-        return {k: source for k,(_,source) in self._joined.items()}
+        "Source of each setting: a table or section, 'code' for the authors' code, 'decided here'"
+        return {name: source for name,(_,source) in self._stated_settings.items()}
 
     @property
     def defaults(self)->dict:
         "Hyper-parameters that are stated nowhere: this library's own"
-        name = self.method_name
-        made = WSL if name == 'WSL' else KnowledgeDistillation if _taught.get(name) is _kd else MemoryReplay if _is_replay(name) else _alone.get(name)
-        known = {} if made is None else inspect.signature(made).parameters
-        return {k: known[k].default for k in ('alpha', 'beta', 'tau', 'weight_tau') if k in known and k not in self.settings}
+        callback = _callback_of(self.method_name)
+        known = {} if callback is None else inspect.signature(callback).parameters
+        open_ = [name for name in ('alpha', 'beta', 'tau', 'weight_tau') if name in known and name not in self.settings]
+        return {name: known[name].default for name in open_}
 
     @property
     def missing(self)->list:
-        "What the paper does not state, in sentences"
-        return _missing([*(o['note'] for o in _fitting('settings', self._row)), *_schedule(self._row)[1]])
+        "Sentences on what the paper does not state"
+        notes = [line['note'] for line in _fitting('settings', self._row)]
+        return _sentences_on_what_is_missing([*notes, *_schedule_and_notes(self._row)[1]])
 
     @property
-    def schedule(self)->Schedule: return _schedule(self._row)[0]
+    def schedule(self)->Schedule:
+        "Optimizer, learning rate, epochs, batch size and augmentation"
+        return _schedule_and_notes(self._row)[0]
 
     def schedule_of(self,
         printed:str, # a network, such as one of `teacher_names`
     )->Schedule:
-        "How another network is trained beside it, without a method; so the student's own, for a baseline"
-        return _schedule({**self._row, 'student': printed, 'method': 'baseline', 'teacher': ''})[0]
+        "Return how another network is trained beside it, without a method; so the student's own, for a baseline"
+        return _schedule_and_notes({**self._row, 'student': printed, 'method': 'baseline', 'teacher': ''})[0]
 
     @property
     def stop(self)->int|None:
         "The epoch after which a row 'epoch 50' stops, of its schedule's; None: the end"
-        m = re.search(r'\bepoch (\d+)', self.case)
-        return int(m[1]) if m and self.method_name == 'baseline' else None
+        found = re.search(r'\bepoch (\d+)', self.case)
+        return int(found[1]) if found and self.method_name == 'baseline' else None
 
     @property
     def start(self)->str|None:
         "The recipe whose network a row 'after …' starts from; None: fresh weights"
-        m,own = re.match(r'after (\S+)', self.case),lambda o: [o[k] for k in ('paper', 'table', 'data', 'student', 'metric')]
-        return next((k for k,o in _rows().items() if m and o['method'] == m[1] and own(o) == own(self._row)), None)
+        found = re.match(r'after (\S+)', self.case)
+        if not found: return None
+        wanted = {column: self._row[column] for column in ('paper', 'table', 'data', 'student', 'metric')}
+        wanted['method'] = found[1]
+        return first(id for id,row in _rows().items() if wanted.items() <= row.items())
 
     def _network(self, printed):
-        found = [o['model'] for o in _lines('networks', self.paper) if o['student'] == printed and o['data'] in ('', self.data)]
-        return found[-1] or None if found else None
+        "Return a printed network's name for `create_model`, or None"
+        lines = [line for line in _lines('networks', self.paper) if line['student'] == printed and line['data'] in ('', self.data)]
+        return lines[-1]['model'] or None if lines else None
 
     @property
     def network(self)->str|None:
@@ -222,54 +267,60 @@ class Recipe:
 
     @property
     def teacher_names(self)->list:
-        "As printed, in their order"
-        return self.teacher.split(' > ') if self.teacher else [self.student] if self.method_name == 'TfKD_self' else []
+        "The teachers' names as printed, in their order"
+        if self.teacher: return self.teacher.split(' > ')
+        return [self.student] if self.method_name == 'TfKD_self' else []
 
     @property
     def teacher_networks(self)->list:
         "The teachers' names for `create_model`, in their order"
         if self.method_name not in _taught: return []
-        return [self._network(o) for o in self.teacher_names] or list(L(self.settings.get('teacher_from')))
+        return list(map(self._network, self.teacher_names)) or list(L(self.settings.get('teacher_from')))
 
     @property
     def runnable(self)->bool:
-        "Whether its method and its networks are ours, and it is an accuracy or an error"
-        taught = self.teacher_networks if self.method_name in _taught else [True]
-        return bool(_is_ours(self.method_name) and self.network and taught and all(taught) and self.metric in _measures)
+        "True if its method and its networks are ours, and it is an accuracy or an error"
+        return not self._why_not_runnable()
+
+    def _why_not_runnable(self):
+        "Return why it can't be run, or an empty string"
+        if not _is_ours(self.method_name): return f'{self.method_name} is no method of this library'
+        if not self.network: return f'{self.student!r} is no network of this library'
+        if self.metric not in _measures: return f'its {self.metric} is nothing to train for'
+        teachers = self.teacher_networks
+        if self.method_name in _taught and not (teachers and all(teachers)): return 'the paper does not say which networks teach'
+        return ''
 
     def model_fn(self,
         n_classes:int|None=None, # None: the recipe's data
         data:str|None=None, # other images than the recipe's
         name:str|None=None, # another network, such as one of `teacher_networks`
     )->Callable:
-        "A function that makes the network; one for 224 pixels gets a small stem for small images"
+        "Return a function that makes the network; one for 224 pixels gets a small stem for small images"
         return _model_fn(name or self.network, n_classes or image_sets[self.data][0], (data or self.data) != 'imagenet')
-
-    def _runnable_or_error(self):
-        if self.runnable: return
-        why = (f'{self.method_name} is no method of this library' if not _is_ours(self.method_name) else f'{self.student!r} is no network of this library' if not self.network
-               else f'its {self.metric} is nothing to train for' if self.metric not in _measures else 'the paper does not say which networks teach')
-        raise ValueError(f'{self.id} cannot be run: {why}; recipes(runnable=True) lists those that can')
 
     def method(self,
         n_classes:int|None=None, # None: the recipe's data
         n_epoch:int|None=None, # epochs of the training, which the interval of replay and the stages shrink with; None: the paper's
         **settings # to differ from the recipe's
     )->Callable|None:
-        "None for a baseline; a function of the teachers for methods that have some; else a function that makes the callback"
-        self._runnable_or_error()
-        name,k = self.method_name,n_classes or image_sets[self.data][0]
-        s = {o: v for o,v in {**self.settings, **settings}.items() if o not in _about_training}
-        if name == 'baseline':   return None
-        if name.endswith('-TC') and 'gamma' not in s: raise ValueError(f'{self.id}: the paper does not state gamma: give it, as gamma=…')
-        if name == 'LSR':        return partial(_lsr, k, **s)
-        if name == 'EffDstl':    return partial(_effdstl, n_epoch=n_epoch or self.schedule.epochs, **s)
-        if _is_replay(name):     return partial(MemoryReplay, **self._shrunk(s, n_epoch))
-        return partial((_taught | _alone)[name], **s)
+        "Return None for a baseline; a function of the teachers for methods that have some; else a function that makes the callback"
+        if why := self._why_not_runnable(): raise ValueError(f'{self.id} cannot be run: {why}; recipes(runnable=True) lists those that can')
+        name,settings = self.method_name,{**self.settings, **settings}
+        settings = {k: v for k,v in settings.items() if k not in _about_training}
+        if name == 'baseline': return None
+        if name.endswith('-TC') and 'gamma' not in settings:
+            raise ValueError(f'{self.id}: the paper does not state gamma: give it, as gamma=…')
+        if name == 'LSR':      return partial(_lsr, n_classes or image_sets[self.data][0], **settings)
+        if name == 'EffDstl':  return partial(_effdstl, n_epoch=n_epoch or self.schedule.epochs, **settings)
+        if _is_replay(name):   return partial(MemoryReplay, **self._with_shrunk_interval(settings, n_epoch))
+        return partial((_taught | _alone)[name], **settings)
 
-    def _shrunk(self, settings, n_epoch):
+    def _with_shrunk_interval(self, settings, n_epoch):
+        "Return settings of replay whose interval is the same share of `n_epoch` as of the paper's training"
         if not n_epoch or not settings.get('interval'): return settings
-        return {**settings, 'interval': float(Fraction(settings['interval']).limit_denominator(10**6)*n_epoch/self.schedule.epochs)}
+        interval = Fraction(settings['interval']).limit_denominator(10**6)   # exact, so that 5/2 stays 5/2
+        return {**settings, 'interval': float(interval*n_epoch/self.schedule.epochs)}
 
     @property
     def fit(self)->Callable:
@@ -286,12 +337,21 @@ class Recipe:
         device:str|torch.device|None=None,
         seed:int=0, # of the split
     )->KDDataLoaders:
-        "The recipe's data, with its batch size and augmentation"
+        "Load the recipe's data, with its batch size and augmentation"
         words = self.schedule.augment
-        turn = next((float(o[6:]) for o in words if o.startswith('rotate')), 0.)
-        augment = 'auto' if data not in (None, self.data) or 'resized' in words else Augment('flip' in words, 4 if 'crop' in words else 0, turn) if words else None
+        degrees = first(float(word.removeprefix('rotate')) for word in words if word.startswith('rotate')) or 0.
+        if data not in (None, self.data) or 'resized' in words: augment = 'auto'
+        else: augment = Augment('flip' in words, 4 if 'crop' in words else 0, degrees) if words else None
         bs = bs or min(self.schedule.bs, train_subset or self.schedule.bs)
         return kd_dataloaders(data or self.data, bs, seed, valid_pct, train_subset, device, augment=augment, path=path)
+
+    def _check_teachers(self, taught):
+        "Check that there are as many teachers as the recipe has"
+        wanted = self.teacher_names or self.teacher_networks if self.method_name in _taught else []
+        if len(taught) == len(wanted): return
+        if not wanted: raise ValueError(f'{self.id} takes no teacher, got {len(taught)}: leave teacher out')
+        give = 'the trained networks, a list in this order' if len(wanted) > 1 else 'the trained network'
+        raise ValueError(f"{self.id} is taught by {' and then '.join(wanted)}, got {len(taught)} as teacher: give {give}")
 
     def learner(self,
         dls:DataLoaders,
@@ -299,14 +359,12 @@ class Recipe:
         n_epoch:int|None=None, # as `method` takes it
         **settings # to differ from the recipe's
     )->Learner:
-        "The recipe's network, optimizer and method, for its `fit`"
+        "Make a learner with the recipe's network, optimizer and method, for its `fit`"
         made,taught = self.method(dls.c, n_epoch, **settings),list(L(teacher))
-        want = self.teacher_names or self.teacher_networks if self.method_name in _taught else []
-        if len(taught) != len(want):
-            if not want: raise ValueError(f'{self.id} takes no teacher, got {len(taught)}: leave teacher out')
-            raise ValueError(f"{self.id} is taught by {' and then '.join(want)}, got {len(taught)} as teacher: give the trained network" + ('s, a list in this order' if len(want) > 1 else ''))
-        learn = Learner(dls, _model_fn(self.network, dls.c, min(dls.valid_ds[0][0].shape[-2:]) <= 64)(),
-                        opt_func=make_optimizer(**self.schedule.optimizer_settings), wd_bn_bias=True, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+        self._check_teachers(taught)
+        small = min(dls.valid_ds[0][0].shape[-2:]) <= 64
+        model,opt_func = _model_fn(self.network, dls.c, small)(),make_optimizer(**self.schedule.optimizer_settings)
+        learn = Learner(dls, model, opt_func=opt_func, wd_bn_bias=True, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
         if self.method_name == 'EffDstl': learn.stages = lambda n_epoch: self.method(dls.c, n_epoch, **settings)(*taught)
         else: learn.add_cbs(make_callbacks(made(*taught) if taught else made))
         return learn
@@ -316,58 +374,67 @@ class Recipe:
         n_epoch:int|None=None, # as `method` takes it
         **settings # to differ from the recipe's
     )->dict: # name → callback
-        "The matched controls: the same total scale of the loss, and the label smoothing it is equivalent to"
+        "Return the matched controls: the same total scale of the loss, and the label smoothing it is equivalent to"
         made = self.method(n_classes, n_epoch, **settings)
-        if self.method_name in _taught: made = made(*[Awaited(o, 'best') for o in self.teacher_networks])
+        if self.method_name in _taught: made = made(*[Awaited(network, 'best') for network in self.teacher_networks])
         named = with_controls({self.method_name: made}, n_classes or image_sets[self.data][0])
-        return {name: o for name,(o,of) in named.items() if of}
+        return {name: control for name,(control,controlled) in named.items() if controlled}
 
     def cite(self)->str:
-        "BibTeX of the paper, with the place of the number"
-        p, = _lines('papers', self.paper)
+        "Return the paper's BibTeX, with the place of the number"
+        paper, = _lines('papers', self.paper)
+        authors = ' and '.join(paper['authors'].split(', '))
         place = ', '.join(filter(None, (_place(self.table), self.data, self.student, self.method_name, self.case)))
-        lines = dict(title=p['title'], author=' and '.join(p['authors'].split(', ')), year=p['year'], howpublished=p['venue'], note=place)
-        return f'@misc{{{self.paper},\n' + ''.join(f'  {k} = {{{v}}},\n' for k,v in lines.items() if v) + '}'
+        entries = dict(title=paper['title'], author=authors, year=paper['year'], howpublished=paper['venue'], note=place)
+        lines = ''.join(f'  {name} = {{{value}}},\n' for name,value in entries.items() if value)
+        return f'@misc{{{self.paper},\n{lines}}}'
 
-    def _told(self):
-        "What is shown, as pairs"
-        value = lambda k: f'{k}={self.settings[k]!r} ({self.sources[k]})'
-        yield 'printed', f"{_measures.get(self.metric, self.metric)} {self.printed}"
-        yield 'network', f'{self.student}, {self.network}' if self.network else f'{self.student}, not in this library'
+    def _shown(self):
+        "Yield what is shown, in pairs of words"
+        yield 'printed', f'{_measures.get(self.metric, self.metric)} {self.printed}'
+        yield 'network', f"{self.student}, {self.network or 'not in this library'}"
         if self.start: yield 'starts from', self.start
         if self.stop: yield 'stops after', f'epoch {self.stop}'
-        if self.teacher_names: yield 'taught by', ', '.join(self.teacher_names) + (f' ({self.teacher_score})' if self.teacher_score else '')
-        if self.settings: yield 'settings', '; '.join(map(value, self.settings))
-        if self.defaults: yield 'our defaults', '; '.join(f'{k}={v!r}' for k,v in self.defaults.items())
+        score = f' ({self.teacher_score})' if self.teacher_score else ''
+        if self.teacher_names: yield 'taught by', ', '.join(self.teacher_names) + score
+        stated = [f'{name}={value!r} ({source})' for name,(value,source) in self._stated_settings.items()]
+        if stated: yield 'settings', '; '.join(stated)
+        if self.defaults: yield 'our defaults', '; '.join(f'{name}={value!r}' for name,value in self.defaults.items())
         yield 'training', str(self.schedule)
-        for o in self.missing: yield 'not stated', o
-        for k in ('note', 'contradiction'):
-            if getattr(self, k): yield k, getattr(self, k)
+        for sentence in self.missing: yield 'not stated', sentence
+        if self.note: yield 'note', self.note
+        if self.contradiction: yield 'contradiction', self.contradiction
         if not self.runnable: yield 'runnable', 'no'
 
-    def __repr__(self): return '\n'.join([self.id, *(f'  {k}: {v}' for k,v in self._told())])
+    def __repr__(self): return '\n'.join([self.id, *(f'  {name}: {words}' for name,words in self._shown())])
 
     def _repr_html_(self):
-        rows = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{html.escape(v)}</td></tr>' for k,v in self._told())
+        left = 'style="text-align:left"'
+        rows = ''.join(f'<tr><th {left}>{name}</th><td {left}>{html.escape(words)}</td></tr>' for name,words in self._shown())
         return f'<table><caption style="caption-side:top">{html.escape(self.id)}</caption><tbody>{rows}</tbody></table>'
 
 def _place(table):
+    "Return 'Table 8' for 'T8' and the like"
     kind,rest = dict(T='Table', F='Figure', P='Section', S='Table S.').get(table[0], ''),table[1:]
     return f'{kind}{rest}' if kind.endswith('.') else f'{kind} {rest}'
 
 def _model_fn(name, n_classes, small):
-    return partial(create_model, name, n_classes, **(dict(small_images=True) if small and name.startswith(('timm/', 'torchvision/')) else {}))
+    "Return a function that makes a network, with a small stem if images are small and it has one for 224 pixels"
+    stem = dict(small_images=True) if small and name.startswith(('timm/', 'torchvision/')) else {}
+    return partial(create_model, name, n_classes, **stem)
 
 # %% ../../nbs/47_lab.recipes.ipynb #e8d4d9a5
 @cache
 def recipe(
     id:str, # such as 'yuan2019/T8/MobileNetV2/TfKD_reg', from `recipes().index`
 )->Recipe:
-    "The recipe of a printed result. Raises `ValueError` naming close ones"
+    "Return the recipe of a printed result. Raises `ValueError` naming close ones"
     rows = _rows()
-    if id not in rows: raise ValueError(f'id={id!r} is no recipe; close ones: {_near(id, rows)}')
-    row = {('method_name' if k == 'method' else k): v for k,v in rows[id].items()}
-    return Recipe(id, **{**row, **{k: _number(row[k]) for k in ('value', 'sd', 'gain')}})
+    if id not in rows: raise ValueError(f'id={id!r} is no recipe; close ones: {_close_names(id, rows)}')
+    row = dict(rows[id])
+    row['method_name'] = row.pop('method')
+    for name in ('value', 'sd', 'gain'): row[name] = _number_or_none(row[name])
+    return Recipe(id, **row)
 
 def recipes(
     paper:str|list|None=None, # one, or a list of them; likewise those below
@@ -377,16 +444,19 @@ def recipes(
     method:str|list|None=None,
     runnable:bool|None=None, # those that can be trained here, or those that can't
 )->pd.DataFrame: # by `id`
-    "The printed results. Raises `ValueError` for a value that no result has"
+    "Return the printed results as a table. Raises `ValueError` for a value that no result has"
     df = pd.DataFrame.from_dict(_rows(), orient='index').rename_axis('id')
-    for k in ('value', 'sd', 'gain'): df[k] = pd.to_numeric(df[k])
-    df['runnable'] = [recipe(o).runnable for o in df.index]
-    for k,wanted in dict(paper=paper, table=table, data=data, student=student, method=method).items():
-        for o in L(wanted):
-            if o not in df[k].values: raise ValueError(f'{k}={o!r}: no such result; {_among(df[k], o)}')
-        if wanted is not None: df = df[df[k].isin(list(L(wanted)))]
+    for column in ('value', 'sd', 'gain'): df[column] = pd.to_numeric(df[column])
+    df['runnable'] = [recipe(id).runnable for id in df.index]
+    for column,wanted in dict(paper=paper, table=table, data=data, student=student, method=method).items():
+        if wanted is None: continue
+        for value in L(wanted): _check_known(df, column, value)
+        df = df[df[column].isin(list(L(wanted)))]
     return df if runnable is None else df[df.runnable == runnable]
 
-def _among(column, o):
-    known = column.unique().tolist()
-    return f"{'there are' if len(known) <= 12 else 'close ones are'} {_near(o, known)}"
+def _check_known(df, column, value):
+    "Check that a column has a value. Raises `ValueError` naming those it has, or close ones"
+    known = df[column].unique().tolist()
+    if value in known: return
+    there = 'there are' if len(known) <= 12 else 'close ones are'
+    raise ValueError(f'{column}={value!r}: no such result; {there} {_close_names(value, known)}')

@@ -36,7 +36,7 @@ import fastkdtf
 from ..files import sync_folder
 from ..fingerprint import settings_digest
 
-# %% ../../nbs/40_lab.runs.ipynb #ed10ebc8
+# %% ../../nbs/40_lab.runs.ipynb #8b7b866a
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
     "One arm trained with one seed"
@@ -79,7 +79,7 @@ class Run:
     def __str__(self): return f'{self.arm}, seed {self.seed}'
     def __repr__(self): return f'Run({self.key!r})'
 
-# %% ../../nbs/40_lab.runs.ipynb #cc26bce7
+# %% ../../nbs/40_lab.runs.ipynb #49e9f29f
 class EpochBar(Callback):
     "Move a bar that counts the epochs of many runs"
     order = 70
@@ -109,7 +109,7 @@ class _Progress:
         self.done += run.n_epoch
         self.bar.update(self.done)
 
-# %% ../../nbs/40_lab.runs.ipynb #b8b33828
+# %% ../../nbs/40_lab.runs.ipynb #e68c3a9e
 def tried(
     train:Callable, # trains and returns the record, or None if that must wait
     retries:int=0, # how often to try again
@@ -124,7 +124,7 @@ def tried(
             note(attempt, why, traceback.format_exc())
     return None,why
 
-# %% ../../nbs/40_lab.runs.ipynb #48270bf6
+# %% ../../nbs/40_lab.runs.ipynb #5484d605
 def _lost(run, failed):
     "Return the key of a failed run that `run` needs, or None"
     return first(need.key for need in run.needs if need.key in failed)
@@ -152,7 +152,7 @@ def work(
                 progress.end(run)
     return failed
 
-# %% ../../nbs/40_lab.runs.ipynb #763870a7
+# %% ../../nbs/40_lab.runs.ipynb #eac42288
 @contextmanager
 def _ray_cluster():
     "Yield Ray, connected to this process's cluster, or else to one that is started for the block"
@@ -293,9 +293,9 @@ def _git(root, *args):
     except (OSError, subprocess.SubprocessError): return None
 
 # %% ../../nbs/40_lab.runs.ipynb #df73a0fe
-@cache
+@cache   # what runs is what was imported, whatever happens to the files afterwards
 def _source():
-    "Return the commit of fastkdtf's own repository, and whether its files differ from it, when first asked: what runs is what was imported"
+    "Return the commit of fastkdtf's own repository, and whether its files differ from it"
     root = Path(fastkdtf.__file__).resolve().parent.parent
     commit = _git(root, 'rev-parse', 'HEAD') if (root/'.git').exists() else None
     if not commit: return commit, None

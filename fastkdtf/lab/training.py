@@ -163,7 +163,7 @@ def train_run(
     dls:DataLoaders, # `.test`, if it has one, is what is reported
     model_fn:Callable, # makes the model
     n_epoch:int,
-    fit:str|Callable='fit_one_cycle', # which of the learner's training methods, or a function `(learn, n_epoch, cbs)`; stages have their own
+    fit:str|Callable='fit_one_cycle', # training method of the learner, or a function `(learn, n_epoch, cbs)`; stages have their own
     lr:float|None=None, # learning rate; None: the learner's own
     cbs:Iterable=(), # further callbacks
     learner:Callable=Learner, # makes the learner from loaders, model and `metrics`
@@ -277,7 +277,8 @@ def _check_arms(arms):
 def _check_fit(fit):
     "Check that `fit` is a function or names a method of `Learner`"
     if not callable(fit) and not callable(getattr(Learner, str(fit), None)):
-        raise ValueError(f"fit must name a training method of Learner, such as 'fit' or 'fit_one_cycle', or be a function (learn, n_epoch, cbs), got {fit!r}")
+        raise ValueError("fit must name a training method of Learner, such as 'fit' or 'fit_one_cycle', "
+                         f'or be a function (learn, n_epoch, cbs), got {fit!r}')
 
 def _check_model_fn(model_fn):
     "Check that `model_fn` makes models, and is none"
@@ -357,29 +358,38 @@ class FolderStore(MemoryStore):
     def _checkpoint_file(self, run): return self.folder/'unfinished'/f'{run.digits}.pt'
     def _weights_file(self, run): return self.folder/'weights'/run.keep/f'{run.digits}.pt'
 
-    def claim(self, run:Run, wait:bool): return run_lock(self._checkpoint_file(run), -1 if wait else 0)
-    def checkpoint(self, run:Run)->list: return [Checkpoint(self._checkpoint_file(run))]
+    def claim(self, run:Run, wait:bool):
+        "Lock the run; the block gets False if another process has it and is not waited for"
+        return run_lock(self._checkpoint_file(run), -1 if wait else 0)
+
+    def checkpoint(self, run:Run)->list:
+        "Return a callback that saves the run under way, and goes on from where it was interrupted"
+        return [Checkpoint(self._checkpoint_file(run))]
 
     def find(self, run:Run)->dict|None:
+        "Return the record of a finished run; None if it has none, or if weights that others need are gone"
         if run.keep and not self._weights_file(run).exists(): return None
         return self.ledger.find(run.key)
 
     def add(self, run:Run, record:dict)->dict:
+        "Write the record of a finished run, delete its checkpoint, and return the record"
         self.ledger.append(record)
         self._checkpoint_file(run).unlink(missing_ok=True)
         return record
 
     def keep(self, run:Run, weights:dict):
+        "Write weights that other runs need"
         with replacing(self._weights_file(run)) as f: torch.save(weights, f)
 
     def weights(self, run:Run)->dict:
+        "Read the kept weights of a finished run. Raises `ValueError` if the file is damaged"
         file = self._weights_file(run)
         try: return torch.load(file, map_location='cpu', weights_only=True)
         except FileNotFoundError: raise
         except Exception as e:
             raise ValueError(f'{file}, the weights of {run.arm}, is damaged: delete it, and the same call trains them again') from e
 
-# %% ../../nbs/40a_lab.training.ipynb #84364e0f
+# %% ../../nbs/40a_lab.training.ipynb #314840fa
 def _describe_run(run, callbacks, n_classes):
     "Return what a run's method does and whose weights it uses, in pairs of words"
     rows = []
@@ -397,8 +407,8 @@ _said_by_the_campaign = 'rank','control_for','baseline','setting','description' 
 class Campaign:
     """The runs of several arms over the same seeds; with a folder, the same call goes on where the last one stopped
 
-    Finished runs are in `out/results.jsonl`, weights that others need in `out/weights`, by `last` and `best`, and a run that is under way in a checkpoint.
-    Several processes may work on one folder."""
+    Finished runs are in `out/results.jsonl`, weights that others need in `out/weights`, by `last` and `best`,
+    and a run that is under way in a checkpoint. Several processes may work on one folder."""
     def __init__(self,
         arms:dict, # name → `Arm`; an arm comes after those it needs
         dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
