@@ -102,11 +102,15 @@ def _compare(args):
     return f'{comparison}\n\n{done}', data
 
 def _compare_options(p):
-    p.add_argument('--data', default='digits', help='digits, cifar10, cifar100, cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf, '
-                   'a folder or archive of images, or an .npz file with train_images, train_labels, test_images, test_labels, class_names')
+    p.add_argument('--data', default='digits',
+                   help='digits, cifar10, cifar100, cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf, '
+                   'a folder or archive of images, or an .npz file with '
+                   'train_images, train_labels, test_images, test_labels, class_names')
     p.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
-    p.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto', help='of training images; auto: what the papers do with sets known by name')
-    p.add_argument('--arch', default='resnet20', help='network: resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm knows')
+    p.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto',
+                   help='of training images; auto: what the papers do with sets known by name')
+    p.add_argument('--arch', default='resnet20',
+                   help='network: resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm knows')
     p.add_argument('--methods', default='all', help='comma-separated: LSR, LsrKD, LsrKD-TC, TfKDReg, TfKDReg-official')
     p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
     p.add_argument('--seeds', type=_positive, default=3, help='how many')
@@ -149,8 +153,9 @@ def _recipes(args):
 
 def _one_recipe(r):
     printed = {f.name: getattr(r, f.name) for f in fields(r)}
-    known = {what: getattr(r, what) for what in ('settings', 'sources', 'missing', 'network', 'teacher_names', 'teacher_networks', 'runnable')}
-    return f'{r}\n\n{r.cite()}', dict(printed, **known) | dict(schedule=asdict(r.schedule), bibtex=r.cite())
+    more = ('settings', 'sources', 'missing', 'network', 'teacher_names', 'teacher_networks', 'runnable')
+    known = {what: getattr(r, what) for what in more}
+    return f'{r}\n\n{r.cite()}', {**printed, **known, 'schedule': asdict(r.schedule), 'bibtex': r.cite()}
 
 def _recipes_options(p):
     p.add_argument('id', nargs='?', help="a recipe, or a pattern such as 'wang2020/T1/*/MrKD3'")
@@ -167,7 +172,8 @@ def _run(args):
     ids = _matching(args.ids, recipes(runnable=True).index)
     for id in ids: recipe(id).method()   # says why, if it cannot be run, before anything is loaded
     device,trained = args.device if args.engine == 'ray' else _usable_device(args.device),_count(len(ids), 'recipe')
-    try: found = run_recipes(ids, args.seeds, args.epochs, args.scale, args.data, args.path, out, args.engine, device, not args.no_controls, gpus=args.gpus)
+    how = dict(engine=args.engine, device=device, controls=not args.no_controls, gpus=args.gpus)
+    try: found = run_recipes(ids, args.seeds, args.epochs, args.scale, args.data, args.path, out, **how)
     except RuntimeError as e:
         if not hasattr(e, 'failures'): raise
         return f'{trained} in {_took(start)}, none of which has its runs', dict(failed=_failed(e.failures))
@@ -187,7 +193,8 @@ def _size_options(p, seeds, out):
     p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
 
 def _run_options(p):
-    p.add_argument('ids', nargs='+', metavar='ID', help="recipes, or patterns such as 'wang2020/T1/ResNet20/*', which take those that can be run")
+    p.add_argument('ids', nargs='+', metavar='ID',
+                   help="recipes, or patterns such as 'wang2020/T1/ResNet20/*', which take those that can be run")
     _size_options(p, 3, 'kd_runs')
     p.add_argument('--engine', choices=('local', 'ray'), default='local', help='here, one after the other, or on a Ray cluster')
     p.add_argument('--gpus', type=_number_between(float, 0), help='of each run on Ray; may be a fraction')
@@ -219,14 +226,17 @@ def _sweep(args):
         size = {what: shrunk[what] for what in ('n_epoch', 'train_subset') if what in shrunk}
     found = sweep(r, grid=grid, tpe=args.tpe, seeds=args.seeds, out=args.out, path=args.path, data=args.data, device=device, **size)
     files = [str(Path(args.out)/name) for name in ('sweep.csv', *(f'{parameter}.png' for parameter in found.parameters))]
-    best = found.best_settings if found.table.error.notna().any() else None
-    said = 'no trial was finished' if best is None else 'smallest error with ' + ', '.join(f'{p}={best[p]}' for p in found.parameters if p in best)
+    best,said = None,'no trial was finished'
+    if found.table.error.notna().any():
+        best = found.best_settings
+        said = 'smallest error with ' + ', '.join(f'{p}={best[p]}' for p in found.parameters if p in best)
     done = f"{_count(len(found.table), 'trial')} in {_took(start)}, {said}: {', '.join(files)}"
     return f'{found}\n\n{done}', dict(caption=found.caption, table=_records_of(found.table), best=best, files=files)
 
 def _sweep_options(p):
     p.add_argument('id', metavar='ID', help='a recipe')
-    p.add_argument('--grid', nargs='+', default='paper', help='paper, or name=value,value,… for each parameter; with --tpe also name=low:high and name=low:high:log')
+    p.add_argument('--grid', nargs='+', default='paper',
+                   help='paper, or name=value,value,… for each parameter; with --tpe also name=low:high and name=low:high:log')
     p.add_argument('--tpe', type=_positive, help='so many trials that Optuna suggests, instead of the grid')
     _size_options(p, 1, 'kd_sweep')
 
@@ -262,7 +272,8 @@ def _keywords(pairs):
 
 def _description_data(d):
     "Return a description in types that JSON has"
-    numbers = {k: getattr(d, k) for k in ('name', 'n_classes', 'hard', 'soft', 'tau', 'target', 'soft_gradient', 'scale', 'epsilon', 'exact', 'negligible', 'notes')}
+    shown = 'name n_classes hard soft tau target soft_gradient scale epsilon exact negligible notes'
+    numbers = {k: getattr(d, k) for k in shown.split()}
     settings = {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k,v in d.settings.items()}
     return dict(numbers, settings=settings, controls=list(d.controls))
 
@@ -271,8 +282,9 @@ def _describe(args):
     if args.method not in methods: raise UsageError(f"{args.method} is not one of {', '.join(methods)}")
     try: d = methods[args.method].describe(args.classes, **_keywords(args.settings))
     except TypeError as e: raise UsageError(str(e)) from e
+    order = 'exactly' if d.exact else 'to first order'
     said = 'no label smoothing: its target is not made from the label alone'
-    if d.epsilon is not None: said = f"label smoothing {d.epsilon:.3f} of scale {d.scale:.3g}, {'exactly' if d.exact else 'to first order'}"
+    if d.epsilon is not None: said = f'label smoothing {d.epsilon:.3f} of scale {d.scale:.3g}, {order}'
     return f'{d}\n\n{args.method} with {args.classes} classes amounts to {said}', _description_data(d)
 
 def _describe_options(p):

@@ -18,7 +18,7 @@ def test_candidates_take_turns():
 def test_ratio_is_the_median_over_rounds():
     times = dict(a=np.array([2., 30., 4.]), b=np.array([1., 3., 4.]))
     assert median_ratio(times, 'a', 'b') == 2. and median_ratio(times, 'b', 'a') == .5 and median_ratio(times, 'a', 'a') == 1.
-    assert isinstance(median_ratio(times, 'a', 'b'), float)
+    assert isinstance(median_ratio(times, 'a', 'b'), float) and median_ratio(times, candidate='b', reference='a') == .5
 
 def test_slower_is_slower():
     times = interleaved_times({'fast': lambda: None, 'slow': lambda: time.sleep(.002)}, rounds=5)

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from fastkdtf.lab.interpret import evaluate, reliability
-from fastkdtf.lab.report import Comparison, paired_difference, seeds_needed
+from fastkdtf.lab.report import Comparison, mean_sd, number_or_nan, paired_difference, seeds_needed, t_interval, verdict
 
 few = settings(max_examples=60, deadline=None)
 
@@ -32,6 +32,34 @@ def test_paired_difference_of_few():
     assert paired_difference([.9], [.8])[0] == pytest.approx(.1)
     assert all(math.isnan(o) for o in paired_difference([.9], [.8])[1:])
     assert paired_difference([.9, .8], [.8, .7]) == pytest.approx((.1, .1, .1))
+
+
+@few
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=12), st.sampled_from([.5, .9, .95, .99]))
+def test_mean_spread_and_interval_are_those_of_0_1_0(values, confidence):
+    "The formulas as they stood there, to 1e-9"
+    mean,sd = mean_sd(values)
+    assert (mean, sd) == (pytest.approx(np.mean(values), abs=1e-9), pytest.approx(np.std(values, ddof=1), abs=1e-9))
+    half = float(stats.t.ppf((1+confidence)/2, len(values)-1))*sd/math.sqrt(len(values))
+    assert t_interval(mean, sd, len(values), confidence) == pytest.approx((mean-half, mean+half), rel=1e-9, abs=1e-9)
+    assert paired_difference(values, np.zeros(len(values)), confidence) == pytest.approx((mean, mean-half, mean+half), rel=1e-9, abs=1e-9)
+
+def test_too_few_values():
+    assert all(map(math.isnan, (*mean_sd([]), mean_sd([1.])[1], *paired_difference([], [])))) and mean_sd([1.])[0] == 1.
+    assert t_interval(1., 0., 3) == (1., 1.) and all(map(math.isnan, t_interval(1., 0., 1)))
+    assert all(map(math.isnan, map(number_or_nan, (None, '', 'nan')))) and number_or_nan('2.5') == 2.5
+
+def test_verdict():
+    assert [verdict(o) for o in ((1., .1, 2.), (-1., -2., -.1), (1., -.1, 2.), (1., 0., 2.), (1., math.nan, math.nan))] == ['ahead', 'behind', 'open', 'open', 'open']
+
+def test_methods_are_neither_baseline_nor_controls():
+    "A control that is judged itself, as it has a control of its own, is a method; callbacks that only scale are controls whoever named them"
+    scaled = [dict(callback='ScaledCE', factor=2.)]
+    records = [record('baseline', 0), record('A', 0, rank=1), record('LS', 0, rank=2, control_for=('A',)), record('B', 0, rank=3, control_for=('A',)), record('LS of B', 0, rank=4, control_for=('B',)),
+               {**record('mine', 0, rank=5), 'callbacks': scaled}]
+    c = Comparison(records)
+    assert c.methods == ['A', 'B'] and c.rivals('A') == ['LS', 'B', 'baseline'] and c.rivals('B') == ['LS of B', 'baseline'] and c.rivals('LS') == ['baseline']
+    assert c.scores('A') == [.5] and c.scores('A', epoch='best') == [.6] and c.scores('A', 'nll') == [1.]
 
 
 # ---------------------------------------------------------------- seeds needed

@@ -48,9 +48,11 @@ def chart_style()->dict:
     "Return matplotlib's settings for charts of the page: no frame, no tick marks, a pale grid"
     fg,less,rule = (palette()[name] for name in ('fg', 'less', 'rule'))
     style  = {f'axes.spines.{side}': False for side in ('left', 'right', 'top', 'bottom')}
-    style |= {f'{axis}tick.{what}': value for axis in 'xy' for what,value in {'color': less, 'labelsize': 11, 'major.size': 0, 'major.pad': 6}.items()}
-    return {**style, 'svg.fonttype': 'none', 'font.size': 11, 'axes.labelsize': 11, 'text.color': fg, 'axes.labelcolor': fg,
-            'axes.grid': True, 'axes.axisbelow': True, 'grid.color': rule, 'grid.linewidth': 1, 'lines.solid_capstyle': 'butt', 'path.simplify': False}
+    ticks  = {'color': less, 'labelsize': 11, 'major.size': 0, 'major.pad': 6}
+    style |= {f'{axis}tick.{what}': value for axis in 'xy' for what,value in ticks.items()}
+    style |= {'font.size': 11, 'axes.labelsize': 11, 'text.color': fg, 'axes.labelcolor': fg}
+    style |= {'axes.grid': True, 'axes.axisbelow': True, 'grid.color': rule, 'grid.linewidth': 1}
+    return {**style, 'svg.fonttype': 'none', 'lines.solid_capstyle': 'butt', 'path.simplify': False}
 
 # %% ../../nbs/45a_lab.draw.ipynb #ed5f8236
 class Look:
@@ -97,7 +99,7 @@ class Look:
         "Return the names with their lines and marks as a list"
         return Ul(*(Li(self.named(name)) for name in names), cls='legend')
 
-# %% ../../nbs/45a_lab.draw.ipynb #02418acb
+# %% ../../nbs/45a_lab.draw.ipynb #d5e3f081
 def note(
     artist:Artist,
     words:str|Sequence=(), # for the artist, or a list with one for each of its finite points
@@ -258,7 +260,7 @@ def figure(
     "Return an HTML figure with its title and an explanation above"
     return ft('figure', Figcaption(H3(title), P(how)), *body, cls=cls)
 
-# %% ../../nbs/45a_lab.draw.ipynb #c5890924
+# %% ../../nbs/45a_lab.draw.ipynb #4b29dc77
 def _rows(ax, names):
     "Give each name a row, the first on top"
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names)-.5, -.5))
@@ -300,7 +302,7 @@ def draw_differences(
     ax.axvline(0, color=palette()['zero'], linewidth=1.25, zorder=1)
     _rows(ax, [label for _,label,*_ in rows])
 
-# %% ../../nbs/45a_lab.draw.ipynb #50a867af
+# %% ../../nbs/45a_lab.draw.ipynb #544fe606
 def draw_curves(
     ax:plt.Axes,
     curves:dict, # name → `[seeds, epochs]`; not-a-number leaves a gap
@@ -314,18 +316,19 @@ def draw_curves(
         known,order = np.isfinite(mean),len(curves)-place+2
         beside = np.r_[False, known[:-1]] | np.r_[known[1:], False] if len(known) else known
         alone = np.flatnonzero(known & ~beside)   # a lone point shows as a dot
-        line = ax.plot(epochs, mean, label=name, linewidth=2, solid_capstyle='round', marker='o', markersize=2, markevery=alone, zorder=order, **look.line(name))
+        dots = dict(marker='o', markersize=2, markevery=alone)
+        line = ax.plot(epochs, mean, label=name, linewidth=2, solid_capstyle='round', zorder=order, **dots, **look.line(name))
         note(line[0], name, cut=top is not None)
         if band and len(values) > 1 and known.any():
-            area = ax.fill_between(epochs, values.min(0), values.max(0), where=known, color=look.colour(name), alpha=.13, linewidth=0, zorder=order)
-            note(area, cut=top is not None)
+            fill = dict(color=look.colour(name), alpha=.13, linewidth=0, zorder=order)
+            note(ax.fill_between(epochs, values.min(0), values.max(0), where=known, **fill), cut=top is not None)
     ax.margins(x=.015)
     if top is not None:
         low = min(np.nanmin(values) for values in curves.values() if np.isfinite(values).any())
         ax.set_ylim(low-.05*(top-low), top)
     round_ticks(ax.xaxis, whole=True)
 
-# %% ../../nbs/45a_lab.draw.ipynb #1a924215
+# %% ../../nbs/45a_lab.draw.ipynb #ff01867a
 def draw_reliability(
     ax:plt.Axes,
     bins:np.ndarray, # `[n_bins,3]`: samples, mean confidence, accuracy
@@ -338,7 +341,8 @@ def draw_reliability(
     bars = ax.bar(low+.08*width, accuracy, .84*width, align='edge', color=colour)
     for i,bar in enumerate(bars):
         bar.set_alpha(.25+.75*math.sqrt(n[i]/n.max()))
-        note(bar, f'confidence {low[i]:.2f} to {high[i]:.2f}: {n[i]:,.0f} predictions, mean confidence {confidence[i]:.3f}, accuracy {accuracy[i]:.3f}')
+        found = f'{n[i]:,.0f} predictions, mean confidence {confidence[i]:.3f}, accuracy {accuracy[i]:.3f}'
+        note(bar, f'confidence {low[i]:.2f} to {high[i]:.2f}: {found}')
     ax.hlines(confidence, low, high, color=palette()['fg'], linewidth=2)
     ax.plot([0, 1], [0, 1], color=palette()['zero'], linewidth=1, linestyle=(0, (4, 3)))
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='confidence', ylabel='accuracy')

@@ -169,7 +169,9 @@ def subnetwork_outputs(
     bits:str|Sequence|None, # one for each residual addition, as `subnetwork` takes them; None: the full network
     *xb, # a batch of inputs
 )->tuple: # logits `[N,K]`, features `[N,F]`
-    "Return logits and what the last linear layer sees, in evaluation mode and without a graph. Raises `ValueError` for a model without a linear layer"
+    """Return logits and what the last linear layer sees, in evaluation mode and without a graph
+
+    Raises `ValueError` for a model without a linear layer."""
     linear,seen = [m for m in model.modules() if isinstance(m, nn.Linear)],[]
     if not linear: raise ValueError(f'model, a {type(model).__name__}, has no linear layer whose input would be its features')
     hook = linear[-1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from fastcore.xml import (A, Body, Br, Dd, Div, Dl, Dt, Footer, H1, H2, H3, H4, Head, Header, Html, Li, Link, Main, Meta, Nav, P, Safe, Section, Span,
-                          Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
+from fastcore.xml import A, Body, Br, Dd, Div, Dl, Dt, Footer, H1, H2, H3, H4, Head, Header, Html, Li, Link, Main, Meta, Nav, P
+from fastcore.xml import Safe, Section, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml
 
 from .draw import *
-from .report import Comparison, comparisons, last_accuracy, mean_sd, number_or_nan, paired_difference, verdict
+from .report import Comparison, column_names, comparisons, last_accuracy, mean_sd, number_or_nan, paired_difference, verdict
 
 # %% ../../nbs/45b_lab.page.ipynb #8e2ea040
 def _points(mean, low, high):
@@ -34,7 +34,7 @@ def _sentence(c, name):
     def listed(said):
         return ' and '.join(f'{rival} ({_points(*difference)})' for rival,difference in found.items() if verdict(difference) == said)
     ahead,behind,rest = map(listed, ('ahead', 'behind', 'open'))
-    said = [f'{word} of {rivals}' if word == 'ahead' else f'{word} {rivals}' for word,rivals in (('ahead', ahead), ('behind', behind)) if rivals]
+    said = [f'ahead of {ahead}']*bool(ahead) + [f'behind {behind}']*bool(behind)
     if not said: return 'open',f'No difference is shown between {name} and {rest}.'
     end = f'; no difference is shown to {rest}.' if rest else '.'
     return 'mixed' if behind or rest else 'ahead',f"{name} is {' but '.join(said)}{end}"
@@ -97,9 +97,11 @@ def _accuracy(c, look):
 def _differences(c, look):
     pairs = [(name, rival) for name in c.names if name != c.baseline for rival in c.rivals(name)]
     if not pairs: return None
-    found = [(name, f'{name} − {rival}', np.multiply(c.difference(name, rival), 100), 100*np.subtract(*c.paired(name, rival))) for name,rival in pairs]
+    def numbers(name, rival):
+        seeds = 100*np.subtract(*c.paired(name, rival))
+        return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), 100), seeds
     def draw(ax):
-        draw_differences(ax, found, look)
+        draw_differences(ax, [numbers(*pair) for pair in pairs], look)
         ax.set_xlabel('difference in accuracy after the last epoch, points')
     def row(name, rival):
         said,control = _points(*c.difference(name, rival)),name in c.control_for(rival)
@@ -109,17 +111,15 @@ def _differences(c, look):
            'An interval that crosses the line at zero shows no difference.')
     return figure('Paired differences to matched controls and baseline', how, strips(draw, [row(*pair) for pair in pairs]))
 
-_columns = dict(train_loss="training loss, each method's own", valid_loss='validation loss', accuracy='validation accuracy, %')
-
 def _curves(c, look):
     def plot(column):
         curves = {name: c.curves(name, column) for name in c.names}
         if not any(np.isfinite(values).any() for values in curves.values()): return None
         factor = 100 if column == 'accuracy' else 1
         ends = '; '.join(f'{name} {factor*values[:,-1].mean():.4g}' for name,values in curves.items() if values.size)
-        said = f'{_columns[column]} by epoch, mean over seeds at the end: {ends}'
+        said = f'{column_names[column]} by epoch, mean over seeds at the end: {ends}'
         return panel(partial(c.draw_column, column=column, look=look), said)
-    plots = [plot(column) for column in _columns]
+    plots = [plot(column) for column in column_names]
     if not any(plots): return None
     band = '; the bands reach from the lowest seed to the highest' if len(c.names) <= 8 else ''
     how = f"Means over seeds{band}. Training losses contain each method's own terms and are not comparable between methods."
@@ -144,8 +144,8 @@ def _reliability(c, look):
         drawn = panel(draw, f'Reliability of {name}, {ece}', 190, 185)
         return Div(P(look.named(name), Br(), ece, cls='title'), drawn)
     plots = [plot(name) for name in c.names]
-    how = ('Accuracy (bars) by confidence of the prediction, all seeds together; short lines: mean confidence in the bin; paler bars: fewer predictions. '
-           'A bar below its line is overconfident. ECE: expected calibration error, mean over seeds.')
+    how = ('Accuracy (bars) by confidence of the prediction, all seeds together; short lines: mean confidence in the bin; '
+           'paler bars: fewer predictions. A bar below its line is overconfident. ECE: expected calibration error, mean over seeds.')
     return figure('Reliability', how, Div(*plots, cls='panels small')) if any(plots) else None
 
 # %% ../../nbs/45b_lab.page.ipynb #213744b2
@@ -164,9 +164,9 @@ def _label_points(ax, points):
     (low,high),_ = ax.get_xlim(),ax.get_ylim()   # which settles both axes
     heights = [ax.transData.transform((ratio[0], gain[0]))[1] for _,ratio,gain in points]
     for (name,ratio,gain),height,apart in zip(points, heights, spread(heights, 13)):
-        left = (ratio[0]-low)/(high-low) > .6
         short = name if len(name) < 24 else name[:22]+'…'
-        ax.annotate(short, (ratio[0], gain[0]), (-8 if left else 8, apart-height+3), textcoords='offset points', ha='right' if left else 'left')
+        side,align = (-8,'right') if (ratio[0]-low)/(high-low) > .6 else (8,'left')
+        ax.annotate(short, (ratio[0], gain[0]), (side, apart-height+3), textcoords='offset points', ha=align)
 
 def _cost(c, look):
     points = _costs(c)
@@ -181,8 +181,8 @@ def _cost(c, look):
         ax.set(xlabel='time per epoch, ratio to the baseline', ylabel='difference in accuracy to the baseline, points')
         if len(points) <= 12: _label_points(ax, points)
     said = 'Cost against gain: ' + '; '.join(f'{name} {ratio[0]:.2f} times the time, {gain[0]:+.2f} points' for name,ratio,gain in points)
-    how = ('Time of a training epoch as a ratio to the baseline, and the paired difference in accuracy to it, both with 95 % intervals over seeds. '
-           'Better is up and to the left.')
+    how = ('Time of a training epoch as a ratio to the baseline, and the paired difference in accuracy to it, '
+           'both with 95 % intervals over seeds. Better is up and to the left.')
     return figure('Cost against gain', how, look.legend([name for name,*_ in points]), panel(draw, said, 400, 290), cls='cost')
 
 # %% ../../nbs/45b_lab.page.ipynb #3c3896a6
@@ -194,9 +194,10 @@ def _shown(value):
     if isinstance(value, list):  return ', '.join(map(_shown, value)) or 'none'
     return str(value)
 
-_plain_names = dict(arch='network', n_epoch='epochs', fit='training method', lr='learning rate', bs='batch size', n_train='training samples',
-    n_valid='validation samples', n_classes='classes', n_params='parameters', loss_func='loss', opt_func='optimizer', evaluated_on='evaluated on',
-    dirty='uncommitted changes', date='finished')
+_plain_names = dict(
+    arch='network', n_epoch='epochs', fit='training method', lr='learning rate', bs='batch size', n_train='training samples',
+    n_valid='validation samples', n_classes='classes', n_params='parameters', loss_func='loss', opt_func='optimizer',
+    evaluated_on='evaluated on', dirty='uncommitted changes', date='finished')
 
 def _definitions(pairs): return Dl(*(Div(Dt(_plain_names.get(k, k)), Dd(_shown(v))) for k,v in pairs))
 
@@ -238,7 +239,7 @@ def _conditions(c):
     versions = figure('Versions and machine', 'As recorded with the runs.', card(environment))
     return Div(shared, versions, cls='cards')
 
-# %% ../../nbs/45b_lab.page.ipynb #d6c4c3c2
+# %% ../../nbs/45b_lab.page.ipynb #95da1ea1
 def _heading(c): return c.records[0]['setting'].split(':')[0]
 
 def _found(c):
@@ -268,8 +269,8 @@ def _plural(n, what): return f"{n} {what}{'s'*(n != 1)}"
 
 def _head(title):
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), Link(rel='icon', href='data:,'),
-                Meta(http_equiv='Content-Security-Policy', content=policy), Title(title), Style(Safe(style_sheet())))
+    metas = Meta(charset='utf-8'),Meta(name='viewport', content='width=device-width, initial-scale=1'),Link(rel='icon', href='data:,')
+    return Head(*metas, Meta(http_equiv='Content-Security-Policy', content=policy), Title(title), Style(Safe(style_sheet())))
 
 def report_html(
     runs:Comparison|Iterable, # records as `read_runs` returns them, a `Comparison`, or several
@@ -283,9 +284,10 @@ def report_html(
     n_runs,n_methods = sum(len(c.records) for c in cs),len(set(names))
     about = f"{_plural(n_runs, 'run')} of {_plural(n_methods, 'method')} (baselines and controls included), {_plural(len(cs), 'setting')}."
     links = Nav(Ul(*(Li(A(_heading(c), href=f'#s{i}')) for i,c in enumerate(cs)))) if len(cs) > 1 else None
-    foot = ('Colours after Okabe and Ito, for colour-blind readers: grey is the baseline; hollow marks and dotted lines are matched controls. '
-            'Written by fastkdtf.')
-    body = Body(Header(H1(title), P(about), links), Main(Safe(before), *(_section(c, look, i) for i,c in enumerate(cs))), Footer(P(foot, cls='less')))
+    foot = ('Colours after Okabe and Ito, for colour-blind readers: grey is the baseline; '
+            'hollow marks and dotted lines are matched controls. Written by fastkdtf.')
+    sections = [_section(c, look, i) for i,c in enumerate(cs)]
+    body = Body(Header(H1(title), P(about), links), Main(Safe(before), *sections), Footer(P(foot, cls='less')))
     return to_xml(Html(_head(title), body, lang='en'), indent=False) + '\n'
 
 # %% ../../nbs/45b_lab.page.ipynb #5ee828d5

@@ -185,7 +185,10 @@ def _hours(h):
 def _count(n, what): return '' if math.isnan(n) else f", {n:.0f} {what}{'s'*(n != 1)}"
 def _value(mean, sd): return '–' if math.isnan(mean) else f'{mean:.2f}' + ('' if math.isnan(sd) else f' ± {sd:.2f}')
 def _between(low, high): return f' [{low:.2f}, {high:.2f}]'
-def _signed(mean, low, high): return '–' if math.isnan(mean) else f'{mean:+.2f}' + ('' if math.isnan(low) else f' [{low:+.2f}, {high:+.2f}]')
+
+def _signed(mean, low, high):
+    if math.isnan(mean): return '–'
+    return f'{mean:+.2f}' + ('' if math.isnan(low) else f' [{low:+.2f}, {high:+.2f}]')
 
 def _printed(row):
     interval = ', no interval printed' if math.isnan(row.paper_low) else _between(row.paper_low, row.paper_high)
@@ -204,8 +207,9 @@ def _cells(row, marks):
     over = f'{_signed(row.control_gain, row.control_low, row.control_high)} ({row.control})' if row.control else '–'
     of_all = '' if math.isnan(row.all_hours) else f' ({_hours(row.all_hours)})'
     loading = '–' if math.isnan(row.loading_share) else f'{100*row.loading_share:.1f} %'
-    return {'recipe': row.recipe, 'metric': f'{row.metric}, {row.epoch}', 'paper': _printed(row), 'ours': _ours(row), 'result': _result(row),
-            "paper's gain": _paper_gain(row), 'our gain': _signed(row.gain, row.gain_low, row.gain_high), 'over its control': over,
+    return {'recipe': row.recipe, 'metric': f'{row.metric}, {row.epoch}', 'paper': _printed(row), 'ours': _ours(row),
+            'result': _result(row), "paper's gain": _paper_gain(row),
+            'our gain': _signed(row.gain, row.gain_low, row.gain_high), 'over its control': over,
             'scale': row.scale, 'a full run': _hours(row.full_hours)+of_all, 'loading': loading, 'notes': ', '.join(map(str, marks))}
 
 def _notes(record, row):
@@ -222,7 +226,7 @@ def _notes(record, row):
 class Reproduction:
     "The papers' numbers against ours, a row for each recipe and scale; shows as a table, draws its plot, saves both"
     def __init__(self,
-        out:str|Path|Iterable, # what `run_recipes` wrote: a folder, its `recipes.jsonl`, or a list of these; or records of recipes, with `runs`
+        out:str|Path|Iterable, # a folder of `run_recipes`, its `recipes.jsonl`, or a list of these; or records of recipes, with `runs`
         runs:list|None=None, # records of their runs
         failures:Iterable=(), # runs that failed: dicts with `run`, its key, `recipe` and `error`
     ):
@@ -248,22 +252,24 @@ class Reproduction:
         def count(found, names): return ', '.join(f'{sum(found == kind)} {words}' for kind,words in names.items() if sum(found == kind))
         said = []
         if len(full): said.append(f'At full scale ({len(full)}): {count(full.agree, _said)}.')
-        if len(shrunk): said.append(f'Shrunk ({len(shrunk)}), where only the sign of the gain is compared: {count(shrunk.sign, _sign_said)}.')
+        signs = count(shrunk.sign, _sign_said)
+        if len(shrunk): said.append(f'Shrunk ({len(shrunk)}), where only the sign of the gain is compared: {signs}.')
         return ' '.join(said)
 
     @property
     def caption(self)->str:
-        "What the columns mean"
+        "Say what the columns mean"
         machines = '; '.join(dict.fromkeys(r['platform'] for r in self.records if r.get('platform')))
         machine = f' ({machines})' if machines else ''
-        return ('Values in per cent as the paper prints them, errors or accuracies, of the epoch that it reports (the last where it does not say); '
-                'mean ± sd over runs or seeds. Intervals are of 95 % (Student t). '
-                'At full scale, results agree if the two intervals share a point, or, where none is printed, if ours holds the printed number; '
-                'overlap is no proof of equality. '
-                'Runs that were shrunk are not compared by value. Gains are in points over the baseline, positive for better, paired by seed; '
-                'a control is a matched one, that over which the gain is least. '
+        return ('Values in per cent as the paper prints them, errors or accuracies, of the epoch that it reports '
+                '(the last where it does not say); mean ± sd over runs or seeds. Intervals are of 95 % (Student t). '
+                'At full scale, results agree if the two intervals share a point, or, where none is printed, '
+                'if ours holds the printed number; overlap is no proof of equality. '
+                'Runs that were shrunk are not compared by value. Gains are in points over the baseline, positive for better, '
+                'paired by seed; a control is a matched one, that over which the gain is least. '
                 f'A full run: what training its method at full scale would take on this machine{machine}, '
-                'in brackets with all else that was trained for it, each once; loading: share of the training time spent waiting for batches.')
+                'in brackets with all else that was trained for it, each once; '
+                'loading: share of the training time spent waiting for batches.')
 
     def __repr__(self):
         notes = [f'[{i}] {words}' for i,words in enumerate(self.notes, 1)]
@@ -298,8 +304,8 @@ class Reproduction:
     def gains(self)->pd.DataFrame:
         "The rows that have both gains, and half the length of the paper's interval, 0 where none is printed"
         t = self.table[np.isfinite(self.table.paper_gain) & np.isfinite(self.table.gain)]
-        half = ((t.paper_high-t.paper_low)/2).fillna(0.)
-        return t.assign(paper_half=half, low=t.gain_low.fillna(t.gain), high=t.gain_high.fillna(t.gain), colour=[_kind(row) for row in t.itertuples()])
+        half,low,high = ((t.paper_high-t.paper_low)/2).fillna(0.),t.gain_low.fillna(t.gain),t.gain_high.fillna(t.gain)
+        return t.assign(paper_half=half, low=low, high=high, colour=[_kind(row) for row in t.itertuples()])
 
     def draw_gains(self, ax:plt.Axes):
         "Draw the paper's gain against ours on an axis"
@@ -308,10 +314,11 @@ class Reproduction:
         ax.axhline(0, linewidth=1.25, **zero)
         ax.axvline(0, linewidth=1.25, **zero)
         for row in self.gains.itertuples():
-            colour,bg = palette()[_colours[row.colour]],palette()['bg']
+            colour = palette()[_colours[row.colour]]
+            mark = dict(color=colour, marker='o', markersize=8, markerfacecolor=colour if row.full else palette()['bg'])
             said = f'{row.recipe}: paper {row.paper_gain:+.2f}, ours {_signed(row.gain, row.gain_low, row.gain_high)}; {_result(row)}'
             paper = row.paper_gain,row.paper_gain-row.paper_half,row.paper_gain+row.paper_half
-            draw_point(ax, paper, (row.gain, row.low, row.high), said, color=colour, marker='o', markersize=8, markerfacecolor=colour if row.full else bg)
+            draw_point(ax, paper, (row.gain, row.low, row.high), said, **mark)
         for axis in (ax.xaxis, ax.yaxis): round_ticks(axis)
         ax.set(xlabel="paper's gain, points", ylabel='our gain, points')
 
@@ -324,11 +331,13 @@ class Reproduction:
     def _figure(self):
         t = self.gains
         if not len(t): return None
-        said = "Paper's gain against ours: " + '; '.join(f'{row.recipe} {row.paper_gain:+.2f}, ours {row.gain:+.2f}' for row in t.itertuples())
-        how = ('A dot for each recipe, hollow where it was shrunk; blue agrees, orange disagrees, grey shows neither (of a shrunk one: its sign). '
-               "Upright lines: 95 % intervals of our gain. Level lines: those of the paper's mean where they are known, without the spread of its "
-               'baseline. On the dashed line both are equal.')
-        return figure("The paper's gain against ours", how, panel(self.draw_gains, said, 400, 370), cls='cost')
+        pairs = '; '.join(f'{row.recipe} {row.paper_gain:+.2f}, ours {row.gain:+.2f}' for row in t.itertuples())
+        how = ('A dot for each recipe, hollow where it was shrunk; blue agrees, orange disagrees, grey shows neither '
+               '(of a shrunk one: its sign). Upright lines: 95 % intervals of our gain. '
+               "Level lines: those of the paper's mean where they are known, without the spread of its baseline. "
+               'On the dashed line both are equal.')
+        drawn = panel(self.draw_gains, f"Paper's gain against ours: {pairs}", 400, 370)
+        return figure("The paper's gain against ours", how, drawn, cls='cost')
 
     def html(self)->Safe:
         "Make one section of a page"

@@ -36,19 +36,24 @@ from .runs import EpochBar
 from .training import check_seeds, make_folder
 
 # %% ../../nbs/48_lab.sweep.ipynb #9232dab9
-_wang = dict(alpha=[.01, .05, .1, .25, .5, .75, .9], tau=[1., 2., 3., 4., 5., 8., 12., 20.], gamma=[.01, .011, .015, .025, .05, .1, .25, .5, .75, .9],
-             interval=[1/391, 4/391, 10/391, 40/391, .25, 1., 2.5, 10., 25., 50., 100., 200.], n_copies=[1, 3, 5])
-_wang_grids = {'LsrKD': 'alpha tau', 'LsrKD-TC': 'alpha tau gamma', 'MrKD1': 'alpha tau interval n_copies', 'MrKD3': 'alpha tau interval n_copies',
-               'MrKD5': 'alpha tau interval n_copies', 'MrKD3-TC': 'alpha tau gamma interval n_copies'}
-_grids = {name: {p: _wang[p] for p in parameters.split()} for name,parameters in _wang_grids.items()}
-_grids |= {'LSR': dict(alpha=[i/100 for i in range(1, 100, 2)]), 'SelfGuidance': dict(lam=[0., .1, .25, .5, 1., 3.]), 'EffDstl': dict(tau_teacher=[.7, .8, 1.])}
+_wang = dict(
+    alpha=[.01, .05, .1, .25, .5, .75, .9], tau=[1., 2., 3., 4., 5., 8., 12., 20.],
+    gamma=[.01, .011, .015, .025, .05, .1, .25, .5, .75, .9],
+    interval=[1/391, 4/391, 10/391, 40/391, .25, 1., 2.5, 10., 25., 50., 100., 200.], n_copies=[1, 3, 5])
+_replay = 'alpha tau interval n_copies'
+_wang_grids = {'LsrKD': 'alpha tau', 'LsrKD-TC': 'alpha tau gamma', 'MrKD1': _replay, 'MrKD3': _replay, 'MrKD5': _replay,
+               'MrKD3-TC': 'alpha tau gamma interval n_copies'}
+_grids = {'LSR': dict(alpha=[i/100 for i in range(1, 100, 2)])}
+_grids |= {'SelfGuidance': dict(lam=[0., .1, .25, .5, 1., 3.]), 'EffDstl': dict(tau_teacher=[.7, .8, 1.])}
+_grids |= {name: {p: _wang[p] for p in parameters.split()} for name,parameters in _wang_grids.items()}
 
 def paper_grid(
     recipe:Recipe|str, # or its id
 )->dict: # name of the parameter → its values
     """Return the values that the paper tried. Raises `ValueError` where it states none
 
-    Wang et al. 2020, §4.3; label smoothing: the supplement of Yuan et al. 2020, §2; λ: Zheng et al. 2022; temperature of stage 2: Song et al. 2023, Tab. 4d"""
+    Wang et al. 2020, §4.3; label smoothing: the supplement of Yuan et al. 2020, §2; λ: Zheng et al. 2022;
+    temperature of stage 2: Song et al. 2023, Tab. 4d"""
     r = _as_recipe(recipe)
     if r.method_name not in _grids:
         known = ', '.join(_grids)
@@ -73,7 +78,8 @@ def search_space(
 # %% ../../nbs/48_lab.sweep.ipynb #6f6ca2bb
 def _check_grid(grid):
     "Return a grid as lists of Python's numbers, each value once"
-    if not isinstance(grid, dict) or not grid: raise TypeError(f"grid must be 'paper' or a dict of parameters and their values, got {grid!r}")
+    if not isinstance(grid, dict) or not grid:
+        raise TypeError(f"grid must be 'paper' or a dict of parameters and their values, got {grid!r}")
     for name,values in grid.items():
         if not isinstance(values, (list, range, np.ndarray)) or not len(values):
             raise TypeError(f'grid[{name!r}] must be a list of values, got {values!r}; ranges are for tpe=, a number of trials')
@@ -90,7 +96,8 @@ def _grid_points(grid, own):
     return points
 
 def _check_space(space):
-    if not isinstance(space, dict) or not space: raise TypeError(f"grid must be 'paper' or a dict of parameters and their ranges, got {space!r}")
+    if not isinstance(space, dict) or not space:
+        raise TypeError(f"grid must be 'paper' or a dict of parameters and their ranges, got {space!r}")
     for name,given in space.items():
         if isinstance(given, list) and given: continue
         is_range = isinstance(given, tuple) and len(given) in (2, 3) and all(map(_real, given[:2])) and given[2:] in ((), ('log',))
@@ -298,7 +305,7 @@ class Sweep:
 
     @property
     def caption(self)->str:
-        "What was run, and what the columns mean"
+        "Say what was run, and what the columns mean"
         states = self.table.state.value_counts()
         ended = ', '.join(f'{states[state]} {state}' for state in ('pruned', 'diverged') if state in states)
         return (f"{self.recipe.id}: {len(self.trials)} trials{f' ({ended})' if ended else ''}, {self.words}. "
@@ -375,7 +382,7 @@ def _proposals(r, grid, tpe, own, seed):
 def sweep(
     recipe:Recipe|str, # or its id
     dls:DataLoaders|None=None, # only training and validation are looked at; None: the recipe's own data
-    grid:str|dict='paper', # `paper_grid`, or a dict: parameter → list of values; with `tpe` → (low, high), (low, high, 'log') or list of choices
+    grid:str|dict='paper', # `paper_grid`, or a dict: name → list of values; with `tpe` also → (low, high) or (low, high, 'log')
     tpe:int|None=None, # so many trials that Optuna suggests, instead of the grid
     seeds:int|Sequence=1, # of each trial: how many, or a list of them
     n_epoch:int|None=None, # epochs of each run; None: the recipe's
@@ -391,7 +398,8 @@ def sweep(
     """Train a recipe with other settings, and compare errors on images held out from training
 
     Parameters are the recipe's, in its own units: with fewer epochs, the interval of memory replay shrinks with the schedule.
-    With one process, a sweep that was killed and started again ends as one that was not. With several, what is suggested and pruned depends on which trials have ended."""
+    With one process, a sweep that was killed and started again ends as one that was not.
+    With several, what is suggested and pruned depends on which trials have ended."""
     optuna,r,out,seeds = _optuna(),_as_recipe(recipe),make_folder(out),check_seeds(seeds)
     epochs = int(r.schedule.epochs)
     n_epoch = check_whole('n_epoch', epochs if n_epoch is None else n_epoch)
