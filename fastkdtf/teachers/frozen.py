@@ -1,4 +1,4 @@
-"""A private copy of a network that only predicts: convolutions and norms folded, channels last, traced once, refilled
+"""A private copy of a network that only predicts: norms folded into convolutions, channels last, traced once, refilled
 
 Docs: https://fastkdtf.github.io/fastkdtf/teachers.frozen.html.md"""
 
@@ -29,32 +29,36 @@ _hooks = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always
 
 def _belongs(hook): return type(hook).__module__.startswith('torch.nn.utils')   # weight norm and the like compute weights there
 
-def _with_graph(o):
+def _with_graph(attr):
     "Tensors with a history in an attribute of a module, also inside lists, tuples and dicts"
-    if isinstance(o, Tensor): return [] if o.is_leaf else [o]
-    if isinstance(o, dict): o = o.values()
-    elif not isinstance(o, (list, tuple)): return []
-    return [t for v in o for t in _with_graph(v)]
+    if isinstance(attr, Tensor): return [] if attr.is_leaf else [attr]
+    if isinstance(attr, dict): attr = attr.values()
+    elif not isinstance(attr, (list, tuple)): return []
+    return [tensor for item in attr for tensor in _with_graph(item)]
 
 # %% ../../nbs/22_teachers.frozen.ipynb #010082ea
+def _substitutes(model):
+    "What takes the place of hooks and of tensors with a history in a deep copy, by id"
+    memo = {}
+    for m in model.modules():
+        for tensor in _with_graph(m.__dict__): memo[id(tensor)] = tensor.detach().clone()
+        for hooks in (m.__dict__.get(kind) for kind in _hooks):
+            if hooks is None: continue
+            memo[id(hooks)] = OrderedDict((k, copy.deepcopy(hook)) for k,hook in hooks.items() if _belongs(hook))
+    return memo
+
 def copy_model(
     model:nn.Module, # left as it is
 )->nn.Module:
-    """A private deep copy: tied weights stay tied, tensors with a history are detached, hooks stay behind
+    """Return a private deep copy: tied weights stay tied, tensors with a history are detached, hooks stay behind
 
     Only hooks that are part of the network come along: `torch.nn.utils`' weight and spectral norm.
     Raises `TypeError` if `model` is not a module or holds something that cannot be copied."""
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, got {type(model).__name__}; of a Learner, give learn.model')
-    memo = {}
-    for m in model.modules():
-        for t in _with_graph(m.__dict__): memo[id(t)] = t.detach().clone()
-        for o in (m.__dict__.get(k) for k in _hooks):
-            if o is None: continue
-            kept = [(k,h) for k,h in o.items() if _belongs(h)]
-            memo[id(o)] = OrderedDict((k, copy.deepcopy(h)) for k,h in kept)
-    try: return copy.deepcopy(model, memo)
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, got {kind}; of a Learner, give learn.model')
+    try: return copy.deepcopy(model, _substitutes(model))
     except Exception as e:
-        raise TypeError(f'model, a {type(model).__name__}, cannot be copied ({type(e).__name__}: {e}); take what cannot be copied off its modules, '
+        raise TypeError(f'model, a {kind}, cannot be copied ({type(e).__name__}: {e}); take what cannot be copied off its modules, '
                         'such as locks, open files and generators, or give its class a __deepcopy__') from e
 
 # %% ../../nbs/22_teachers.frozen.ipynb #857c46d6
@@ -75,15 +79,17 @@ def _folded(pair, tensors):
     "Weight and bias of the layer with the norm in it, by name"
     w,b = tensors[f'{pair.layer}.weight'],tensors.get(f'{pair.layer}.bias')
     dtype = torch.promote_types(w.dtype, torch.float32)
-    mean,var,gamma,beta = (tensors[o].to(dtype) if o else None for o in pair[1:5])
+    mean,var,gamma,beta = (tensors[name].to(dtype) if name else None for name in pair[1:5])
     scale = (var+pair.eps).rsqrt()
     if gamma is not None: scale = scale*gamma
     bias = (-mean if b is None else b-mean)*scale
-    return {f'{pair.layer}.weight': w*scale.view(-1, *[1]*(w.ndim-1)), f'{pair.layer}.bias': bias if beta is None else bias+beta}
+    if beta is not None: bias = bias+beta
+    return {f'{pair.layer}.weight': w*scale.view(-1, *[1]*(w.ndim-1)), f'{pair.layer}.bias': bias}
 
 def _fill(model, tensors, pairs):
     "Write `tensors` of the plain network into `model`, where `pairs` are folded"
-    new = {k:v for pair in pairs for k,v in _folded(pair, tensors).items()}
+    new = {}
+    for pair in pairs: new.update(_folded(pair, tensors))
     for name,t in _tensors(model).items():
         value = new.get(name, tensors.get(name))
         if value is not None: t.copy_(value)
@@ -92,64 +98,82 @@ def _fill(model, tensors, pairs):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True   # else what is computed from a buffer is a constant of the graph, and a refill misses it
 
-def _norm(node, modules):
+_norm_tensors = 'running_mean', 'running_var', 'weight', 'bias'
+
+def _module_norm(node, m):
+    "`_norm_of` for a call of the module `m`"
+    if m.running_mean is None: return None
+    names = [f'{node.target}.{name}' if getattr(m, name) is not None else None for name in _norm_tensors]
+    return node.args[0], *names, m.eps
+
+def _function_norm(node):
+    "`_norm_of` for a call of `F.batch_norm`; norms outside torch.nn, such as timm's with an activation, are traced through"
+    bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    args = bound.arguments
+    tensors = [args[name] for name in _norm_tensors]
+    if args['training'] is not False or None in tensors[:2] or not isinstance(args['eps'], float): return None
+    if all(t is None or isinstance(t, fx.Node) and t.op == 'get_attr' for t in tensors):
+        return args['input'], *(t and t.target for t in tensors), args['eps']
+
+def _norm_of(node, modules):
     "Input node, names of the tensors and ε of a norm with running statistics; `None` for other nodes"
-    names = ('running_mean', 'running_var', 'weight', 'bias')
     if node.op == 'call_module' and isinstance(modules[node.target], _BatchNorm) and len(node.args) == 1:
-        m = modules[node.target]
-        return None if m.running_mean is None else (node.args[0], *(f'{node.target}.{o}' if getattr(m, o) is not None else None for o in names), m.eps)
-    if node.op == 'call_function' and node.target is F.batch_norm:   # norms outside torch.nn, such as timm's with an activation, are traced through
-        bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        args = bound.arguments
-        got = [args[o] for o in names]
-        if args['training'] is not False or None in got[:2] or not isinstance(args['eps'], float): return None
-        if all(o is None or isinstance(o, fx.Node) and o.op == 'get_attr' for o in got):
-            return args['input'], *(o and o.target for o in got), args['eps']
+        return _module_norm(node, modules[node.target])
+    if node.op == 'call_function' and node.target is F.batch_norm: return _function_norm(node)
 
 def _asks_shape(node): return node.target is getattr and node.args[1] in ('ndim', 'shape')   # the same before and after a norm
 
 def _find_pairs(root, graph):
     "Norms whose input is a layer with no other use: `(node of the layer, node of the norm, _Pair)`"
     modules = dict(root.named_modules(remove_duplicate=False))
-    tied = Counter(id(p) for p in _tensors(root).values())
-    uses = Counter(o.target for o in graph.nodes if o.op in ('call_module', 'get_attr'))
+    n_names = Counter(id(p) for p in _tensors(root).values())
+    uses = Counter(node.target for node in graph.nodes if node.op in ('call_module', 'get_attr'))
     for node in graph.nodes:
-        found = _norm(node, modules)
+        found = _norm_of(node, modules)
         layer = found and found[0]
         if not isinstance(layer, fx.Node) or layer.op != 'call_module': continue
-        if any(o is not node and not _asks_shape(o) for o in layer.users): continue
+        if any(user is not node and not _asks_shape(user) for user in layer.users): continue
         m,name = modules[layer.target],layer.target
         if type(m) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) or m._forward_pre_hooks: continue
-        if uses[name] > 1 or uses[f'{name}.weight'] or uses[f'{name}.bias'] or any(tied[id(p)] > 1 for p in m.parameters()): continue
+        shared = any(n_names[id(p)] > 1 for p in m.parameters())
+        if shared or uses[name] > 1 or uses[f'{name}.weight'] or uses[f'{name}.bias']: continue
         yield layer, node, _Pair(name, *found[1:])
 
 # %% ../../nbs/22_teachers.frozen.ipynb #05e05043
 def _attributes(model):
-    return {(n,k): v for n,m in model.named_modules() for k,v in m.__dict__.items() if not k.startswith('_tensor_constant')}
+    return {(name,k): v for name,m in model.named_modules() for k,v in m.__dict__.items() if not k.startswith('_tensor_constant')}
 
-def _fold(model):
-    "A graph of the plain network `model` with its norms folded, and the pairs; `(None, ())` if it has none or cannot be traced"
-    root = copy_model(model)
+def _trace(root):
+    "Graph of `root`; `None` if its control flow depends on the input, or if it keeps a state between batches"
     before = _attributes(root)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             graph = _Tracer().trace(root)
-    except Exception: return None, ()   # control flow that depends on the input
+    except Exception: return None
     after = _attributes(root)
-    if before.keys() != after.keys() or any(before[k] is not after[k] for k in before): return None, ()   # it keeps a state between batches
-    found = list(_find_pairs(root, graph))
+    changed = before.keys() != after.keys() or any(before[k] is not after[k] for k in before)
+    return None if changed else graph
+
+def _remove_norm(graph, layer, norm):
+    norm.replace_all_uses_with(layer)
+    inputs = norm.all_input_nodes
+    graph.erase_node(norm)
+    for node in inputs:
+        if node.op == 'get_attr' and not node.users: graph.erase_node(node)
+
+def _fold_norms(model):
+    "A graph of the plain network `model` with its norms folded, and the pairs; `(None, ())` if it has none or cannot be traced"
+    root = copy_model(model)
+    graph = _trace(root)
+    found = [] if graph is None else list(_find_pairs(root, graph))
+    if not found: return None, ()
     for layer,norm,pair in found:
-        norm.replace_all_uses_with(layer)
-        inputs = norm.all_input_nodes
-        graph.erase_node(norm)
-        for o in inputs:
-            if o.op == 'get_attr' and not o.users: graph.erase_node(o)
+        _remove_norm(graph, layer, norm)
         m = root.get_submodule(pair.layer)
         if m.bias is None: m.bias = nn.Parameter(m.weight.new_empty(m.weight.shape[0]), requires_grad=False)
-    if not found: return None, ()
-    pairs = tuple(o[-1] for o in found)
+    pairs = tuple(pair for _,_,pair in found)
     folded = fx.GraphModule(root, graph, type(model).__name__)
     _fill(folded, _tensors(model), pairs)
     return folded.eval(), pairs
@@ -163,41 +187,40 @@ def _bare(model):
         else: return model
 
 def _set_format(model, memory_format):
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d) and isinstance(m._parameters.get('weight'), nn.Parameter): m.weight.data = m.weight.data.to(memory_format=memory_format)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and isinstance(m._parameters.get('weight'), nn.Parameter)]
+    for m in convs: m.weight.data = m.weight.data.to(memory_format=memory_format)
 
-def _first(model): return next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), torch.empty(0))
+def _float_tensor(model): return next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), torch.empty(0))
 
 def _autocasts(device): return torch.is_autocast_enabled(device.type)
 
-def _size(shape): return 'missing' if shape is None else list(shape)
+def _shape_in_words(shape): return 'missing' if shape is None else list(shape)
 
-def _close(a, b, tol=1e-4):
-    "Whether outputs agree: no entry of a tensor is off by more than `tol` times its largest entry"
-    (a,spec_a),(b,spec_b) = tree_flatten(a),tree_flatten(b)
-    if spec_a != spec_b: return False
-    for o,p in zip(a, b):
-        if not isinstance(p, Tensor): ok = isinstance(o, type(p)) and o == p
-        elif o.shape != p.shape or o.dtype != p.dtype: ok = False
-        elif not p.is_floating_point() or not p.numel(): ok = torch.equal(o, p)
-        else: ok = bool((o-p).abs().amax() <= tol*p.abs().amax())   # False with NaN
-        if not ok: return False
-    return True
+def _close(a, b, tol):
+    if not isinstance(b, Tensor): return isinstance(a, type(b)) and a == b
+    if a.shape != b.shape or a.dtype != b.dtype: return False
+    if not b.is_floating_point() or not b.numel(): return torch.equal(a, b)
+    return bool((a-b).abs().amax() <= tol*b.abs().amax())   # False with NaN
+
+def _agree(output, wanted, tol=1e-4):
+    "True if no entry of a tensor is off by more than `tol` times its largest entry"
+    (leaves,spec),(wanted,wanted_spec) = tree_flatten(output),tree_flatten(wanted)
+    return spec == wanted_spec and all(_close(a, b, tol) for a,b in zip(leaves, wanted))
 
 # %% ../../nbs/22_teachers.frozen.ipynb #24b844c7
 def is_untouched(
-    m:nn.Module,
+    norm:nn.Module, # any module
 )->bool:
-    "Whether `m` is a norm whose running statistics no batch has touched"
-    if not isinstance(m, _BatchNorm) or m.running_mean is None or m.num_batches_tracked: return False
-    return bool((m.running_mean == 0).all() and (m.running_var == 1).all())
+    "True for a norm that has not seen a batch"
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.num_batches_tracked: return False
+    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
 
 # %% ../../nbs/22_teachers.frozen.ipynb #e77b2e96
 class FrozenCopy:
     """A private copy of a network, for predictions without a graph; `model` itself is never touched
 
-    The first batch decides what runs: the folded network if it agrees with the plain one to 1e-4 of the largest output, else the plain one;
-    the other is freed. Convolution weights lie channels last where that is faster."""
+    The first batch decides what runs: the folded network if it agrees with the plain one to 1e-4 of the largest output,
+    else the plain one. The other is freed. Convolution weights lie channels last where that is faster."""
     def __init__(self,
         model:nn.Module, # or one wrapped for several devices, or compiled
         fast:bool=True, # False: the plain network
@@ -212,7 +235,7 @@ class FrozenCopy:
     def __call__(self,
         *xb, # the model's inputs; the copy follows their device and, outside autocast, where it is float32, their floating dtype
     ): # as the model returns it, for autograd a constant
-        "The model's output in evaluation mode"
+        "Return the model's output in evaluation mode"
         with torch.inference_mode(False), torch.no_grad():
             xb = tree_map_only(Tensor, lambda t: t.as_subclass(Tensor), xb)
             self._follow(xb)
@@ -222,57 +245,67 @@ class FrozenCopy:
     def refill(self,
         model:nn.Module, # of the same architecture
     )->'FrozenCopy':
-        "Take over `model`'s parameters and buffers; with trained weights, all norms use their own statistics. Raises `ValueError` if they don't fit"
-        new = _tensors(_bare(model))
-        for k in {**self.shapes, **new}:
-            here,there = self.shapes.get(k),new[k].shape if k in new else None
-            if here != there: raise ValueError(f'model does not fit this copy: {k} is {_size(there)}, here {_size(here)}; make a new FrozenCopy of it')
+        """Take over `model`'s parameters and buffers. Raises `ValueError` if they don't fit
+
+        With trained weights, all norms use their own statistics from then on."""
+        model = _bare(model)
+        new = _tensors(model)
+        self._check_shapes({name: t.shape for name,t in new.items()})
         with torch.inference_mode(False), torch.no_grad():
-            device = _first(self.model).device
-            _fill(self.model, {k: v.detach().to(device) for k,v in new.items()}, self._pairs)
-        if self.untrained: self._use_batch_statistics(self._untouched(_bare(model)))
+            device = _float_tensor(self.model).device
+            _fill(self.model, {name: t.detach().to(device) for name,t in new.items()}, self._pairs)
+        if self.untrained: self._use_batch_statistics(self._untouched(model))
         return self
 
+    def _check_shapes(self, shapes):
+        for name in {**self.shapes, **shapes}:
+            here,there = self.shapes.get(name),shapes.get(name)
+            if here == there: continue
+            raise ValueError(f'model does not fit this copy: {name} is {_shape_in_words(there)}, here {_shape_in_words(here)}; '
+                             'make a new FrozenCopy of it')
+
     def state_dict(self)->dict:
-        "Weights and form, so that a copy of the same network can go on as this one, bit for bit"
+        "Return weights and form, so that a copy of the same network can go on as this one, bit for bit"
         return dict(folded=self.folded, norms=self._norms, tensors=_tensors(self.model))
 
     def load_state_dict(self, state:dict):
         "Go on as the copy whose `state_dict` this is"
-        device = _first(self.model).device
+        device = _float_tensor(self.model).device
         self._use_batch_statistics(state['norms'])
-        if state['folded'] and not self._pairs: self.model,self._pairs = _fold(self.model)
-        for k,t in _tensors(self.model).items(): t.data = state['tensors'][k].to(device, copy=True)   # with its memory format
+        if state['folded'] and not self._pairs: self.model,self._pairs = _fold_norms(self.model)
+        for name,t in _tensors(self.model).items(): t.data = state['tensors'][name].to(device, copy=True)   # with its memory format
         self.folded,self._ready = state['folded'],state['folded'] is not None
 
     @property
     def n_bytes(self)->int:
-        "Memory that parameters and buffers take"
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(self.model).values()}.values())
+        "Memory that parameters and buffers take; what shares memory counts once"
+        storages = [t.untyped_storage() for t in _tensors(self.model).values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def _untouched(self, model): return [k for k,m in model.named_modules() if is_untouched(m)] if self._watch else []
+    def _untouched(self, model): return [name for name,m in model.named_modules() if is_untouched(m)] if self._watch else []
 
     @property
     def untrained(self)->bool:
-        "Whether some norms take the batch's statistics"
+        "True while some norms take the batch's statistics"
         return bool(self._norms)
 
     def _use_batch_statistics(self, names):
         self._norms = names
-        for k,m in self.model.named_modules():
-            if isinstance(m, _BatchNorm) and m.running_mean is not None: m.track_running_stats = k not in names   # without it, a norm in training mode leaves its buffers alone
+        for name,m in self.model.named_modules():
+            if not isinstance(m, _BatchNorm) or m.running_mean is None: continue
+            m.track_running_stats = name not in names   # without it, a norm in training mode leaves its buffers alone
         self.folded = None if self.fast or names else False
         self._ready = not self.fast
 
     def _follow(self, xb):
         "The inputs' device and dtype, and evaluation mode whatever was done to the copy"
         inputs = [t for t in tree_flatten(xb)[0] if isinstance(t, Tensor)]
-        if inputs and inputs[0].device != _first(self.model).device: self.model.to(inputs[0].device)
+        if inputs and inputs[0].device != _float_tensor(self.model).device: self.model.to(inputs[0].device)
         dtypes = [torch.float32 if _autocasts(t.device) else t.dtype for t in inputs if t.is_floating_point()]
-        if dtypes and dtypes[0] != _first(self.model).dtype: self.model.to(dtypes[0])
+        if dtypes and dtypes[0] != _float_tensor(self.model).dtype: self.model.to(dtypes[0])
         for m in self.model.modules():
             if m.training: m.training = False
-        for k in self._norms: self.model.get_submodule(k).training = True
+        for name in self._norms: self.model.get_submodule(name).training = True
 
     def _forward(self, model, xb):
         xb = tree_map_only(Tensor, Tensor.clone, xb)   # an in-place layer at the front would write into the student's batch
@@ -280,25 +313,30 @@ class FrozenCopy:
 
     def _choose(self, xb):
         "Run the fastest form that gives the plain network's output on this batch, compared without autocast"
-        self._ready,device,dtype = True,_first(self.model).device,_first(self.model).dtype
+        self._ready,device,dtype = True,_float_tensor(self.model).device,_float_tensor(self.model).dtype
         if not self.untrained: self.folded = False
         if dtype not in (torch.float32, torch.float64): return
-        last = dtype == torch.float32 and (device.type == 'cpu' or device.type == 'cuda' and _autocasts(device))   # see the table below
-        last = last and any(isinstance(m, nn.Conv2d) for m in self.model.modules())
         xb = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, xb)
         with torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext():
-            folded,pairs = (None, ()) if self.untrained else _fold(self.model)
-            forms = [(folded, torch.channels_last), (folded, torch.contiguous_format), (self.model, torch.channels_last)]
-            forms = [(m,f) for m,f in forms if m is not None and (last or f != torch.channels_last)]
-            if not forms: return
-            want = self._forward(self.model, xb)
-            for model,form in forms:
-                _set_format(model, form)
-                try: same = _close(self._forward(model, xb), want)
-                except Exception: same = False   # a view that needs the other format
-                if not same: continue
-                if model is folded: self.model,self._pairs,self.folded = folded,pairs,True
-                return
+            folded,pairs = (None, ()) if self.untrained else _fold_norms(self.model)
+            model = self._first_that_agrees(self._forms(folded, device, dtype), xb)
+        if folded is not None and model is folded: self.model,self._pairs,self.folded = folded,pairs,True
+
+    def _forms(self, folded, device, dtype):
+        "Networks and formats of their weights, the fastest first"
+        last = dtype == torch.float32 and (device.type == 'cpu' or device.type == 'cuda' and _autocasts(device))   # see the table below
+        last = last and any(isinstance(m, nn.Conv2d) for m in self.model.modules())
+        forms = [(folded, torch.channels_last), (folded, torch.contiguous_format), (self.model, torch.channels_last)]
+        return [(model,form) for model,form in forms if model is not None and (last or form != torch.channels_last)]
+
+    def _first_that_agrees(self, forms, xb):
+        if not forms: return None
+        wanted = self._forward(self.model, xb)
+        for model,form in forms:
+            _set_format(model, form)
+            try:
+                if _agree(self._forward(model, xb), wanted): return model
+            except Exception: pass   # a view that needs the other format
         _set_format(self.model, torch.contiguous_format)
 
     def __repr__(self):

@@ -1,4 +1,4 @@
-"""Networks by name: the papers' for 32×32 images, timm's and torchvision's
+"""Make networks by name: the papers' for 32×32 images, timm's and torchvision's
 
 Docs: https://fastkdtf.github.io/fastkdtf/vision.models.html.md"""
 
@@ -24,35 +24,38 @@ _named = dict(
     resnext29_8x64d = partial(CifarResNet, Bottleneck, 3, widths=(64,128,256), stem=64, groups=8),
     mobilenetv2=MobileNetV2, shufflenetv2=ShuffleNetV2, densenet121=DenseNet, googlenet=GoogLeNet, plain_cnn=PlainCNN)
 
-model_names = ('resnet20', 'resnet32', 'resnet44', 'resnet50', 'resnet56', 'resnet110', 'resnet110_bottleneck', 'resnet164', 'resnet164_basic',
-               'preresnet110', 'preresnet164', 'wrn_40_4', 'wrn_16_8', 'wrn_28_10', *_named)  # those the papers use; other depths work too
+model_names = (  # those the papers use; other depths work too
+    'resnet20', 'resnet32', 'resnet44', 'resnet50', 'resnet56', 'resnet110', 'resnet110_bottleneck', 'resnet164', 'resnet164_basic',
+    'preresnet110', 'preresnet164', 'wrn_40_4', 'wrn_16_8', 'wrn_28_10', *_named)
 
 # %% ../../nbs/11_vision.models.ipynb #f7d08a8b
 _forms = dict(basic=6, bottleneck=9)  # layers that one more block in each of three stages adds
 _blocks = {'': dict(basic=BasicBlock, bottleneck=Bottleneck), 'pre': dict(basic=PreBasicBlock, bottleneck=PreBottleneck)}
 
-def _fits(depth, per, extra=2): return depth>extra and (depth-extra) % per == 0
+def _is_depth(depth, per, extra=2): return depth>extra and (depth-extra) % per == 0
 
-def _near(depth, per, extra=2):
-    "The depths around `depth`."
+def _near_depths(depth, per, extra=2):
     n = max((depth-extra)//per, 1)
     return f'{per*n+extra} and {per*(n+1)+extra}'
 
 def _form_of(depth):
     "The block of a plain `resnet{depth}`, None if the depth is neither 6n+2 nor 9n+2."
-    forms = [o for o,per in _forms.items() if _fits(depth, per)]
-    return 'bottleneck' if depth==164 else forms[0] if forms else None
+    if depth==164: return 'bottleneck'
+    return next((form for form,per in _forms.items() if _is_depth(depth, per)), None)
 
 # %% ../../nbs/11_vision.models.ipynb #dc8b23b0
 def _resnet(name, pre, depth, form):
-    if form and not _fits(depth, _forms[form]):
-        raise ValueError(f"name={name!r}: a {form} network has {_forms[form]}n+2 layers; the nearest depths are {_near(depth, _forms[form])}")
+    if form and not _is_depth(depth, _forms[form]):
+        near = _near_depths(depth, _forms[form])
+        raise ValueError(f"name={name!r}: a {form} network has {_forms[form]}n+2 layers; the nearest depths are {near}")
     form = form or _form_of(depth)
     if form is None: return None
-    return partial(PreActResNet if pre else CifarResNet, _blocks[pre][form], (depth-2)//_forms[form])
+    network,n_blocks = PreActResNet if pre else CifarResNet, (depth-2)//_forms[form]
+    return partial(network, _blocks[pre][form], n_blocks)
 
 def _wrn(name, depth, k):
-    if not _fits(depth, 6, 4): raise ValueError(f"name={name!r}: a wide ResNet has 6n+4 layers; the nearest depths are {_near(depth, 6, 4)}")
+    if not _is_depth(depth, 6, 4):
+        raise ValueError(f"name={name!r}: a wide ResNet has 6n+4 layers; the nearest depths are {_near_depths(depth, 6, 4)}")
     return partial(PreActResNet, PreBasicBlock, (depth-4)//6, widths=(16*k,32*k,64*k))
 
 def _ours(name):
@@ -65,7 +68,8 @@ def _ours(name):
 _stems = dict(  # by library and class: where the first convolutions are, and the pooling after them
     timm = dict(ResNet=('conv1','maxpool'), DenseNet=('features.conv0','features.pool0'), RegNet=('stem',), ConvNeXt=('stem',),
                 EfficientNet=('conv_stem',), MobileNetV3=('conv_stem',)),
-    torchvision = dict(ResNet=('conv1','maxpool'), DenseNet=('features.conv0','features.pool0'), RegNet=('stem',), ConvNeXt=('features.0',),
+    torchvision = dict(ResNet=('conv1','maxpool'), DenseNet=('features.conv0','features.pool0'), RegNet=('stem',),
+                       ConvNeXt=('features.0',),
                        EfficientNet=('features.0',), MobileNetV2=('features.0',), MobileNetV3=('features.0',), MNASNet=('layers.0',),
                        ShuffleNetV2=('conv1','maxpool'), GoogLeNet=('conv1','maxpool1')))
 
@@ -73,46 +77,49 @@ _stems = dict(  # by library and class: where the first convolutions are, and th
 def _small_conv(conv):
     conv.stride,size = (1,1),conv.kernel_size[0]
     if size<=3: return
-    a = (size-3)//2
-    conv.weight = nn.Parameter(conv.weight.detach()[..., a:a+3, a:a+3].clone(), conv.weight.requires_grad)
+    start = (size-3)//2
+    middle = conv.weight.detach()[..., start:start+3, start:start+3].clone()
+    conv.weight = nn.Parameter(middle, conv.weight.requires_grad)
     conv.kernel_size,conv.padding = (3,3),(1,1)
 
 def small_stem(
     model:nn.Module # A network of timm or torchvision, of an architecture that the error lists
-) -> nn.Module:
-    """The same network, changed in place, with a 3×3 stem of stride 1 and no max-pooling after it.
+) -> nn.Module: # `model` itself
+    """Change `model` in place: a 3×3 stem of stride 1 and no max-pooling after it.
 
     Another architecture is a `ValueError` that lists those supported."""
     lib,cls = type(model).__module__.split('.')[0],type(model).__name__
     if cls not in _stems.get(lib, ()):
         known = '; '.join(f"{k}'s {', '.join(v)}" for k,v in _stems.items())
         raise ValueError(f"no stem for small images is known for {lib}'s {cls}; known are {known}")
-    stem,*pool = _stems[lib][cls]
+    stem,*pools = _stems[lib][cls]
     for m in model.get_submodule(stem).modules():
         if isinstance(m, nn.Conv2d): _small_conv(m)
-    for o in pool: model.set_submodule(o, nn.Identity())
+    for pool in pools: model.set_submodule(pool, nn.Identity())
     return model
 
 # %% ../../nbs/11_vision.models.ipynb #e8f9070f
-def _close(arch, known, lib=''): return ', '.join(lib+o for o in difflib.get_close_matches(arch.lower(), known, n=5))
+def _close_names(arch, known, lib=''): return ', '.join(lib+name for name in difflib.get_close_matches(arch.lower(), known, n=5))
 
 def _timm_model(name, n_classes, **kwargs):
     arch = name.removeprefix('timm/')
     if timm.is_model(arch): return timm.create_model(arch, num_classes=n_classes, **kwargs)
     msg = f"name={name!r}: no such model here or in timm"
     if m := re.fullmatch(r'(?:pre)?resnet([1-9]\d*)', name):
-        msg += f"; basic blocks (6n+2 layers) have depths {_near(int(m[1]), 6)} near it, bottlenecks (9n+2) {_near(int(m[1]), 9)}"
+        basic,bottleneck = (_near_depths(int(m[1]), per) for per in (6,9))
+        msg += f"; basic blocks (6n+2 layers) have depths {basic} near it, bottlenecks (9n+2) {bottleneck}"
     if arch in torchvision.models.list_models(module=torchvision.models): msg += f"; torchvision's is 'torchvision/{arch}'"
     known = timm.list_models()
-    close = _close(arch, dict.fromkeys([*model_names, *known])) if name==arch else _close(arch, known, 'timm/')
+    close = _close_names(arch, dict.fromkeys([*model_names, *known])) if name==arch else _close_names(arch, known, 'timm/')
     raise ValueError(msg + (f"; close names: {close}" if close else "; timm.list_models() lists timm's names"))
 
 # %% ../../nbs/11_vision.models.ipynb #e44de44d
 def _new_head(model, n_classes):
     "`model` with `n_classes` outputs: another last layer, and other last layers of auxiliary heads, unless it has them."
     linear = {k:m for k,m in model.named_modules() if isinstance(m, nn.Linear)}
-    if not linear: raise ValueError(f"{type(model).__name__} has no linear layer at its end: its weights fit only their own number of classes")
-    n_old = [*linear.values()][-1].out_features
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no linear layer at its end: its weights fit only their own number of classes")
+    n_old = list(linear.values())[-1].out_features
     if n_old==n_classes: return model
     for k,m in linear.items():
         if m.out_features==n_old: model.set_submodule(k, nn.Linear(m.in_features, n_classes))
@@ -120,16 +127,20 @@ def _new_head(model, n_classes):
 
 _aux = dict(googlenet=('aux1','aux2'), inception_v3=('AuxLogits',))
 
-def _torchvision_model(name, n_classes, weights=None, **kwargs):
-    arch,known = name.removeprefix('torchvision/'),torchvision.models.list_models(module=torchvision.models)
+def _check_torchvision(name, arch, weights, kwargs):
+    known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
-        close = _close(arch, known, 'torchvision/')
+        close = _close_names(arch, known, 'torchvision/')
         near = f"close names: {close}" if close else f"it has {', '.join(known)}"
         raise ValueError(f"name={name!r}: torchvision has no such classifier; {near}")
     if 'pretrained' in kwargs: raise TypeError(f"{name!r}: torchvision takes weights='DEFAULT' (or another set's name), not pretrained")
-    sets = [*torchvision.models.get_model_weights(arch).__members__]
+    sets = list(torchvision.models.get_model_weights(arch).__members__)
     if isinstance(weights, str) and weights.split('.')[-1] not in sets:
         raise ValueError(f"weights={weights!r}: {arch} has {', '.join(sets)}")
+
+def _torchvision_model(name, n_classes, weights=None, **kwargs):
+    arch = name.removeprefix('torchvision/')
+    _check_torchvision(name, arch, weights, kwargs)
     aux = dict(aux_logits=True) if kwargs.pop('aux_logits', False) else {}
     if weights is None:
         if arch in _aux: kwargs = dict(aux_logits=False, init_weights=True) | kwargs | aux
@@ -137,7 +148,7 @@ def _torchvision_model(name, n_classes, weights=None, **kwargs):
     model = torchvision.models.get_model(arch, weights=weights, **kwargs, **aux)
     if arch in _aux and not aux:    # torchvision refuses aux_logits=False beside weights
         model.aux_logits = False
-        for o in _aux[arch]: setattr(model, o, None)
+        for head in _aux[arch]: setattr(model, head, None)
     return _new_head(model, n_classes)
 
 # %% ../../nbs/11_vision.models.ipynb #98718130
@@ -147,18 +158,20 @@ def create_model(
     small_images:bool=False, # Adapt timm's and torchvision's networks with `small_stem`; ours are for small images anyway
     **kwargs                 # For timm's and torchvision's networks, e.g. `pretrained=True` or `weights='DEFAULT'`; ours take none
 ) -> nn.Module:
-    """An untrained network by name; `[N,3,H,W]` in, logits `[N,n_classes]` out.
+    """Make an untrained network by name; `[N,3,H,W]` in, logits `[N,n_classes]` out.
 
-    An unknown name is a `ValueError` with names that come close. timm's and torchvision's networks are pretrained only if `kwargs` say so."""
+    An unknown name is a `ValueError` with names that come close. timm's and torchvision's networks are pretrained
+    only if `kwargs` say so."""
     if not isinstance(name, str): raise TypeError(f"name must be a string such as 'resnet56', not {name!r}")
     try: n_classes = operator.index(n_classes)
     except TypeError: raise TypeError(f"n_classes must be an integer, not {n_classes!r}") from None
     if n_classes<2: raise ValueError(f"n_classes={n_classes}: classification needs at least 2 classes")
     make = _ours(name)
     if make is None:
-        model = (_torchvision_model if name.startswith('torchvision/') else _timm_model)(name, n_classes, **kwargs)
+        library = _torchvision_model if name.startswith('torchvision/') else _timm_model
+        model = library(name, n_classes, **kwargs)
         return small_stem(model) if small_images else model
     if kwargs:
-        timms = f"; timm's network of that name is 'timm/{name}'" if timm.is_model(name) else ''
-        raise TypeError(f"{name!r} is built here and takes no {', '.join(kwargs)}{timms}")
+        hint = f"; timm's network of that name is 'timm/{name}'" if timm.is_model(name) else ''
+        raise TypeError(f"{name!r} is built here and takes no {', '.join(kwargs)}{hint}")
     return make(n_classes)
