@@ -17,10 +17,14 @@ moved = {old: tuple(new.split()) for old,new in dict(
     procedures='lab.procedures', recipes='lab.recipes', report='lab.report', reproduction='lab.reproduction',
     runs='lab.runs callback.checkpoint files', sweep='lab.sweep', training='lab.training lab.runs fingerprint').items()}
 
+renamed = dict(Entry='Arm', stable_words='fingerprint', Gave='LastBatch', untouched='is_untouched')
+
 def find(old:str, name:str):
     "The object that module `old` of 0.1.0 called `name`"
     for module in moved[old]:
-        if hasattr(found := import_module(f'fastkdtf.{module}'), name): return getattr(found, name)
+        found = import_module(f'fastkdtf.{module}')
+        if hasattr(found, name): return getattr(found, name)
+        if hasattr(found, renamed.get(name, name)): return getattr(found, renamed[name])
     raise AttributeError(f"fastkdtf.{old} was parted into {', '.join('fastkdtf.'+o for o in moved[old])}, and none has {name!r}")
 
 class _Moved(MetaPathFinder, Loader):

@@ -146,8 +146,8 @@ class MemoryTeacher(Teacher):
         return torch.stack([said[net] for net in self.copies])
 
     def _ask(self, net, xb):
-        device = first_tensor(xb).device
         if net.place is None and self.copy_dtype is None: return first_output(net(*xb))
+        device = first_tensor(xb).device
         moved = lambda x: x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None)
         with torch.autocast(device.type, enabled=False): return first_output(net(*tree_map_only(Tensor, moved, xb))).to(device, torch.float32)
 

@@ -12,8 +12,8 @@ import torch
 from fastai.optimizer import OptimWrapper
 from fastai.vision.all import *
 from fastkdtf.all import *
-from fastkdtf.measure import keep_freed_memory
-from fastkdtf.training import Campaign, Entry, with_controls
+from fastkdtf.lab.measure import keep_freed_memory
+from fastkdtf.lab.training import Campaign, Arm, with_controls
 
 classes = ['apple', 'bear', 'bottle', 'bus', 'chair', 'clock', 'dolphin', 'house', 'rose', 'tank']
 n_epoch,seeds,lr = 8,3,.05
@@ -56,7 +56,7 @@ two = partial(one, stage2=dict(lr=(lr/10, lr/1000)))
 methods = {'baseline': None, 'KD, weak teacher': lambda: KnowledgeDistillation(weak, alpha=.5, tau=2.), 'KD, strong teacher': lambda: KnowledgeDistillation(strong, alpha=.5, tau=2.),
            'WSL, weak teacher': lambda: WSL(weak, .5, 2., weight_tau=2.), 'CKM, weak teacher': lambda: CKM(weak), 'CKM, strong teacher': lambda: CKM(strong),
            'two stages': two(strong), 'two stages, same teacher': two(), 'two stages, no CKM': two(strong, ckm=False), 'one stage': one(two_stages=False)}
-entries = {name: Entry(*o) for name,o in with_controls(methods, dls.c).items()}
+entries = {name: Arm(*o) for name,o in with_controls(methods, dls.c).items()}
 for name in ('baseline', 'KD, weak teacher'): entries[name].keep = 'last'
 campaign = Campaign(entries, dls, student, n_epoch, seeds, fit_cosine, out=out/'methods')
 campaign.compare()

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fastkdtf.all import *
-from fastkdtf.measure import keep_freed_memory
+from fastkdtf.lab.measure import keep_freed_memory
 
 out = Path(__file__).parent
 keep_freed_memory()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastai.vision.all import *
 from fastkdtf.all import *
-from fastkdtf.measure import keep_freed_memory
+from fastkdtf.lab.measure import keep_freed_memory
 
 def train(dls, arch, n_epoch, file):
     "A trained network, or the one kept in `file`"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastai.vision.all import *
 from fastkdtf.all import *
-from fastkdtf.measure import keep_freed_memory
+from fastkdtf.lab.measure import keep_freed_memory
 
 out = Path(__file__).parent
 keep_freed_memory()
