@@ -26,6 +26,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..files import replacing
+from .term import is_fit
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #fb15615c
 def _generators(dls):
@@ -109,7 +110,7 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         "Continue where the file stopped, or save the start"
-        self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
+        self.run = is_fit(self.learn) and not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         if num_distrib() > 1: raise ValueError('Checkpoint saves one process, but this training runs in several: remove it')
         saved,this = self._read(),self._signature()

@@ -24,7 +24,7 @@ from fastcore.foundation import L
 
 from ..core import *
 from .checkpoint import Checkpoint
-from .term import LossTerm, TermMetric
+from .term import LossTerm, TermMetric, is_fit
 
 # %% ../../nbs/35_callback.stages.ipynb #1b8d59bb
 _fits = 'fit','fit_one_cycle','fit_flat_cos'
@@ -93,7 +93,7 @@ class OneHistory(Callback):
         self.past['smooth'] = recorder.smooth_loss.count,recorder.smooth_loss.val
 
     def before_fit(self):
-        if self.learn.lock.locked(): return
+        if not is_fit(self.learn): return
         recorder,now = self.learn.recorder,{o.name: o for o in self.learn.metrics}
         self.names = [o for o in now if o not in self.names] + self.names
         nothing = lambda: math.nan
@@ -108,7 +108,7 @@ class OneHistory(Callback):
         recorder.smooth_loss.count,recorder.smooth_loss.val = self.past['smooth']
 
     def before_epoch(self):
-        if not self.learn.lock.locked(): self.learn.recorder.log = L(len(self.learn.recorder.values))
+        if is_fit(self.learn): self.learn.recorder.log = L(len(self.learn.recorder.values))
 
 # %% ../../nbs/35_callback.stages.ipynb #ff9d7f5f
 class OneDisplay(ProgressCallback):
@@ -161,7 +161,7 @@ def _unchanged(learn):
     own = {k: getattr(learn, k) for k in ('dls', 'loss_func', 'opt_func', 'lr')}
     try: yield
     finally:
-        learn.metrics = learn.metrics.filter(lambda o: not isinstance(o, TermMetric))
+        TermMetric.drop(learn)
         for k,v in own.items(): setattr(learn, k, v)
 
 def _check_stages(stages, n_epoch):

@@ -246,8 +246,6 @@ def _as_network(x):
 
 def _probability_of_label(z, y): return z.float().softmax(1).gather(1, y[:,None])[:,0]
 
-def _plain_on(device, x): return (x.as_subclass(Tensor) if type(x) is not Tensor else x).to(device)
-
 def confidence_change(
     teacher:nn.Module|Learner|NetworkTeacher, # whose gradients are followed
     student:nn.Module|Learner|NetworkTeacher, # likewise; the subset depends on it
@@ -273,7 +271,7 @@ def confidence_change(
     with _evaluating(*networks.values()):
         for network in networks.values(): network.to(device)
         for x,y in dl:
-            x,y = _plain_on(device, x),_plain_on(device, y)
+            x,y = (plain_tensors(t).to(device) for t in (x, y))
             moved = fgsm(networks['teacher'], x, y, eps, norm)
             with torch.no_grad():
                 z = {name: network(x) for name,network in networks.items()}

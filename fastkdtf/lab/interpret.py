@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.learner import ValueMetric
 from fastai.metrics import accuracy
 from fastai.torch_core import find_bs
 from matplotlib.ticker import MaxNLocator
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from ..core import *
 from ..callback.distill import Distill
 from ..callback.survival import subnetwork
-from ..callback.term import RunningMean
+from ..callback.term import FitColumn, RunningMean, is_fit
 
 # %% ../../nbs/44_lab.interpret.ipynb #fb65dd2e
 def _plot_distribution(ax, p, y):
@@ -120,18 +119,19 @@ def evaluate(
     return dict(scores, nll=F.cross_entropy(logits.float(), y).item(), ece=ece.item(), reliability=bins.tolist())
 
 # %% ../../nbs/44_lab.interpret.ipynb #44f992f3
+class _AccuracyColumn(FitColumn): "The column of `TrainAccuracy`"
+
 class TrainAccuracy(Callback):
     "Add the column `train_accuracy`: that of the learner's own predictions for the training batches, each before its step"
     order,run_valid,_stateattrs = 7,False,('mean',)
-    def _drop(self): self.learn.metrics = self.learn.metrics.filter(lambda metric: metric.name != 'train_accuracy')
     def _value(self): return self.mean.value
     def before_fit(self):
-        self._drop()   # an interrupted fit may have left it
-        if not self.learn.lock.locked(): self.learn.metrics = self.learn.metrics + [ValueMetric(self._value, 'train_accuracy')]
+        _AccuracyColumn.drop(self.learn)   # an interrupted fit may have left it
+        if is_fit(self.learn): _AccuracyColumn.show(self.learn, {'train_accuracy': self._value})
     def before_train(self): self.mean = RunningMean()
     def after_loss(self): self.mean.add(accuracy(self.learn.pred, self.learn.y), find_bs(self.learn.yb))
     def after_fit(self):
-        if not self.learn.lock.locked(): self._drop()
+        if is_fit(self.learn): _AccuracyColumn.drop(self.learn)
 
 # %% ../../nbs/44_lab.interpret.ipynb #dde52260
 def plot_errors(

@@ -169,25 +169,21 @@ class Student:
         return arms
 
 # %% ../../nbs/42_lab.procedures.ipynb #8f3948ab
-def _plain(x):
-    "Return a tensor without fastai's types"
-    return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
-
 def teacher_accuracy(
     teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
     learn:Learner, # of a student
 )->float:
     "Measure a teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"
     teacher = as_teacher(teacher)
-    teacher = getattr(teacher, 'teacher', teacher)   # what a cache remembers
-    if not getattr(teacher, 'before_student', False):
+    teacher = teacher.live
+    if not teacher.before_student:
         raise TypeError(f'a teacher must be a network here, whose accuracy can be measured, got {teacher!r}')
     logits,labels = [],[]
     teacher.attach(learn)
     try:
         for batch in learn.dls[evaluation_set(learn.dls)].new(shuffle=False, drop_last=False):
             learn._split(batch)
-            xb,y = tuple(map(_plain, learn.xb)),_plain(learn.yb[0])
+            xb,y = plain_tensors((tuple(learn.xb), learn.yb[0]))
             with torch.no_grad(): logits.append(teacher(Step(y, None, xb)).float().cpu())
             labels.append(y.cpu())
     finally: teacher.detach()
