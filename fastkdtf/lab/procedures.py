@@ -23,7 +23,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model
 from fastcore.basics import defaults, patch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import *
 from ..callback.distill import KnowledgeDistillation

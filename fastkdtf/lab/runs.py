@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 
 import numpy as np
-import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import first
