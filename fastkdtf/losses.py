@@ -136,7 +136,7 @@ class TfKDRegLoss(LabelOnlyLoss):
 class TeacherLoss(ClassLoss):
     """Base of losses that hold a student against a teacher's logits
 
-    A subclass defines `sample_losses(step)`, `[N,…]`, and `tau`: one temperature, or the pair (teacher's, student's)."""
+    A subclass defines `sample_losses(batch)`, `[N,…]`, and `tau`: one temperature, or the pair (teacher's, student's)."""
     def forward(self,
         pred:Tensor, # logits `[N,K]`, or `[N,K,d1,…]` with the classes on `axis`
         targ:Tensor, # labels: integers `[N,d1,…]`, or probabilities of `pred`'s shape
@@ -146,8 +146,8 @@ class TeacherLoss(ClassLoss):
         z,y = classification_batch(pred, targ, self.axis)
         if not y.is_cuda: check_labels(y, z.shape[1], self.ignore_index)   # a GPU would have to be waited for, and finds labels outside by itself
         tau = self.tau if isinstance(self.tau, tuple) else (self.tau, self.tau)
-        step = Step(y, z, zt=check_teacher_logits(teacher_pred, z, self.axis), tau=tau)
-        return reduce_samples(self.sample_losses(step), y, self.reduction, self.ignore_index)
+        batch = Batch(y, z, zt=check_teacher_logits(teacher_pred, z, self.axis), tau=tau)
+        return reduce_samples(self.sample_losses(batch), y, self.reduction, self.ignore_index)
 
 # %% ../nbs/03_losses.ipynb #52907d6a
 class KDLoss(TeacherLoss):
@@ -171,11 +171,11 @@ class KDLoss(TeacherLoss):
         "Return the factor of the divergence, all in all"
         return self.alpha*soft_scale(self.scale, self.tau, n_classes, self.variant, self.multiplier)
 
-    def sample_losses(self, step:Step)->Tensor:
+    def sample_losses(self, batch:Batch)->Tensor:
         "Return the loss of each sample"
-        loss = self.soft_weight(step.n_classes)*soft_target_loss(step.z, step.pt, self.tau)
+        loss = self.soft_weight(batch.n_classes)*soft_target_loss(batch.z, batch.pt, self.tau)
         if self.alpha == 1: return loss
-        return loss + label_loss(step.z, step.y, hard=1-self.alpha, soft=0., ignore_index=self.ignore_index)
+        return loss + label_loss(batch.z, batch.y, hard=1-self.alpha, soft=0., ignore_index=self.ignore_index)
 
     def describe(self,
         n_classes:int, # number of classes, which the weights may depend on
@@ -216,11 +216,11 @@ class WSLLoss(TeacherLoss):
         settings = wsl_settings[check_choice('setting', setting, tuple(wsl_settings))]
         return cls(**{**settings, **kwargs})
 
-    def sample_losses(self, step:Step)->Tensor:
+    def sample_losses(self, batch:Batch)->Tensor:
         "Return the loss of each sample"
-        soft = self.weight(step)*soft_target_loss(step.z, step.pt, self.tau, entropy=False)
-        uniform = TwoValued(1/step.n_classes, 1/step.n_classes)
-        hard = label_loss(step.z, step.y, uniform, hard=1-self.smoothing, soft=self.smoothing, entropy=False,
+        soft = self.weight(batch)*soft_target_loss(batch.z, batch.pt, self.tau, entropy=False)
+        uniform = TwoValued(1/batch.n_classes, 1/batch.n_classes)
+        hard = label_loss(batch.z, batch.y, uniform, hard=1-self.smoothing, soft=self.smoothing, entropy=False,
                           ignore_index=self.ignore_index)
         return hard + self.beta*self.tau**2*soft
 
@@ -248,9 +248,9 @@ class CKMLoss(TeacherLoss):
         self.rewrite = SmoothTo(check_number('smooth_to', smooth_to, '(0,1]'), on=Correct() & StudentAhead())
         self.settings = dict(tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)
 
-    def sample_losses(self, step:Step)->Tensor:
+    def sample_losses(self, batch:Batch)->Tensor:
         "Return the loss of each sample"
-        return soft_target_loss(step.z, self.rewrite(step.pt, step), self.tau[1], entropy=False)
+        return soft_target_loss(batch.z, self.rewrite(batch.pt, batch), self.tau[1], entropy=False)
 
     def describe(self,
         n_classes:int, # number of classes

@@ -32,21 +32,21 @@ def log_odds(
     others = z.scatter(axis, index, -math.inf).logsumexp(axis)
     return z.gather(axis, index).squeeze(axis) - others
 
-def _log_odds(logits, step, tau):
+def _log_odds(logits, batch, tau):
     "Return the log odds of the label, also of `TwoValued` logits"
-    if not isinstance(logits, TwoValued): return log_odds(logits, step.y, tau)
-    odds = (logits.on-logits.off)/tau - math.log(step.n_classes-1)
-    return torch.full(step.y.shape, odds, device=step.y.device)
+    if not isinstance(logits, TwoValued): return log_odds(logits, batch.y, tau)
+    odds = (logits.on-logits.off)/tau - math.log(batch.n_classes-1)
+    return torch.full(batch.y.shape, odds, device=batch.y.device)
 
-def _check_integers(step, who):
+def _check_integers(batch, who):
     "Raise `TypeError` where the labels are probabilities"
-    if not step.y.is_floating_point(): return
+    if not batch.y.is_floating_point(): return
     raise TypeError(f'{who} needs integer labels, got probabilities: use integer labels, which MixUp and CutMix keep, '
                     'or limit a rewrite to on=Correct() & …')
 
 # %% ../nbs/04_targets.ipynb #b21fb120
 class Subset:
-    "Base of subsets; a subclass defines `__call__(step)`, which returns `bool[N,…]`, or `[n,N,…]` for `n` teachers"
+    "Base of subsets; a subclass defines `__call__(batch)`, which returns `bool[N,…]`, or `[n,N,…]` for `n` teachers"
     inside_correct = False   # True if it holds only samples that the teacher gets right
 
     def __and__(self, other): return _Joined('&', self, other) if callable(other) else NotImplemented
@@ -56,7 +56,7 @@ class Subset:
 
 class _Joined(Subset):
     def __init__(self, how, a, b): self.how,self.a,self.b = how,a,b
-    def __call__(self, step): return self.a(step) & self.b(step) if self.how == '&' else self.a(step) | self.b(step)
+    def __call__(self, batch): return self.a(batch) & self.b(batch) if self.how == '&' else self.a(batch) | self.b(batch)
     def __repr__(self): return f'({self.a!r} {self.how} {self.b!r})'
 
     @property
@@ -67,26 +67,26 @@ class _Joined(Subset):
 
 class _Others(Subset):
     def __init__(self, a): self.a = a
-    def __call__(self, step): return ~self.a(step)
+    def __call__(self, batch): return ~self.a(batch)
     def __repr__(self): return f'~{self.a!r}'
 
 # %% ../nbs/04_targets.ipynb #f00bb1e8
 class Correct(Subset):
     "The teacher puts the labelled class first, and no other beside it. Song et al. 2023, §4.1"
     inside_correct = True
-    def __call__(self, step:Step)->Tensor:
-        _check_integers(step, self)
-        zt,y = step.zt,step.y
+    def __call__(self, batch:Batch)->Tensor:
+        _check_integers(batch, self)
+        zt,y = batch.zt,batch.y
         if isinstance(zt, TwoValued): return torch.full(y.shape, zt.on > zt.off, device=y.device)
         index,axis = at_label(zt, y)
         return (zt >= zt.gather(axis, index)).sum(axis) == 1
 
 class StudentAhead(Subset):
     "The student is surer of the label than the teacher: the regularization samples. Song et al. 2023, §4.1"
-    def __call__(self, step:Step)->Tensor:
-        _check_integers(step, self)
-        tau_teacher,tau_student = step.tau
-        return log_odds(step.z.detach(), step.y, tau_student) > _log_odds(step.zt, step, tau_teacher)
+    def __call__(self, batch:Batch)->Tensor:
+        _check_integers(batch, self)
+        tau_teacher,tau_student = batch.tau
+        return log_odds(batch.z.detach(), batch.y, tau_student) > _log_odds(batch.zt, batch, tau_teacher)
 
 Regularization = StudentAhead   # the paper's name
 
@@ -100,21 +100,21 @@ class WSLWeight:
         self.tau = check_number('tau', tau, '(0,inf)')
         self.eps = check_number('eps', eps, '(0,inf)')
 
-    def __call__(self, step:Step)->Tensor: # `[N,…]`, in [0,1]
+    def __call__(self, batch:Batch)->Tensor: # `[N,…]`, in [0,1]
         "Return the weight of each sample"
-        student,teacher = self._entropies(step.z.detach(), step),self._entropies(step.zt, step)
+        student,teacher = self._entropies(batch.z.detach(), batch),self._entropies(batch.zt, batch)
         if teacher.ndim > student.ndim:   # that of the teachers' mean distribution
             teacher = math.log(len(teacher)) - torch.logsumexp(-teacher, 0)
         w = -torch.expm1(-student/(teacher+self.eps))
-        return (step.y*w).sum(1) if step.y.is_floating_point() else w
+        return (batch.y*w).sum(1) if batch.y.is_floating_point() else w
 
-    def _entropies(self, logits, step):
+    def _entropies(self, logits, batch):
         "Return the cross-entropies on the label; on each class for labels that are probabilities"
-        if not step.y.is_floating_point(): return F.softplus(-_log_odds(logits, step, self.tau))
+        if not batch.y.is_floating_point(): return F.softplus(-_log_odds(logits, batch, self.tau))
         if isinstance(logits, TwoValued):
-            on = logits.soften(self.tau, step.n_classes).on
-            return -torch.tensor(on, device=step.y.device).log()
-        axis = 1+logits.ndim-step.z.ndim
+            on = logits.soften(self.tau, batch.n_classes).on
+            return -torch.tensor(on, device=batch.y.device).log()
+        axis = 1+logits.ndim-batch.z.ndim
         return -torch.log_softmax(shifted(logits, self.tau, axis), axis)
 
     def __repr__(self): return f'WSLWeight(tau={self.tau!r}, eps={self.eps!r})'
@@ -122,57 +122,57 @@ class WSLWeight:
 # %% ../nbs/04_targets.ipynb #ddc797f9
 def softened_logits(
     target:Tensor, # a target on its way through the rewrites
-    step:Step,
+    batch:Batch,
 )->tuple: # logits and the temperature to soften them with
     "Return logits of `target`: the teacher's own as long as no rewrite has touched it, for they know more than their softmax"
-    if target is vars(step).get('pt') and not isinstance(target, TwoValued):
-        return at_least_float32(step.zt).clamp(min=-1e30), step.tau[0]   # a teacher may rule out all others
+    if target is vars(batch).get('pt') and not isinstance(target, TwoValued):
+        return at_least_float32(batch.zt).clamp(min=-1e30), batch.tau[0]   # a teacher may rule out all others
     return target.clamp(min=torch.finfo(target.dtype).tiny).log(), 1.
 
-def _dense(t, step):
+def _dense(t, batch):
     "Return `t` as a tensor of the student's shape, in its precision"
     if not isinstance(t, TwoValued): return t
-    if step.y.is_floating_point(): return t.dense(step.y, step.n_classes)
-    z = at_least_float32(step.z.detach())
-    index,axis = at_label(z, step.y)
+    if batch.y.is_floating_point(): return t.dense(batch.y, batch.n_classes)
+    z = at_least_float32(batch.z.detach())
+    index,axis = at_label(z, batch.y)
     return torch.full_like(z, t.off).scatter(axis, index, t.on)
 
-def _substep(step, pt, **changes):
-    "Return `step` with changes; `pt`, if not None, is its teacher's softened distribution"
-    out = replace(step, **changes)
+def _substep(batch, pt, **changes):
+    "Return `batch` with changes; `pt`, if not None, is its teacher's softened distribution"
+    out = replace(batch, **changes)
     if pt is not None: out.pt = pt
     return out
 
 # %% ../nbs/04_targets.ipynb #044d4694
 class Rewrite:
-    "Base of rewrites; a subclass defines `rewrite(target, step)`, which returns another target"
+    "Base of rewrites; a subclass defines `rewrite(target, batch)`, which returns another target"
     def __init__(self,
-        on:Callable|None=None, # `step → bool[N]`, or `[n,N]` for `n` teachers: whose target is rewritten; None: all samples
+        on:Callable|None=None, # `batch → bool[N]`, or `[n,N]` for `n` teachers: whose target is rewritten; None: all samples
     ):
         if on is not None and not callable(on):
-            raise TypeError(f'on must be a function of a Step that says which samples, such as Correct(), got {on!r}')
+            raise TypeError(f'on must be a function of a Batch that says which samples, such as Correct(), got {on!r}')
         self.on = on
 
-    def __call__(self, target, step:Step):
+    def __call__(self, target, batch:Batch):
         "Return `target`, rewritten where `on` says so"
-        if step.y.is_floating_point() and getattr(self.on, 'inside_correct', False): return self._on_first_class(target, step)
-        new = self.rewrite(target, step)
+        if batch.y.is_floating_point() and getattr(self.on, 'inside_correct', False): return self._on_first_class(target, batch)
+        new = self.rewrite(target, batch)
         if self.on is None: return new
-        chosen = self.on(step)
-        axis = 2 + chosen.ndim - step.z.ndim   # the classes', which `chosen` lacks; it may lack that of several teachers too
-        return torch.where(chosen.unsqueeze(axis), _dense(new, step), _dense(target, step))
+        chosen = self.on(batch)
+        axis = 2 + chosen.ndim - batch.z.ndim   # the classes', which `chosen` lacks; it may lack that of several teachers too
+        return torch.where(chosen.unsqueeze(axis), _dense(new, batch), _dense(target, batch))
 
-    def _on_first_class(self, target, step):
+    def _on_first_class(self, target, batch):
         "Return the mixture of rewritten targets for labels that are probabilities"
-        if isinstance(step.zt, TwoValued): _check_integers(step, self)
-        untouched = target is vars(step).get('pt')
-        if target.ndim > step.z.ndim:
+        if isinstance(batch.zt, TwoValued): _check_integers(batch, self)
+        untouched = target is vars(batch).get('pt')
+        if target.ndim > batch.z.ndim:
             targets = target.unbind()
-            steps = [_substep(step, t if untouched else None, zt=zt) for t,zt in zip(targets, step.zt)]
+            steps = [_substep(batch, t if untouched else None, zt=zt) for t,zt in zip(targets, batch.zt)]
             return torch.stack([self._on_first_class(*pair) for pair in zip(targets, steps)])
-        first = step.zt.argmax(1)
-        new = self(target, _substep(step, target if untouched else None, y=first))
-        share = step.y.gather(1, first.unsqueeze(1))
+        first = batch.zt.argmax(1)
+        new = self(target, _substep(batch, target if untouched else None, y=first))
+        share = batch.y.gather(1, first.unsqueeze(1))
         return torch.lerp(target, new, share.to(target.dtype))
 
     def __repr__(self):
@@ -184,18 +184,18 @@ class TeacherCorrection(Rewrite):
     "Give the labelled class the probability `gamma` and share the rest as the teacher does. Wang et al. 2020, eq. 11 and 16"
     def __init__(self,
         gamma:float, # probability of the labelled class, in (0,1)
-        on:Callable|None=None, # `step → bool[N]`: the samples whose target is corrected; None: all
+        on:Callable|None=None, # `batch → bool[N]`: the samples whose target is corrected; None: all
     ):
         super().__init__(on)
         self.gamma = check_number('gamma', gamma, '(0,1)')
 
-    def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor|TwoValued:
+    def rewrite(self, target:Tensor|TwoValued, batch:Batch)->Tensor|TwoValued:
         "Return the corrected target"
-        if isinstance(target, TwoValued): return TwoValued(self.gamma, (1-self.gamma)/(step.n_classes-1))
-        if step.y.is_floating_point():
+        if isinstance(target, TwoValued): return TwoValued(self.gamma, (1-self.gamma)/(batch.n_classes-1))
+        if batch.y.is_floating_point():
             raise TypeError("TeacherCorrection of a network's target needs integer labels, got probabilities")
-        logits,tau = softened_logits(target, step)
-        return put_confidence(logits, step.y, self.gamma, tau)
+        logits,tau = softened_logits(target, batch)
+        return put_confidence(logits, batch.y, self.gamma, tau)
 
     def notes(self, n_classes:int)->list:
         "Return what `describe` says of it"
@@ -207,14 +207,14 @@ class SmoothTo(Rewrite):
     "The label with probability `confidence`, the others alike. Song et al. 2023, eq. 3"
     def __init__(self,
         confidence:float=.99, # probability of the labelled class, in (0,1]
-        on:Callable|None=None, # `step → bool[N]`: the samples whose target is replaced; None: all
+        on:Callable|None=None, # `batch → bool[N]`: the samples whose target is replaced; None: all
     ):
         super().__init__(on)
         self.confidence = check_number('confidence', confidence, '(0,1]')
 
-    def rewrite(self, target:Tensor|TwoValued, step:Step)->TwoValued:
+    def rewrite(self, target:Tensor|TwoValued, batch:Batch)->TwoValued:
         "Return the smoothed label"
-        return TwoValued(self.confidence, (1-self.confidence)/(step.n_classes-1))
+        return TwoValued(self.confidence, (1-self.confidence)/(batch.n_classes-1))
 
 # %% ../nbs/04_targets.ipynb #fce3a845
 class Amplify(Rewrite):
@@ -222,60 +222,60 @@ class Amplify(Rewrite):
     def __init__(self,
         delta:float, # in (0,1]
         who:str='teacher', # whose distribution is raised: the 'teacher''s target, or the 'student''s own, which replaces it
-        on:Callable|None=None, # `step → bool[N]`: the samples whose target is raised; None: all
+        on:Callable|None=None, # `batch → bool[N]`: the samples whose target is raised; None: all
     ):
         super().__init__(on)
         self.delta = check_number('delta', delta, '(0,1]')
         self.who   = check_choice('who', who, ('teacher', 'student'))
 
-    def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor|TwoValued:
+    def rewrite(self, target:Tensor|TwoValued, batch:Batch)->Tensor|TwoValued:
         "Return the raised target"
         if self.who == 'teacher' and isinstance(target, TwoValued):
             on = min(target.on+self.delta, 1.)
-            return TwoValued(on, (1-on)/(step.n_classes-1))
-        _check_integers(step, self)
-        if self.who == 'student': target,logits,tau = step.p,step.z.detach(),step.tau[1]
-        else: logits,tau = softened_logits(target, step)
-        index,axis = at_label(target, step.y)
+            return TwoValued(on, (1-on)/(batch.n_classes-1))
+        _check_integers(batch, self)
+        if self.who == 'student': target,logits,tau = batch.p,batch.z.detach(),batch.tau[1]
+        else: logits,tau = softened_logits(target, batch)
+        index,axis = at_label(target, batch.y)
         raised = target.gather(axis, index) + self.delta
-        return put_confidence(logits, step.y, raised.clamp(max=1.), tau)
+        return put_confidence(logits, batch.y, raised.clamp(max=1.), tau)
 
 # %% ../nbs/04_targets.ipynb #d94a8474
 class Replace(Rewrite):
     """Give the target what a second teacher says. Song et al. 2023, eq. 1 and 2
 
-    `Distill` asks that teacher before the student, as it asks its own; its logits are `step.extra_logits[this rewrite]`."""
+    `Distill` asks that teacher before the student, as it asks its own; its logits are `batch.extra_logits[this rewrite]`."""
     def __init__(self,
         teacher:Callable|str|Path, # the strong one, as `as_teacher` takes it
         what:str='confidence', # 'full' | 'partial': all but the label's probability | 'confidence': the label's probability alone
-        on:Callable|None=None, # `step → bool[N]`: the samples whose target is replaced; None: all
+        on:Callable|None=None, # `batch → bool[N]`: the samples whose target is replaced; None: all
     ):
         super().__init__(on)
         if teacher is None: raise TypeError('teacher must be a strong teacher, such as a network, got None')
         self.teacher,self.what = teacher,check_choice('what', what, ('full', 'partial', 'confidence'))
 
-    def _logits(self, target, step):
+    def _logits(self, target, batch):
         "Return the strong teacher's logits, of the target's shape"
-        given = getattr(step, 'extra_logits', {})
+        given = getattr(batch, 'extra_logits', {})
         if self not in given:
             raise ValueError(f"the logits of {self!r}'s teacher are missing: give Distill this very rewrite, in rewrite=")
         zt = given[self]
-        if isinstance(zt, TwoValued): _check_integers(step, self)
-        elif zt.ndim > step.z.ndim:
+        if isinstance(zt, TwoValued): _check_integers(batch, self)
+        elif zt.ndim > batch.z.ndim:
             raise ValueError(f'Replace takes one strong teacher, got {len(zt)}: make them one with EnsembleTeacher')
-        return _dense(zt, step).to(target.dtype).expand(target.shape)
+        return _dense(zt, batch).to(target.dtype).expand(target.shape)
 
-    def rewrite(self, target:Tensor|TwoValued, step:Step)->Tensor:
+    def rewrite(self, target:Tensor|TwoValued, batch:Batch)->Tensor:
         "Return the target with the strong teacher's part in it"
-        if self.what != 'full': _check_integers(step, self)
-        target,tau = _dense(target, step),step.tau[0]
-        strong = self._logits(target, step)
-        softened = soften(strong, tau, step.n_classes, 1+target.ndim-step.z.ndim)
+        if self.what != 'full': _check_integers(batch, self)
+        target,tau = _dense(target, batch),batch.tau[0]
+        strong = self._logits(target, batch)
+        softened = soften(strong, tau, batch.n_classes, 1+target.ndim-batch.z.ndim)
         if self.what == 'full': return softened
-        index,axis = at_label(target, step.y)
+        index,axis = at_label(target, batch.y)
         if self.what == 'partial':
             weak_confidence = target.gather(axis, index)
-            return put_confidence(strong.clamp(min=-1e30), step.y, weak_confidence, tau)
+            return put_confidence(strong.clamp(min=-1e30), batch.y, weak_confidence, tau)
         strong_confidence = softened.gather(axis, index)
-        logits,tau = softened_logits(target, step)
-        return put_confidence(logits, step.y, strong_confidence, tau)
+        logits,tau = softened_logits(target, batch)
+        return put_confidence(logits, batch.y, strong_confidence, tau)

@@ -38,15 +38,15 @@ class SoftOnly(WatchedDistill):
     fact_names = 'train_accuracy',
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
-        rewrite:Callable|Iterable=(), # one or several `(softened target, step) → target`
+        rewrite:Callable|Iterable=(), # one or several `(softened target, batch) → target`
         name:str|None=None, # needed for a second callback of the same class
     ):
         super().__init__(teacher, (0., 1.), 1., scale=1, loss='ce', rewrite=rewrite, name=name)
         self.settings = dict(teacher=self.teacher, rewrite=rewrite)
 
-    def facts(self, step:Step)->dict:
+    def facts(self, batch:Batch)->dict:
         "Return for each sample whether the student gets it right"
-        return dict(train_accuracy=step.z.argmax(1) == step.y)
+        return dict(train_accuracy=batch.z.argmax(1) == batch.y)
 
 def exploration_schemes(
     strong:nn.Module|Learner|Callable|str|Path|None=None, # the strong teacher, for 'full', 'partial' and 'confidence'
@@ -277,7 +277,7 @@ def confidence_change(
                 z = {name: network(x) for name,network in networks.items()}
                 for name,network in networks.items():
                     changes[name].append(_probability_of_label(network(moved), y) - _probability_of_label(z[name], y))
-                manipulated.append(on(Step(y, z['student'], zt=z['teacher'], tau=tau)))
+                manipulated.append(on(Batch(y, z['student'], zt=z['teacher'], tau=tau)))
     manipulated,rng = torch.cat(manipulated).cpu().numpy(),np.random.default_rng(seed)
     groups = dict(kept=~manipulated, manipulated=manipulated)
     chosen = {group: rng.permutation(np.flatnonzero(members))[:n] for group,members in groups.items()}

@@ -33,7 +33,7 @@ def _plot_distribution(ax, p, y):
     ax.bar(range(len(p)), p, color=['C1' if k == y else 'C0' for k in range(len(p))])
 
 def plot_soft_targets(
-    teacher:Callable, # any `step → logits`, `VirtualTeacher()` for one
+    teacher:Callable, # any `batch → logits`, `VirtualTeacher()` for one
     n_classes:int=10,
     taus:tuple=(1, 5, 20), # temperatures, a panel each
     y:int=0, # the labelled class
@@ -44,9 +44,9 @@ def plot_soft_targets(
     if axs is None: axs = plt.subplots(1, len(taus), figsize=(3*len(taus), 2.4), layout='constrained', squeeze=False)[1][0]
     label,inputs = torch.tensor([y]),() if xb is None else (xb,)
     for ax,tau in zip(axs, taus):
-        step = Step(label, torch.zeros(1, n_classes), inputs, tau=(check_number('tau', tau, '(0,inf)'), 1.))
-        step.zt = check_teacher_logits(teacher(step), step.z)
-        target = step.pt.dense(label, n_classes) if isinstance(step.pt, TwoValued) else step.pt
+        batch = Batch(label, torch.zeros(1, n_classes), inputs, tau=(check_number('tau', tau, '(0,inf)'), 1.))
+        batch.zt = check_teacher_logits(teacher(batch), batch.z)
+        target = batch.pt.dense(label, n_classes) if isinstance(batch.pt, TwoValued) else batch.pt
         _plot_distribution(ax, target.reshape(-1, n_classes).mean(0), y)
         ax.axhline(1/n_classes, color='grey', ls=':', label='uniform')
         ax.set(title=f'τ = {tau:g}', xlabel='class')

@@ -184,7 +184,7 @@ def teacher_accuracy(
         for batch in learn.dls[evaluation_set(learn.dls)].new(shuffle=False, drop_last=False):
             learn._split(batch)
             xb,y = plain_tensors((tuple(learn.xb), learn.yb[0]))
-            with torch.no_grad(): logits.append(teacher(Step(y, None, xb)).float().cpu())
+            with torch.no_grad(): logits.append(teacher(Batch(y, None, xb)).float().cpu())
             labels.append(y.cpu())
     finally: teacher.detach()
     z,y = torch.cat(logits),torch.cat(labels)

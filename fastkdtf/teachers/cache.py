@@ -12,12 +12,14 @@ import hashlib, json, math, os, zlib
 import numpy as np, torch
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from ..core import *
 from ..vision.identity import loader_identity
 from ..files import replacing
@@ -31,17 +33,19 @@ def pack_logits(
     dtype:torch.dtype=torch.float16,
     classes:Tensor|None=None, # `[N,top_k]`, the classes to keep; None: the largest
 )->tuple: # values `[N,K]` and None, or values `[N,top_k+1]` and classes `[N,top_k]` (int32)
-    """Logits relative to the largest of their row. With `top_k`, the last value is the level that all other classes share
+    """Return logits relative to the largest of their row. With `top_k`, the last value is the level that all other classes share
 
     Raises `ValueError` for NaN, and for rows whose largest logit is infinite."""
     z = z.detach().float()
     z = z - z.amax(1, keepdim=True)
     if z.isnan().any(): raise ValueError('the teacher returned NaN or infinite logits; nothing of this batch was stored')
     if top_k is None: return z.to(dtype), None
-    if top_k >= z.shape[1]: raise ValueError(f'top_k must be below the number of classes, {z.shape[1]}, got {top_k}; None keeps all')
+    n_classes = z.shape[1]
+    if top_k >= n_classes: raise ValueError(f'top_k must be below the number of classes, {n_classes}, got {top_k}; None keeps all')
     classes = z.topk(top_k, 1).indices if classes is None else classes.long()
-    others = z.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True) - math.log(z.shape[1]-top_k)
-    return torch.cat([z.gather(1, classes), others], 1).to(dtype), classes.int()
+    kept,rest = z.gather(1, classes),z.scatter(1, classes, -math.inf)
+    level = rest.logsumexp(1, keepdim=True) - math.log(n_classes-top_k)
+    return torch.cat([kept, level], 1).to(dtype), classes.int()
 
 # %% ../../nbs/24_teachers.cache.ipynb #d2af0c0a
 def unpack_logits(
@@ -49,10 +53,11 @@ def unpack_logits(
     classes:Tensor|None, # from `pack_logits`
     n_classes:int,
 )->Tensor: # `[N,K]`, float32
-    "The logits, up to a constant in each row; classes that were not kept have equal ones"
+    "Return the logits, up to a constant in each row; classes that were not kept have equal ones"
     values = values.float()
     if classes is None: return values
-    return values[:, -1:].repeat(1, n_classes).scatter_(1, classes.long(), values[:, :-1])
+    kept,level = values[:, :-1],values[:, -1:]
+    return level.repeat(1, n_classes).scatter_(1, classes.long(), kept)
 
 # %% ../../nbs/24_teachers.cache.ipynb #9b887360
 _shift = 32
@@ -61,7 +66,7 @@ def sample_keys(
     idx:Tensor, # indices of samples, `[N]`, below `2**32`
     view:Tensor, # numbers of their views, `[N]`, below `2**31`
 )->np.ndarray: # int64 `[N]`
-    "One number for each sample and view"
+    "Return one number for each sample and view"
     idx,view = idx.cpu().numpy().astype(np.int64),view.cpu().numpy().astype(np.int64)
     if idx.size and (min(idx.min(), view.min()) < 0 or idx.max() >> _shift or view.max() >> 31):
         raise ValueError('indices must be in [0,2**32) and views in [0,2**31), '
@@ -71,22 +76,25 @@ def sample_keys(
 def key_samples(
     keys:np.ndarray, # from `sample_keys`
 )->tuple: # indices and views, int64 `[N]`
-    "The samples and views that `keys` stand for"
+    "Return the samples and views that `keys` stand for"
     return torch.from_numpy(keys & (2**_shift-1)),torch.from_numpy(keys >> _shift)
 
 # %% ../../nbs/24_teachers.cache.ipynb #e35eb694
 _about = dict(format='the format', teacher='the teacher (its weights, classes, normalisation or input size)',
               data='the data (images, classes, transforms or augmentation)', top_k='top_k', dtype='dtype')
 
+def _is_manifest(m):
+    if not isinstance(m, dict) or not isinstance(m.get('about'), dict): return False
+    counts = [m.get(name) for name in ('n_classes', 'rows', 'crc32')]
+    return all(isinstance(n, int) and n >= 0 for n in counts)
+
 def _read_manifest(path):
-    "`path`'s content, or None where there is none"
+    "Return `path`'s content, or None where there is none"
     try: m = json.loads(path.read_text(encoding='utf-8'))
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete its folder, and the cache fills anew') from e
-    whole = lambda o: isinstance(o, int) and o >= 0
-    if not isinstance(m, dict) or not isinstance(m.get('about'), dict) or not all(whole(m.get(o)) for o in ('n_classes', 'rows', 'crc32')):
-        raise ValueError(f"{path} is not the manifest of a teacher's cache: give CachedTeacher another path, or delete this folder")
-    return m
+    if _is_manifest(m): return m
+    raise ValueError(f"{path} is not the manifest of a teacher's cache: give CachedTeacher another path, or delete this folder")
 
 # %% ../../nbs/24_teachers.cache.ipynb #bd7811f3
 class LogitStore:
@@ -113,10 +121,18 @@ class LogitStore:
     def __len__(self): return self.rows + len(self.recent)
 
     def _begin(self, n_classes):
-        k,value = self.about['top_k'],{'float16': '<f2', 'float32': '<f4'}[self.about['dtype']]
-        packed = [('values', value, (n_classes,))] if k is None else [('classes', '<i4', (k,)), ('values', value, (k+1,))]
+        "Lay out a row: its key, the classes kept, the values"
+        k,number = self.about['top_k'],{'float16': '<f2', 'float32': '<f4'}[self.about['dtype']]
+        packed = [('values', number, (n_classes,))] if k is None else [('classes', '<i4', (k,)), ('values', number, (k+1,))]
         self.n_classes,self.layout = n_classes,np.dtype([('key', '<i8')]+packed)
         self.pending = np.empty(0, self.layout)
+
+    def _check_about(self, theirs):
+        differing = [name for name in _about if theirs.get(name) != self.about[name]]
+        if not differing: return
+        shown = {name: f' ({theirs.get(name)!r} there, {self.about[name]!r} here)' for name in ('format', 'top_k', 'dtype')}
+        words = ' and '.join(_about[name]+shown.get(name, '') for name in differing)
+        raise ValueError(f'{self.path} does not fit: {words} differs; give CachedTeacher another path, or delete this folder')
 
     def _check_classes(self, theirs, ours):
         if theirs != ours: raise ValueError(f'{self.path} holds logits of {theirs} classes, and the teacher returned {ours}')
@@ -127,34 +143,29 @@ class LogitStore:
         if m is None:
             if self.rows: raise ValueError(f'{self.path} was deleted while in use: start the fit again')
             return
-        other = [o for o in _about if m['about'].get(o) != self.about[o]]
-        if other:
-            shown = {o: f" ({m['about'].get(o)!r} there, {self.about[o]!r} here)" for o in ('format', 'top_k', 'dtype')}
-            differs = ' and '.join(_about[o]+shown.get(o, '') for o in other)
-            raise ValueError(f'{self.path} does not fit: {differs} differs; give CachedTeacher another path, or delete this folder')
+        self._check_about(m['about'])
         if self.n_classes is None: self._begin(m['n_classes'])
         self._check_classes(m['n_classes'], self.n_classes)
         self._take(m['rows'], m['crc32'])
 
+    def _damaged(self, how): return ValueError(f"{self.path/'rows.bin'} is {how}: delete the folder {self.path}, and the cache fills anew")
+
     def _take(self, rows, crc):
         "Check the rows up to number `rows`, and add them to the index"
         file,start = self.path/'rows.bin',self.rows
-        damaged = f'{file} is {{}}: delete the folder {self.path}, and the cache fills anew'
-        if rows < start: raise ValueError(damaged.format('no longer what it was'))
+        if rows < start: raise self._damaged('no longer what it was')
         have = file.stat().st_size//self.layout.itemsize if file.exists() else 0
-        if have < rows: raise ValueError(damaged.format(f'truncated, with {have} of {rows} rows'))
-        if rows == start: new,found = None,self.crc
-        else:
-            data = np.memmap(file, self.layout, 'r', shape=(rows,))
-            new = data[start:]
-            found = zlib.crc32(new.view(np.uint8), self.crc)
-        if found != crc: raise ValueError(damaged.format('damaged, as its checksum shows'))
-        if new is None: return
+        if have < rows: raise self._damaged(f'truncated, with {have} of {rows} rows')
+        data = np.memmap(file, self.layout, 'r', shape=(rows,)) if rows > start else None   # an empty file has no map
+        new = np.empty(0, self.layout) if data is None else data[start:]
+        if zlib.crc32(new.view(np.uint8), self.crc) != crc: raise self._damaged('damaged, as its checksum shows')
+        if data is None: return
         keys,order = np.append(self.keys, new['key']),np.append(self.order, np.arange(start, rows))
         by_key = keys.argsort(kind='stable')
         self.data,self.keys,self.order,self.rows,self.crc = data,keys[by_key],order[by_key],rows,crc
 
     def _written(self, keys):
+        "Return the row on disk of each key, -1 where there is none"
         if not self.rows: return np.full(len(keys), -1)
         at = np.minimum(self.keys.searchsorted(keys), self.rows-1)
         return np.where(self.keys[at] == keys, self.order[at], -1)
@@ -162,23 +173,23 @@ class LogitStore:
     def find(self,
         keys:np.ndarray, # from `sample_keys`
     )->np.ndarray:
-        "The row of each key, -1 for one that is not there; good until the next `add` or `commit`"
+        "Return the row of each key, -1 for one that is not there; good until the next `add` or `commit`"
         rows = self._written(keys)
-        if self.recent:
-            for i in np.flatnonzero(rows < 0):
-                at = self.recent.get(int(keys[i]))
-                if at is not None: rows[i] = self.rows + at
+        if not self.recent: return rows
+        for i in np.flatnonzero(rows < 0):
+            at = self.recent.get(int(keys[i]))
+            if at is not None: rows[i] = self.rows + at
         return rows
 
     def read(self,
         rows:np.ndarray, # from `find`
     )->tuple: # values and classes, as `pack_logits` made them
-        "Packed logits"
+        "Return packed logits"
         out,written = np.empty(len(rows), self.layout),rows < self.rows
         if written.any():     out[written]  = self.data[rows[written]]
         if not written.all(): out[~written] = self.pending[rows[~written]-self.rows]
-        tensor = lambda o: torch.from_numpy(np.ascontiguousarray(out[o]))
-        return tensor('values'),None if self.about['top_k'] is None else tensor('classes')
+        column = lambda name: torch.from_numpy(np.ascontiguousarray(out[name]))
+        return column('values'),None if self.about['top_k'] is None else column('classes')
 
     def add(self,
         keys:np.ndarray, # from `sample_keys`
@@ -214,6 +225,7 @@ class LogitStore:
         self.recent,self.pending = {},self.pending[:0]
 
     def _append(self, new):
+        "Write `new` behind the rows that count, and then the manifest that counts them"
         if not len(new): return
         raw,file = new.tobytes(),self.path/'rows.bin'
         file.touch()
@@ -232,21 +244,31 @@ def _depends_on_tau(teacher):
     if not isinstance(teacher, EnsembleTeacher): return False
     return teacher.average == 'probs' or any(map(_depends_on_tau, teacher.teachers))
 
-def _step_of(dl, keys):
-    "The samples and views of `keys`, as training sees them"
+def _batch_of(dl, keys):
+    "Return the batch of the samples and views of `keys`, as training sees it"
     idx,view = key_samples(keys)
-    batch = dl.batch_of(idx, view if getattr(dl, 'augments', False) else None)
-    batch = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in batch]
-    n = getattr(dl, 'n_inp', max(1, len(batch)-1))
-    return Step(batch[n] if len(batch) > n else None, None, tuple(batch[:n]), idx=idx, view=view)
+    augments = getattr(dl, 'augments', False)
+    made = plain_tensors(tuple(dl.batch_of(idx, view if augments else None)))
+    n_inputs = getattr(dl, 'n_inp', max(1, len(made)-1))
+    y = made[n_inputs] if len(made) > n_inputs else None
+    return Batch(y, xb=made[:n_inputs], idx=idx, view=view)
 
 def _n_views(dl):
-    "How many versions `dl` makes of a sample. Raises `ValueError` if there is no end to them"
+    "Return how many versions `dl` makes of a sample. Raises `ValueError` if there is no end to them"
     if not getattr(dl, 'augments', False): return 1
     if dl.augment.views is None:
         raise ValueError('the loader makes a new version of an image every time, so a cache would never find one again; '
                          'limit them, as in kd_dataloaders(augment=Augment(..., views=8)), or use the live teacher')
     return dl.augment.views
+
+def _data_identity(learn):
+    "Return what identifies the training data and the classes. Raises `ValueError` where an image cannot be known again"
+    dl = learn.dls.train
+    try: data = loader_identity(dl)
+    except ValueError as e: raise ValueError(f'CachedTeacher must know an image that it has seen before: {e}') from e
+    _n_views(dl)
+    named = f'{data} {class_names(learn.dls)}'   # the teacher's outputs come in the order of the student's classes
+    return hashlib.sha1(named.encode()).hexdigest()
 
 # %% ../../nbs/24_teachers.cache.ipynb #6c428a79
 class Verified(NamedTuple):
@@ -269,7 +291,7 @@ class CachedTeacher(Teacher):
         dtype:str='float16', # 'float16', or 'float32': exactly the live teacher's targets
     ):
         self.teacher,self.path = as_teacher(teacher),Path(path)
-        if not (isinstance(self.teacher, Teacher) and self.teacher.before_student) or isinstance(self.teacher, CachedTeacher):
+        if not self.teacher.before_student or isinstance(self.teacher, CachedTeacher):
             raise TypeError(f'a cache takes a network, or an ensemble of networks, got {self.teacher!r}')
         if _depends_on_tau(self.teacher):
             raise TypeError("an ensemble that averages probabilities has other logits at every temperature; cache its networks instead: "
@@ -282,15 +304,9 @@ class CachedTeacher(Teacher):
         "Open the cache. Raises `ValueError` unless it fits this teacher and this learner's training data"
         try: self.detach()
         except ValueError: self.store = None   # its folder was deleted or changed since
-        dl = learn.dls.train
-        try: data = loader_identity(dl)
-        except ValueError as e: raise ValueError(f'CachedTeacher must know an image that it has seen before: {e}') from e
-        _n_views(dl)
+        data = _data_identity(learn)
         self.teacher.attach(learn)
-        try:
-            # the teacher's outputs come in the order of the student's classes
-            data = hashlib.sha1(f'{data} {class_names(learn.dls)}'.encode()).hexdigest()
-            self.store = LogitStore(self.path, self.teacher.identity, data, self.top_k, self.dtype)
+        try: self.store = LogitStore(self.path, self.teacher.identity, data, self.top_k, self.dtype)
         except BaseException:
             self.teacher.detach()
             raise
@@ -303,38 +319,39 @@ class CachedTeacher(Teacher):
             if self.store is not None: self.store.commit()
         finally: self.teacher.detach()
 
-    def __call__(self, step:Step)->Tensor: # `[N,K]`, float32
-        "Logits relative to the largest of their row, from disk where they are there"
+    def __call__(self, batch:Batch)->Tensor: # `[N,K]`, float32
+        "Return logits relative to the largest of their row, from disk where they are there"
         if self.store is None: raise ValueError('CachedTeacher has no folder open: attach(learn) opens it')
-        if step.idx is None:
+        if batch.idx is None:
             raise ValueError('CachedTeacher must know which sample each row of a batch is. Under MixUp and CutMix it is none: use the live '
                              'teacher with them. with_index(dls) makes a loader tell')
-        keys = sample_keys(step.idx, torch.zeros_like(step.idx) if step.view is None else step.view)
+        keys = sample_keys(batch.idx, torch.zeros_like(batch.idx) if batch.view is None else batch.view)
         rows = self.store.find(keys)
         missing = np.flatnonzero(rows < 0)
         self._count(len(keys), len(missing))
         if len(missing):
-            self._ask(step, keys, missing)
+            self._ask(batch, keys, missing)
             rows = self.store.find(keys)
-        device = first_tensor(step.xb).device
+        device = first_tensor(batch.xb).device
         values,classes = self.store.read(rows)
         return unpack_logits(values.to(device), None if classes is None else classes.to(device), self.store.n_classes)
 
-    def _ask(self, step, keys, missing):
+    def _ask(self, batch, keys, missing):
         "Ask the live teacher for some samples of a batch, and keep what it says"
         if len(missing) < len(keys):
             i = torch.from_numpy(missing)
-            part = lambda o: o[i.to(o.device)] if isinstance(o, Tensor) else o
-            step = replace(step, y=part(step.y), xb=tuple(map(part, step.xb)), idx=part(step.idx), view=part(step.view))
-        z = self._live(step, len(missing))
-        self.store.add(keys[missing], *pack_logits(z, self.top_k, getattr(torch, self.dtype)), n_classes=z.shape[1])
+            part = partial(tree_map_only, Tensor, lambda t: t[i.to(t.device)])
+            batch = replace(batch, **{name: part(getattr(batch, name)) for name in ('y', 'xb', 'idx', 'view')})
+        logits = self._live(batch, len(missing))
+        packed = pack_logits(logits, self.top_k, getattr(torch, self.dtype))
+        self.store.add(keys[missing], *packed, n_classes=logits.shape[1])
 
-    def _live(self, step, n):
-        with torch.no_grad(): z = self.teacher(step)
-        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != n:
-            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f'a cache holds logits [N,K], here [{n},K], and {self.teacher!r} returned {got}')
-        return z
+    def _live(self, batch, n):
+        "Return the live teacher's logits `[n,K]`"
+        with torch.no_grad(): logits = self.teacher(batch)
+        if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == n: return logits
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f'a cache holds logits [N,K], here [{n},K], and {self.teacher!r} returned {got}')
 
     def _count(self, n, n_missing):
         epoch = getattr(self.learn, 'epoch', None)
@@ -363,9 +380,9 @@ class CachedTeacher(Teacher):
         try:
             dl = learn.dls.train
             n,bs = len(dl.dataset),bs or dl.bs
-            every = np.concatenate([sample_keys(torch.arange(n), torch.full((n,), v)) for v in range(_n_views(dl))])
+            every = np.concatenate([sample_keys(torch.arange(n), torch.full((n,), view)) for view in range(_n_views(dl))])
             missing = every[self.store.find(every) < 0]
-            for i in progress_bar(range(0, len(missing), bs)): self(_step_of(dl, missing[i:i+bs]))
+            for i in progress_bar(range(0, len(missing), bs)): self(_batch_of(dl, missing[i:i+bs]))
         finally: self.detach()
 
     def verify(self,
@@ -381,16 +398,17 @@ class CachedTeacher(Teacher):
             keys = np.random.default_rng(seed).permutation(self.store.keys)[:check_whole('n', n)]
             error = max((self._error(learn.dls.train, keys[i:i+bs]) for i in range(0, len(keys), bs)), default=0.)
         finally: self.detach()
-        if not error <= tol:
-            raise ValueError(f'{self.path} is not what {self.teacher!r} says: logits differ by {error:.2g}, more than tol={tol}; '
-                             'delete the folder, or give another path')
-        return Verified(len(keys), error)
+        if error <= tol: return Verified(len(keys), error)   # not so for NaN
+        raise ValueError(f'{self.path} is not what {self.teacher!r} says: logits differ by {error:.2g}, more than tol={tol}; '
+                         'delete the folder, or give another path')
 
     def _error(self, dl, keys):
-        step = _step_of(dl, keys)
+        "Return the largest difference between stored and live logits of `keys`, relative to the live one or 1"
         values,classes = self.store.read(self.store.find(keys))
-        live,_ = pack_logits(self._live(step, len(keys)).cpu(), self.top_k, torch.float32, classes)
-        return torch.where(values == live, 0., (values-live).abs()/live.abs().clamp(min=1)).max().item()
+        logits = self._live(_batch_of(dl, keys), len(keys)).cpu()
+        live,_ = pack_logits(logits, self.top_k, torch.float32, classes)
+        errors = (values-live).abs()/live.abs().clamp(min=1)
+        return torch.where(values == live, 0., errors).max().item()   # also where both are infinite
 
     @property
     def settings(self)->dict: return dict(teacher=self.teacher, path=str(self.path), top_k=self.top_k, dtype=self.dtype)
