@@ -30,6 +30,7 @@ class UsageError(Exception): "A mistake in the arguments, told in one line"
 def _number_between(kind, low, high=math.inf):
     "Return a function that reads such a number, as argparse takes it for a type"
     def read(text):
+        "Read the number, or say what is wrong with it"
         try: value = kind(text)
         except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a {"whole number" if kind is int else "number"}') from None
         if not value >= low or value == float('inf'): raise argparse.ArgumentTypeError(f'must be at least {low}, got {text}')

@@ -99,7 +99,7 @@ class Look:
         "Return the names with their lines and marks as a list"
         return Ul(*(Li(self.named(name)) for name in names), cls='legend')
 
-# %% ../../nbs/45a_lab.draw.ipynb #d5e3f081
+# %% ../../nbs/45a_lab.draw.ipynb #b027087f
 def note(
     artist:Artist,
     words:str|Sequence=(), # for the artist, or a list with one for each of its finite points
@@ -168,6 +168,7 @@ def _elements(fig):
     shapes = {e.get('id'): _short(e.get('d')) for e in root.iter() if _tag(e) == 'path' and e.get('id')}
 
     def walk(element):
+        "Return the shapes below an element, each with its row"
         if _tag(element) in ('metadata', 'defs'): return []
         if _tag(element) == 'path' and not element.get('d'): return []   # of what is not a number
         if _tag(element) != 'g': return [(None, _shape(element, shapes))]
@@ -244,6 +245,7 @@ def strips(
     shared = [shape for row,shape in elements if row is None and shape.tag != 'text']
 
     def one(i, name, value, said):
+        "Return a row of the page"
         own = [shape for row,shape in elements if row == i]
         drawn = _svg(shared+own, (0, i*pitch, width, pitch), role='img', aria_label=said)
         return Div(Span(name, cls='name'), Span(drawn, cls='strip'), Span(value, cls='value'), cls='row')
@@ -260,7 +262,7 @@ def figure(
     "Return an HTML figure with its title and an explanation above"
     return ft('figure', Figcaption(H3(title), P(how)), *body, cls=cls)
 
-# %% ../../nbs/45a_lab.draw.ipynb #4b29dc77
+# %% ../../nbs/45a_lab.draw.ipynb #a944191b
 def _rows(ax, names):
     "Give each name a row, the first on top"
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names)-.5, -.5))
@@ -302,7 +304,7 @@ def draw_differences(
     ax.axvline(0, color=palette()['zero'], linewidth=1.25, zorder=1)
     _rows(ax, [label for _,label,*_ in rows])
 
-# %% ../../nbs/45a_lab.draw.ipynb #544fe606
+# %% ../../nbs/45a_lab.draw.ipynb #67f09836
 def draw_curves(
     ax:plt.Axes,
     curves:dict, # name → `[seeds, epochs]`; not-a-number leaves a gap
@@ -328,7 +330,7 @@ def draw_curves(
         ax.set_ylim(low-.05*(top-low), top)
     round_ticks(ax.xaxis, whole=True)
 
-# %% ../../nbs/45a_lab.draw.ipynb #ff01867a
+# %% ../../nbs/45a_lab.draw.ipynb #e83ecd3b
 def draw_reliability(
     ax:plt.Axes,
     bins:np.ndarray, # `[n_bins,3]`: samples, mean confidence, accuracy

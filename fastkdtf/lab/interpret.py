@@ -141,6 +141,7 @@ def plot_errors(
     "Plot test errors (solid) and, where `train_accuracy` was recorded, training errors (dashed) by epoch. Zheng and Peng 2022, Fig. 2–4"
     if ax is None: ax = plt.subplots(figsize=(5, 3.2), layout='constrained')[1]
     def plot(accuracies, style, **kwargs):
+        "Draw errors by epoch"
         errors = [100*(1-float(accuracy)) for accuracy in accuracies]
         ax.plot(range(1, len(errors)+1), errors, style, **kwargs)
     for i,(name,columns) in enumerate(histories.items()):

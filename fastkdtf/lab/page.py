@@ -32,6 +32,7 @@ def _sentence(c, name):
     if all(math.isnan(mean) for mean,*_ in found.values()):
         return 'open',f'{name} cannot be judged: runs of it, or of what it is held against, diverged or are missing.'
     def listed(said):
+        "Name the rivals with this verdict, and the differences to them"
         return ' and '.join(f'{rival} ({_points(*difference)})' for rival,difference in found.items() if verdict(difference) == said)
     ahead,behind,rest = map(listed, ('ahead', 'behind', 'open'))
     said = [f'ahead of {ahead}']*bool(ahead) + [f'behind {behind}']*bool(behind)
@@ -98,12 +99,14 @@ def _differences(c, look):
     pairs = [(name, rival) for name in c.names if name != c.baseline for rival in c.rivals(name)]
     if not pairs: return None
     def numbers(name, rival):
+        "Return what `draw_differences` draws in a row"
         seeds = 100*np.subtract(*c.paired(name, rival))
         return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), 100), seeds
     def draw(ax):
         draw_differences(ax, [numbers(*pair) for pair in pairs], look)
         ax.set_xlabel('difference in accuracy after the last epoch, points')
     def row(name, rival):
+        "Return name, value and words of a row"
         said,control = _points(*c.difference(name, rival)),name in c.control_for(rival)
         shown = Span(look.named(name), ' ', Span(f'− {rival}', ' (control)' if control else None, cls='less'))
         return shown, said.replace(' points', ''), f"{name} minus {rival}, {'its matched control' if control else 'baseline'}: {said}"
@@ -113,6 +116,7 @@ def _differences(c, look):
 
 def _curves(c, look):
     def plot(column):
+        "Draw a column of the histories, None where no run has it"
         curves = {name: c.curves(name, column) for name in c.names}
         if not any(np.isfinite(values).any() for values in curves.values()): return None
         factor = 100 if column == 'accuracy' else 1
@@ -136,6 +140,7 @@ def pooled_reliability(
 
 def _reliability(c, look):
     def plot(name):
+        "Draw the diagram of a method, None where its runs have no bins"
         runs = [r for r in c.runs(name) if r['last'].get('reliability')]
         if not runs: return None
         error = mean_sd([number_or_nan(r['last']['ece']) for r in runs])[0]
@@ -211,6 +216,7 @@ def _table(c, look):
 
 def _methods(c, look):
     def card(name):
+        "Return what is known of a method"
         r = c.runs(name)[0]
         called = [(settings['callback'], {k: v for k,v in settings.items() if k != 'callback'}) for settings in r.get('callbacks') or []]
         nothing = [('callback', 'none: the loss of the learner' if 'callbacks' in r else 'not recorded')]
@@ -239,7 +245,7 @@ def _conditions(c):
     versions = figure('Versions and machine', 'As recorded with the runs.', card(environment))
     return Div(shared, versions, cls='cards')
 
-# %% ../../nbs/45b_lab.page.ipynb #95da1ea1
+# %% ../../nbs/45b_lab.page.ipynb #45c0ff94
 def _heading(c): return c.records[0]['setting'].split(':')[0]
 
 def _found(c):

@@ -44,7 +44,7 @@ def mean_sd(
     sd   = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return mean,sd
 
-# %% ../../nbs/45_lab.report.ipynb #5cb38c36
+# %% ../../nbs/45_lab.report.ipynb #4669db1b
 def t_interval(
     mean:float,
     sd:float, # of single runs, with n-1 in the denominator
@@ -91,6 +91,7 @@ def seeds_needed(
     if mean == 0: return math.inf
     if sd <= 1e-9*mean: return 2   # nothing but rounding
     def enough(n):
+        "True if so many seeds reach the power"
         t = stats.t.ppf(1-level/2, n-1)
         return stats.nct.sf(t, n-1, mean/sd*math.sqrt(n)) >= power
     low,high = 1,2

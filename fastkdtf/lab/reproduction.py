@@ -291,6 +291,7 @@ class Reproduction:
     def _row_html(self, row, kind):
         lines = {'metric', 'paper', 'ours', "paper's gain", 'our gain', 'over its control', 'a full run'}   # broken where a part ends
         def cell(column, value):
+            "Return a cell, the result in its colour"
             if column == 'result': return Td(value, cls=f'verdict {kind}')
             if column not in lines: return Td(value, cls='words' if column == 'scale' else None)
             return Td(re.sub(r', (?![^\[]*\])| (?=[(\[])', '\n', value), cls='lines')

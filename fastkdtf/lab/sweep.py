@@ -70,6 +70,7 @@ def search_space(
 )->dict: # name → (low, high), or (low, high, 'log') where the values span a factor of ten
     "Return the ranges that the values of a grid lie in. Values that are no numbers remain a list"
     def span(values):
+        "Return the range of some values"
         if not all(map(_real, values)): return list(values)
         low,high = min(values),max(values)
         return (low, high, 'log') if 0 < 10*low <= high else (low, high)
@@ -408,6 +409,7 @@ def sweep(
     space,propose,points = _proposals(r, grid, tpe, own, seed)
     dls = _held_out(r.dataloaders(path, data, train_subset, None, device=device, seed=seed) if dls is None else dls)
     def campaign(point):
+        "Return the runs of a trial with these settings"
         try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data)
         except (TypeError, ValueError) as e: raise ValueError(f'{r.id} with {point}: {e}') from e
     first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
@@ -420,6 +422,7 @@ def sweep(
         bar = progress_bar(range(len(propose)*len(seeds)*n_epoch))
         bar.update(0)
         def train(trial):
+            "Train a trial and show its settings beside the bar"
             bar.comment = ', '.join(f'{name}={value:g}' if _real(value) else f'{name}={value}' for name,value in trial.params.items())
             _train_trial(trial, campaign(trial.params), bar)
         trials.run(train)
