@@ -29,9 +29,10 @@ from ..teachers.network import as_teacher
 
 # %% ../../nbs/36_callback.twostage.ipynb #9374bc97
 def _overrides(name, given, defaults):
-    "Settings of a stage: the paper's, and what the user wants instead"
+    "Return the settings of a stage: the paper's, and what the user wants instead"
     given = {} if given is None else given
-    if not isinstance(given, dict): raise TypeError(f'{name} must be a dict of what a Stage takes, such as dict(lr=(.1, 1e-5)), got {given!r}')
+    if not isinstance(given, dict):
+        raise TypeError(f'{name} must be a dict of what a Stage takes, such as dict(lr=(.1, 1e-5)), got {given!r}')
     known = [o.name for o in fields(Stage)]
     for k in given:
         if k not in known: raise ValueError(f"{name} has {k!r}, which is no setting of a Stage: {', '.join(known)}")
@@ -51,9 +52,10 @@ def effdstl_stages(
     ckm:bool=True, # False: stage 2 without the rule, as the teacher has it
     two_stages:bool=True, # False: stage 1 for all epochs
 )->list: # of `Stage`
-    "The stages of Efficient Distillation, for `learn.fit_stages`. Song et al. 2023, §5.2"
+    "Return the stages of Efficient Distillation, for `learn.fit_stages`. Song et al. 2023, §5.2"
     check_number('smoothing', smoothing, '[0,1]')
-    if not two_stages and (second_teacher is not None or stage2): raise ValueError('two_stages=False has no second stage: leave out second_teacher and stage2')
+    if not two_stages and (second_teacher is not None or stage2):
+        raise ValueError('two_stages=False has no second stage: leave out second_teacher and stage2')
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)
     first = as_teacher(teacher)
     second = first if second_teacher is None else as_teacher(second_teacher)
@@ -86,5 +88,6 @@ def fit_effdstl(self:Learner,
     """Train by Efficient Distillation: `WSL`, then `CKM` with a better teacher. Song et al. 2023, §5.2
 
     The recorder has one history of both stages."""
-    stages = effdstl_stages(n_epoch, teacher, second_teacher, stage1, stage2, beta, tau, smoothing, tau_teacher, smooth_to, ckm, two_stages)
+    stages = effdstl_stages(n_epoch, teacher, second_teacher, stage1, stage2, beta, tau, smoothing, tau_teacher, smooth_to, ckm,
+                            two_stages)
     self.fit_stages(stages, n_epoch, cbs)
