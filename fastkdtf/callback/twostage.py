@@ -1,4 +1,4 @@
-"""`learn.fit_effdstl`: the training of Song et al. 2023, Efficient Distillation
+"""Train as Song et al. 2023 do, in two stages of distillation
 
 Docs: https://fastkdtf.github.io/fastkdtf/callback.twostage.html.md"""
 
@@ -31,10 +31,11 @@ from ..teachers.network import as_teacher
 def _overrides(name, given, defaults):
     "Settings of a stage: the paper's, and what the user wants instead"
     given = {} if given is None else given
-    if not isinstance(given, dict): raise TypeError(f'{name} must be a dict of what a Stage takes, such as dict(lr=(.1, 1e-5)), got {given!r}')
-    known = [o.name for o in fields(Stage)]
-    for k in given:
-        if k not in known: raise ValueError(f"{name} has {k!r}, which is no setting of a Stage: {', '.join(known)}")
+    if not isinstance(given, dict):
+        raise TypeError(f'{name} must be a dict of what a Stage takes, such as dict(lr=(.1, 1e-5)), got {given!r}')
+    known = [field.name for field in fields(Stage)]
+    for key in given:
+        if key not in known: raise ValueError(f"{name} has {key!r}, which is no setting of a Stage: {', '.join(known)}")
     return {**defaults, **given, 'cbs': [*L(defaults['cbs']), *L(given.get('cbs'))]}
 
 def effdstl_stages(
@@ -51,18 +52,21 @@ def effdstl_stages(
     ckm:bool=True, # False: stage 2 without the rule, as the teacher has it
     two_stages:bool=True, # False: stage 1 for all epochs
 )->list: # of `Stage`
-    "The stages of Efficient Distillation, for `learn.fit_stages`. Song et al. 2023, §5.2"
+    "Make the stages of Efficient Distillation, for `learn.fit_stages`. Song et al. 2023, §5.2"
     check_number('smoothing', smoothing, '[0,1]')
-    if not two_stages and (second_teacher is not None or stage2): raise ValueError('two_stages=False has no second stage: leave out second_teacher and stage2')
+    if not two_stages and (second_teacher is not None or stage2):
+        raise ValueError('two_stages=False has no second stage: leave out second_teacher and stage2')
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9)
     first = as_teacher(teacher)
     second = first if second_teacher is None else as_teacher(second_teacher)
-    smooth = [Distill(UniformTeacher(), smoothing, tau=1., scale=1, loss='ce', name='smoothing')] if smoothing else []
     epochs = scale_epochs([240, 60], n_epoch) if two_stages else [check_whole('n_epoch', n_epoch)]
-    one = dict(n_epoch=epochs[0], cbs=[WSL(first, beta, tau, weight_tau=tau), *smooth], lr=(.5, 1e-5), wd=4e-5, opt_func=sgd)
+    methods = [WSL(first, beta, tau, weight_tau=tau)]
+    if smoothing: methods.append(Distill(UniformTeacher(), smoothing, tau=1., scale=1, loss='ce', name='smoothing'))
+    one = dict(n_epoch=epochs[0], cbs=methods, lr=(.5, 1e-5), wd=4e-5, opt_func=sgd)
     stages = [Stage(**_overrides('stage1', stage1, one))]
     if not two_stages: return stages
-    method = CKM(second, tau_teacher, smooth_to=smooth_to) if ckm else Distill(second, (0., 1.), (tau_teacher, 1.), scale=1, loss='ce')
+    if ckm: method = CKM(second, tau_teacher, smooth_to=smooth_to)
+    else:   method = Distill(second, (0., 1.), (tau_teacher, 1.), scale=1, loss='ce')
     two = dict(n_epoch=epochs[1], cbs=[method], lr=(5e-2, 5e-4), wd=0., opt_func=sgd)
     return stages + [Stage(**_overrides('stage2', stage2, two))]
 
@@ -72,7 +76,7 @@ def fit_effdstl(self:Learner,
     n_epoch:int, # in all; the paper: 300
     teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
     second_teacher:nn.Module|Learner|Callable|str|Path|None=None, # of stage 2: a better one; None: the same (Tab. 4c)
-    stage1:dict|None=None, # settings of `Stage` that are to differ from the paper's, such as `dict(lr=(.1, 1e-5))`
+    stage1:dict|None=None, # settings of `Stage` that shall differ from the paper's, such as `dict(lr=(.1, 1e-5))`
     stage2:dict|None=None, # likewise
     beta:float|Callable=.5, # weight of the soft term in stage 1
     tau:float=2., # temperature in stage 1, of the weights too
@@ -86,5 +90,6 @@ def fit_effdstl(self:Learner,
     """Train by Efficient Distillation: `WSL`, then `CKM` with a better teacher. Song et al. 2023, §5.2
 
     The recorder has one history of both stages."""
-    stages = effdstl_stages(n_epoch, teacher, second_teacher, stage1, stage2, beta, tau, smoothing, tau_teacher, smooth_to, ckm, two_stages)
+    stages = effdstl_stages(n_epoch, teacher, second_teacher, stage1, stage2, beta, tau, smoothing, tau_teacher,
+                            smooth_to, ckm, two_stages)
     self.fit_stages(stages, n_epoch, cbs)
