@@ -1,4 +1,4 @@
-"""One training in several stages, each with its own methods, teacher, optimizer, learning rates, weight decay, loss and batch size
+"""Train in several stages, each with its own methods, teacher, optimizer, learning rates, weight decay, loss and batch size
 
 Docs: https://fastkdtf.github.io/fastkdtf/callback.stages.html.md"""
 
@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint
 from .term import LossTerm, TermMetric, is_fit
 
 # %% ../../nbs/35_callback.stages.ipynb #1b8d59bb
-_fits = 'fit','fit_one_cycle','fit_flat_cos'
+_fit_methods = 'fit','fit_one_cycle','fit_flat_cos'
 
 @dataclass
 class Stage:
@@ -44,41 +44,49 @@ class Stage:
 
     def __post_init__(self):
         check_whole('n_epoch', self.n_epoch)
-        check_choice('fit', self.fit, _fits)
+        check_choice('fit', self.fit, _fit_methods)
         if self.wd is not None: check_number('wd', self.wd, '[0,inf)')
         if self.bs is not None: check_whole('bs', self.bs)
         for name in ('opt_func', 'loss_func'):
-            o = getattr(self, name)
-            if o is not None and not callable(o): raise TypeError(f'{name} must be a function, got {o!r}')
-        if self.opt_func is not None and not self.new_opt: raise ValueError('new_opt=False goes on with the optimizer there is, but opt_func makes another: give one of them')
-        if not self.cosine: return
+            value = getattr(self, name)
+            if value is not None and not callable(value): raise TypeError(f'{name} must be a function, got {value!r}')
+        if self.opt_func is not None and not self.new_opt:
+            raise ValueError('new_opt=False goes on with the optimizer there is, but opt_func makes another: give one of them')
+        if self.cosine: self._check_cosine()
+
+    def _check_cosine(self):
         if len(self.lr) != 2: raise ValueError(f'lr must be a number, a slice, or the pair (start, end) of a cosine, got {self.lr!r}')
-        for v in self.lr: check_number('lr', v, '[0,inf)')
-        if self.fit != 'fit': raise ValueError(f"lr={self.lr!r} is a cosine, and {self.fit} has a schedule of its own: give fit='fit', or one learning rate")
+        for value in self.lr: check_number('lr', value, '[0,inf)')
+        if self.fit == 'fit': return
+        raise ValueError(f"lr={self.lr!r} is a cosine, and {self.fit} has a schedule of its own: give fit='fit', or one learning rate")
 
     @property
-    def cosine(self)->bool: return isinstance(self.lr, (tuple, list))
+    def cosine(self)->bool:
+        "True if the learning rate is a cosine"
+        return isinstance(self.lr, (tuple, list))
 
 # %% ../../nbs/35_callback.stages.ipynb #cd831180
 def scale_epochs(
     shares:Iterable, # numbers that stand in proportion to the stages' epochs
     n_epoch:int, # in all
 )->list: # whole numbers, at least 1 each, that sum to `n_epoch`
-    "`n_epoch` shared out over stages"
-    shares = [check_number('shares', o, '(0,inf)') for o in shares]
-    if check_whole('n_epoch', n_epoch) < len(shares): raise ValueError(f'n_epoch must be at least {len(shares)}, one for each stage, got {n_epoch}')
-    exact = [o/sum(shares)*n_epoch for o in shares]
-    out = [max(1, math.floor(o)) for o in exact]
-    while sum(out) != n_epoch:   # the remainder goes where it is missed most
-        step = 1 if sum(out) < n_epoch else -1
-        i = max((i for i,o in enumerate(out) if o+step >= 1), key=lambda i: step*(exact[i]-out[i]))
-        out[i] += step
-    return out
+    "Share out `n_epoch` over stages. Raises `ValueError` if there are fewer epochs than stages"
+    shares = [check_number('shares', share, '(0,inf)') for share in shares]
+    if check_whole('n_epoch', n_epoch) < len(shares):
+        raise ValueError(f'n_epoch must be at least {len(shares)}, one for each stage, got {n_epoch}')
+    exact = [share/sum(shares)*n_epoch for share in shares]
+    epochs = [max(1, math.floor(x)) for x in exact]
+    while sum(epochs) != n_epoch:   # the remainder goes where it is missed most
+        step = 1 if sum(epochs) < n_epoch else -1
+        able = [i for i,n in enumerate(epochs) if n+step >= 1]
+        most = max(able, key=lambda i: step*(exact[i]-epochs[i]))
+        epochs[most] += step
+    return epochs
 
 # %% ../../nbs/35_callback.stages.ipynb #ed3e4574
 def _term_columns(cbs):
     "The columns of the methods among `cbs`"
-    return list(LossTerm.all_columns([o for o in cbs if isinstance(o, LossTerm)]))
+    return list(LossTerm.all_columns([cb for cb in cbs if isinstance(cb, LossTerm)]))
 
 class OneHistory(Callback):
     "Let the recorder go on from fit to fit; a column that a stage does not have is not-a-number there"
@@ -93,45 +101,55 @@ class OneHistory(Callback):
         self.past['smooth'] = recorder.smooth_loss.count,recorder.smooth_loss.val
 
     def before_fit(self):
+        "Give the recorder all columns, and the fits before this one"
         if not is_fit(self.learn): return
-        recorder,now = self.learn.recorder,{o.name: o for o in self.learn.metrics}
-        self.names = [o for o in now if o not in self.names] + self.names
+        recorder = self.learn.recorder
+        metrics = {metric.name: metric for metric in self.learn.metrics}
+        self.names = [name for name in metrics if name not in self.names] + self.names
         nothing = lambda: math.nan
-        self.learn.metrics = L(now.get(o) or TermMetric(nothing, o) for o in self.names)
+        self.learn.metrics = L(metrics.get(name) or TermMetric(nothing, name) for name in self.names)
         recorder.before_fit()   # once more, with all columns
-        if self.past is None: return
-        before = list(self.past['metric_names'])
+        if self.past is not None: self._put_back(recorder)
+
+    def _put_back(self, recorder):
         for k in ('lrs', 'iters', 'losses'): setattr(recorder, k, list(self.past[k]))
+        old_names = list(self.past['metric_names'])[1:]
+        new_names = [name for name in recorder.metric_names[1:] if name != 'time']
         for row in self.past['values']:
-            known = dict(zip(before[1:], row))
-            recorder.values.append(L(known.get(o, math.nan) for o in recorder.metric_names[1:] if o != 'time'))
+            value = dict(zip(old_names, row))
+            recorder.values.append(L(value.get(name, math.nan) for name in new_names))
         recorder.smooth_loss.count,recorder.smooth_loss.val = self.past['smooth']
 
     def before_epoch(self):
+        "Number the epoch among those of all stages"
         if is_fit(self.learn): self.learn.recorder.log = L(len(self.learn.recorder.values))
 
 # %% ../../nbs/35_callback.stages.ipynb #ff9d7f5f
 class OneDisplay(ProgressCallback):
-    "One table and one bar over several fits"
+    "Show one table and one bar over several fits"
     name = 'progress'
     def __init__(self,
         n_epoch:int, # of all fits
     ): self.n_epoch,self.begun = n_epoch,False
 
     def before_fit(self):
+        "Begin the table with the first fit"
         if not self.begun: super().before_fit()
         self.begun = True
 
     def before_epoch(self):
+        "Move the bar by the epochs of all fits"
         if getattr(self, 'mbar', False): self.mbar.update(len(self.recorder.values))
 
     def after_fit(self): pass
-    def close(self): super().after_fit()
+    def close(self):
+        "End the display, after the last fit"
+        super().after_fit()
 
 @contextmanager
 def _one_display(learn, n_epoch):
     "A learner's progress bar, if it has one, as `OneDisplay`"
-    old = next((o for o in learn.cbs if isinstance(o, ProgressCallback)), None)
+    old = next((cb for cb in learn.cbs if isinstance(cb, ProgressCallback)), None)
     if old is None:
         yield
         return
@@ -146,10 +164,10 @@ def _one_display(learn, n_epoch):
 
 # %% ../../nbs/35_callback.stages.ipynb #7a2cb994
 def with_batch_size(
-    dls:DataLoaders,
+    dls:DataLoaders, # left as they are
     bs:int|None, # None: as it is
 )->DataLoaders:
-    "`dls` with another batch size in training"
+    "Return `dls` with another batch size in training"
     if bs is None or bs == dls.train.bs: return dls
     new = copy(dls)
     new.loaders = [dls.train.new(bs=bs), *dls.loaders[1:]]
@@ -167,32 +185,35 @@ def _unchanged(learn):
 def _check_stages(stages, n_epoch):
     stages = [stages] if isinstance(stages, Stage) else list(stages)
     if not stages: raise ValueError('stages is empty: give at least one Stage')
-    for o in stages:
-        if not isinstance(o, Stage): raise TypeError(f'stages must be a list of Stage, got {o!r}')
-    total = sum(o.n_epoch for o in stages)
-    if n_epoch is not None and total != n_epoch:
-        raise ValueError(f"the stages have {' + '.join(str(o.n_epoch) for o in stages)} = {total} epochs, not n_epoch={n_epoch}; scale_epochs shares them out")
-    return stages,total
+    for stage in stages:
+        if not isinstance(stage, Stage): raise TypeError(f'stages must be a list of Stage, got {stage!r}')
+    epochs = [stage.n_epoch for stage in stages]
+    if n_epoch is not None and sum(epochs) != n_epoch:
+        sum_in_words = f"{' + '.join(map(str, epochs))} = {sum(epochs)}"
+        raise ValueError(f"the stages have {sum_in_words} epochs, not n_epoch={n_epoch}; scale_epochs shares them out")
+    return stages,sum(epochs)
 
 @patch
 def fit_stages(self:Learner,
     stages:Stage|Iterable, # in their order
     n_epoch:int|None=None, # what their epochs must sum to; None: whatever they do
-    cbs:Callback|Iterable|None=None, # callbacks of all stages; with a `Checkpoint` the same call goes on in the stage and epoch where it stopped
+    cbs:Callback|Iterable|None=None, # callbacks of all stages; with a `Checkpoint` the same call goes on where it stopped
 ):
     """Train in stages, as one training with one history
 
     Afterwards the learner has its own loss, loaders and `opt_func` again, and the last stage's optimizer."""
     stages,total = _check_stages(stages, n_epoch)
-    history = OneHistory(dict.fromkeys(c for o in stages for c in _term_columns([*self.cbs, *L(cbs), *L(o.cbs)])))
-    checkpoints = [(o, len(o.fits)) for o in [*self.cbs, *L(cbs)] if isinstance(o, Checkpoint)]
+    common = L(cbs)
+    columns = [name for stage in stages for name in _term_columns([*self.cbs, *common, *L(stage.cbs)])]
+    history = OneHistory(dict.fromkeys(columns))
+    checkpoints = [(cb, len(cb.fits)) for cb in [*self.cbs, *common] if isinstance(cb, Checkpoint)]
     try:
         with _one_display(self, total):
             for stage in stages:
-                with _unchanged(self): _fit_stage(self, stage, [history, *L(cbs), *L(stage.cbs)])
+                with _unchanged(self): _fit_stage(self, stage, [history, *common, *L(stage.cbs)])
                 history.keep(self.recorder)
     except BaseException:
-        for o,done in checkpoints: o.fits,o.fitting = o.fits[:done],False   # given again, it is the first stage that comes first
+        for cb,done in checkpoints: cb.fits,cb.fitting = cb.fits[:done],False   # given again, the first stage comes first
         raise
 
 def _fit_stage(learn, stage, cbs):
@@ -201,5 +222,8 @@ def _fit_stage(learn, stage, cbs):
     if stage.opt_func is not None:  learn.opt_func = stage.opt_func
     if stage.new_opt or not learn.opt: learn.create_opt()
     lr = stage.lr
-    if stage.cosine: lr,cbs = stage.lr[0],[*cbs, ParamScheduler({'lr': SchedCos(*stage.lr)})]
-    getattr(learn, stage.fit)(stage.n_epoch, *([] if lr is None else [lr]), wd=stage.wd, cbs=cbs)
+    if stage.cosine:
+        scheduler = ParamScheduler({'lr': SchedCos(*stage.lr)})
+        lr,cbs = stage.lr[0],[*cbs, scheduler]
+    args = [] if lr is None else [lr]
+    getattr(learn, stage.fit)(stage.n_epoch, *args, wd=stage.wd, cbs=cbs)

@@ -1,4 +1,4 @@
-"""Residual blocks that survive with a probability, as a property of a model
+"""Give the residual blocks of a network a probability to survive
 
 Docs: https://fastkdtf.github.io/fastkdtf/callback.survival.html.md"""
 
@@ -29,32 +29,38 @@ from ..core import *
 from ..teachers.frozen import copy_model
 
 # %% ../../nbs/33_callback.survival.ipynb #341b0c14
-_known = {}   # class of a block → function of a block of it: its branches
+_branches_of = {}   # class of a block → function of a block of it: its branches
 
 def register_block(
     cls:type, # the block's class; a subclass is covered too, unless it has a `forward` of its own
-    *branches:str, # for every addition, in order: the branch's modules, parameters and methods, in order, as `forward` names them; or a function of the block
+    *branches:str, # for every addition: its branch's modules, parameters and methods in `forward`'s order; or a function of the block
     skip:str|None=None, # the attribute that is None or False where a block has no shortcut; None: all have one
 ):
     """Make `survival` know a residual block
 
     Leave out what the shortcut needs too. Attributes that a block lacks, or that are None, are passed over. The last one that `forward`
-    calls must return what is added; `fold` takes for granted that whatever else changes the output of the last affine one is named too. Raises `TypeError` if `cls` is no class of modules, `ValueError` without branches."""
+    calls must return what is added; `fold` takes for granted that whatever else changes the output of the last affine one is named too.
+    Raises `TypeError` if `cls` is no class of modules, `ValueError` without branches."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)): raise TypeError(f'cls must be a class of modules, got {cls!r}')
     if not branches: raise ValueError(f"branches: name what makes the branch of {cls.__name__}, such as 'conv1 bn1 conv2 bn2'")
+    def names_of(block, branch):
+        names = (branch(block) if callable(branch) else branch).split()
+        return tuple(name for name in names if getattr(block, name, None) is not None)
     def of(block):
         if skip is not None and getattr(block, skip) in (None, False): return ()
-        return tuple(tuple(n for n in (o(block) if callable(o) else o).split() if getattr(block, n, None) is not None) for o in branches)
-    _known[cls] = of
+        return tuple(names_of(block, branch) for branch in branches)
+    _branches_of[cls] = of
 
 def _branches(block):
     "The branches of a residual block, as tuples of names; `()` for other modules"
-    for o in _plain(type(block)).__mro__:
-        if o in _known: return _known[o](block)
-        if 'forward' in vars(o): return ()
+    for cls in _plain_class(type(block)).__mro__:
+        if cls in _branches_of: return _branches_of[cls](block)
+        if 'forward' in vars(cls): return ()
 
 # %% ../../nbs/33_callback.survival.ipynb #31ba7ba5
-def _unshared_norm(names): return lambda block: names if block.downsample is None else names.removeprefix('norm1 ')   # else the shortcut starts with it
+def _unshared_norm(names):
+    "`names` without the first norm, where the shortcut starts with it too"
+    return lambda block: names if block.downsample is None else names.removeprefix('norm1 ')
 
 for cls,names in {
     cifar_nets.ResBlock: 'branch', cifar_nets.SumBlock: 'branch',
@@ -81,7 +87,8 @@ for cls,names,skip in (
     (_efficientnet_blocks.EdgeResidual, 'conv_exp bn1 aa se conv_pwl bn2 drop_path', 'has_skip'),
     (_efficientnet_blocks.UniversalInvertedResidual, 'dw_start pw_exp dw_mid se pw_proj dw_end layer_scale drop_path', 'has_skip'),
     (_efficientnet_blocks.MobileAttention, 'norm attn layer_scale drop_path', 'has_skip'),
-    (tv.efficientnet.MBConv, 'block stochastic_depth', 'use_res_connect'), (tv.efficientnet.FusedMBConv, 'block stochastic_depth', 'use_res_connect'),
+    (tv.efficientnet.MBConv, 'block stochastic_depth', 'use_res_connect'),
+    (tv.efficientnet.FusedMBConv, 'block stochastic_depth', 'use_res_connect'),
     (tv.mobilenetv2.InvertedResidual, 'conv', 'use_res_connect'), (tv.mobilenetv3.InvertedResidual, 'block', 'use_res_connect'),
     (tv.mnasnet._InvertedResidual, 'layers', 'apply_residual'),
 ): register_block(cls, names, skip=skip)
@@ -90,12 +97,13 @@ register_block(vision_transformer.Block,        'norm1 attn ls1 drop_path1', 'no
 register_block(vision_transformer.ResPostBlock, 'attn norm1 drop_path1',     'mlp norm2 drop_path2')
 
 # %% ../../nbs/33_callback.survival.ipynb #6a418805
+_sums = torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__
+
 class _Skipped:
     "What a dropped branch returns: operations pass it on, and a sum with it is the other summand, as a new tensor"
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__): return next(o for o in args if o is not _skipped).clone()
-        return _skipped
+        return next(x for x in args if x is not _skipped).clone() if func in _sums else _skipped
     def __add__(self, other): return other.clone()   # not the shortcut itself: an activation in place may follow
     def __mul__(self, other): return self
     __radd__,__rmul__ = __add__,__mul__
@@ -111,51 +119,72 @@ def _scaled(f, p, *args, **kwargs): return f(*args, **kwargs)*p
 class _Survival:
     "Mixed into a block's class: branches of its `forward` are scaled, or dropped. Not for several threads at once; `fold` is"
     _bits,_drawn = None,None   # which branches survive: in every mode, in training
-    def forward(self, *args, **kwargs):
+    def _substitutes(self):
+        "Attributes that scale or skip the branches, by name"
         bits = self._bits if self._bits is not None else self._drawn if self.training else None
-        instead = {}
+        found = {}
         for i,(names,p) in enumerate(zip(self._branches, self._survival)):
-            calls = [n for n in names if callable(getattr(self, n))]
-            if bits is None: instead[calls[-1]] = partial(_scaled, getattr(self, calls[-1]), p)
-            elif not bits[i]: instead.update(dict.fromkeys(calls, _skip))
-        vars(self).update(instead)   # found before modules and methods
+            calls = [name for name in names if callable(getattr(self, name))]
+            if bits is None: found[calls[-1]] = partial(_scaled, getattr(self, calls[-1]), p)
+            elif not bits[i]: found.update(dict.fromkeys(calls, _skip))
+        return found
+
+    def forward(self, *args, **kwargs):
+        "Run the block's own `forward`, with what makes its branches replaced"
+        substitutes = self._substitutes()
+        vars(self).update(substitutes)   # found before modules and methods
         try: return super().forward(*args, **kwargs)
         finally:
-            for o in instead: del vars(self)[o]
+            for name in substitutes: del vars(self)[name]
 
     def __reduce_ex__(self, protocol):
-        state = {k: v for k,v in super().__reduce_ex__(protocol)[2].items() if k not in ('_bits', '_drawn')}
-        return _new, (_plain(type(self)),), state
+        state = super().__reduce_ex__(protocol)[2]
+        return _new, (_plain_class(type(self)),), {k: v for k,v in state.items() if k not in ('_bits', '_drawn')}
 
 @lru_cache(None)
-def _surviving(cls): return type(cls.__name__, (_Survival, cls), {'__module__': cls.__module__, '__qualname__': cls.__qualname__, '__doc__': cls.__doc__})
-def _plain(cls): return cls.__bases__[1] if cls.__bases__[0] is _Survival else cls
+def _surviving(cls):
+    "The class `cls` with survival probabilities, under its own name"
+    names = {'__module__': cls.__module__, '__qualname__': cls.__qualname__, '__doc__': cls.__doc__}
+    return type(cls.__name__, (_Survival, cls), names)
+
+def _plain_class(cls): return cls.__bases__[1] if cls.__bases__[0] is _Survival else cls
 def _new(cls): return _surviving(cls).__new__(_surviving(cls))
 
 # %% ../../nbs/33_callback.survival.ipynb #9882bd34
 def residual_blocks(
-    model:nn.Module,
+    model:nn.Module, # any network
 )->list: # modules; an entry of `_survival` for each of a block's additions
-    "The blocks with survival probabilities, in forward order"
+    "Return the blocks with survival probabilities, in forward order"
     return [m for m in model.modules() if isinstance(m, _Survival)]
 
 def survival_probs(
-    model:nn.Module,
+    model:nn.Module, # any network
 )->list: # `p_1 … p_L`
-    "The survival probabilities that a model carries, in forward order"
+    "Return the survival probabilities that a model carries, in forward order"
     return [p for m in residual_blocks(model) for p in m._survival]
 
 # %% ../../nbs/33_callback.survival.ipynb #0fe1f145
+def _drop_rate(m): return m.drop_prob if isinstance(m, tl.DropPath) else m.p if isinstance(m, ops.StochasticDepth) else 0
+
 def _check_plain(model):
-    if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, got {type(model).__name__}; of a Learner, give learn.model')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be an nn.Module, got {type(model).__name__}; of a Learner, give learn.model')
     for name,m in model.named_modules():
         if hasattr(m, '_orig_mod') or m._compiled_call_impl is not None:
-            raise ValueError('model is compiled, and every sub-network would be compiled anew: train it as it is, and compile fold(model) afterwards')
+            raise ValueError('model is compiled, and every sub-network would be compiled anew: train it as it is, '
+                             'and compile fold(model) afterwards')
         if getattr(m, 'grad_checkpointing', False) is True:
-            raise ValueError('model checkpoints activations, and would compute them again as the full network: call model.set_grad_checkpointing(False)')
-        rate = m.drop_prob if isinstance(m, tl.DropPath) else m.p if isinstance(m, ops.StochasticDepth) else 0
-        if rate: raise ValueError(f'model has stochastic depth of its own: {name} drops its branch with probability {rate:g}; build it with '
-                                  'drop_path_rate=0 (timm) or stochastic_depth_prob=0 (torchvision)')
+            raise ValueError('model checkpoints activations, and would compute them again as the full network: '
+                             'call model.set_grad_checkpointing(False)')
+        rate = _drop_rate(m)
+        if rate: raise ValueError(f'model has stochastic depth of its own: {name} drops its branch with probability {rate:g}; '
+                                  'build it with drop_path_rate=0 (timm) or stochastic_depth_prob=0 (torchvision)')
+
+def _known_blocks():
+    "Names of the known classes, by library"
+    names = {}
+    for cls in _branches_of: names.setdefault(cls.__module__.split('.')[0], set()).add(cls.__name__)
+    return '; '.join(f"{library}'s {', '.join(sorted(names[library]))}" for library in sorted(names))
 
 def survival(
     model:nn.Module, # changed in place; if it carries survival probabilities already, they are replaced
@@ -167,15 +196,14 @@ def survival(
     Raises `ValueError` for a model without residual blocks, compiled, with checkpointed activations, or with a drop-path of its own."""
     check_number('p_last', p_last, '(0,1]')
     _check_plain(model)
-    found = [(m,o) for m in model.modules() if (o := _branches(m))]
-    n = sum(len(o) for _,o in found)
+    found = [(m,branches) for m in model.modules() if (branches := _branches(m))]
+    n = sum(len(branches) for _,branches in found)
     if not n:
-        libs = {lib: sorted({o.__name__ for o in _known if o.__module__.split('.')[0] == lib}) for lib in sorted({o.__module__.split('.')[0] for o in _known})}
-        known = '; '.join(f"{lib}'s {', '.join(o)}" for lib,o in libs.items())
-        raise ValueError(f'model, a {type(model).__name__}, has no residual blocks that are known. Known are {known}; make others known with register_block')
+        raise ValueError(f'model, a {type(model).__name__}, has no residual blocks that are known. Known are {_known_blocks()}; '
+                         'make others known with register_block')
     probs = iter([1 - l/n*(1-p_last) for l in range(1, n+1)])
     for m,branches in found:
-        m.__class__ = _surviving(_plain(type(m)))
+        m.__class__ = _surviving(_plain_class(type(m)))
         m._branches,m._survival = branches,tuple(next(probs) for _ in branches)
     return model
 
@@ -188,7 +216,7 @@ def set_drawn(
     model:nn.Module, # with survival probabilities
     bits:Sequence|None, # one for each addition; None: the full network again
 ):
-    "From now on, training passes run the sub-network that `bits` name; evaluation stays the full network's"
+    "Let training passes run the sub-network that `bits` name from now on; evaluation stays the full network's"
     _set_bits(model, bits, '_drawn')
 
 @contextmanager
@@ -196,11 +224,12 @@ def subnetwork(
     model:nn.Module, # with survival probabilities
     bits:str|Sequence, # `b_1 … b_L`, such as `'1101'`; 1: the block survives
 )->Iterator:
-    "Within the block, `model` is the sub-network that `bits` name: eq. 3. Raises `ValueError` unless there is a bit for every addition"
-    chosen = [int(o) for o in bits]
+    "Let `model` be the sub-network that `bits` name within the block: eq. 3. Another number of bits is a `ValueError`"
+    chosen = [int(bit) for bit in bits]
     n = len(survival_probs(model))
     if not n: raise ValueError('model carries no survival probabilities: call survival(model) first')
-    if len(chosen) != n or not set(chosen) <= {0, 1}: raise ValueError(f'bits must be {n} zeros and ones, one for each residual addition, got {bits!r}')
+    if len(chosen) != n or not set(chosen) <= {0, 1}:
+        raise ValueError(f'bits must be {n} zeros and ones, one for each residual addition, got {bits!r}')
     _set_bits(model, chosen, '_bits')
     try: yield model
     finally: _set_bits(model, None, '_bits')
@@ -210,16 +239,16 @@ def draw_bits(
     model:nn.Module, # with survival probabilities
     generator:torch.Generator|None=None, # on CPU; None: PyTorch's global one
 )->list: # booleans `b_1 … b_L`
-    "One Bernoulli draw for each residual addition"
-    p = survival_probs(model)
-    return (torch.rand(len(p), generator=generator, dtype=torch.float64) < torch.tensor(p, dtype=torch.float64)).tolist()
+    "Draw once, Bernoulli, for each residual addition"
+    p = torch.tensor(survival_probs(model), dtype=torch.float64)
+    return (torch.rand(len(p), generator=generator, dtype=torch.float64) < p).tolist()
 
 # %% ../../nbs/33_callback.survival.ipynb #a35de977
 @contextmanager
 def fixed_statistics(
-    model:nn.Module,
+    model:nn.Module, # with batch norms in training mode
 )->Iterator:
-    "Within the block, batch norms in training mode normalise with the batch's statistics, and leave the running ones and their count alone"
+    "Let batch norms in training mode use the batch's statistics within the block, and leave the running ones and their count alone"
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for m in norms: m.track_running_stats = False
     try: yield model
@@ -227,52 +256,71 @@ def fixed_statistics(
         for m in norms: m.track_running_stats = True
 
 # %% ../../nbs/33_callback.survival.ipynb #0c0c09f5
-_last_is_output = {nn.Sequential, tl.ConvNormAct, tl.Mlp, tl.GlobalResponseNormMlp, tl.ConvMlp, vision_transformer.Attention}  # children in order
-_affine = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm,
-           tl.BatchNormAct2d, tl.GroupNormAct, tl.LayerNorm, tl.LayerNorm2d, tl.LayerScale, tl.LayerScale2d}
+_last_is_output = {   # children in order
+    nn.Sequential, tl.ConvNormAct, tl.Mlp, tl.GlobalResponseNormMlp, tl.ConvMlp, vision_transformer.Attention}
+_affine = {
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm,
+    nn.LayerNorm, tl.BatchNormAct2d, tl.GroupNormAct, tl.LayerNorm, tl.LayerNorm2d, tl.LayerScale, tl.LayerScale2d}
 _transparent = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, tl.DropPath, ops.StochasticDepth, ops.Permute)
 
 def _squeeze(m):
     "The layer of a squeeze-and-excitation `m` that sees its input; None for other modules"
     if type(m) in (tl.SEModule, ops.SqueezeExcitation): return m.fc1
     if type(m) is tl.EffectiveSEModule: return m.fc
-    if type(m) is SequentialEx and [type(o).__name__ for o in m] == ['AdaptiveAvgPool2d', 'ConvLayer', 'ConvLayer', 'ProdLayer']: return m[1][0]
+    if type(m) is not SequentialEx: return None
+    layers = [type(layer).__name__ for layer in m]
+    if layers == ['AdaptiveAvgPool2d', 'ConvLayer', 'ConvLayer', 'ProdLayer']: return m[1][0]
 
-def _parts(m):
+def _returns_last(m):
+    "True for a module whose output is that of its last child"
+    return isinstance(m, nn.Module) and next(cls for cls in type(m).__mro__ if 'forward' in vars(cls)) in _last_is_output
+
+def _last_layers(m):
     "Layers and parameters of a branch, the last first"
-    if isinstance(m, nn.Module) and next(o for o in type(m).__mro__ if 'forward' in vars(o)) in _last_is_output:
-        for o in reversed(list(m.children())): yield from _parts(o)
-    else: yield m
+    if not _returns_last(m):
+        yield m
+        return
+    for child in reversed(list(m.children())): yield from _last_layers(child)
 
-def _weights(m):
+def _output_weights(m):
     "The parameters that an affine layer's output is proportional to, or None"
     if isinstance(m, nn.Parameter): return [m]
-    if type(m) not in _affine or not all(isinstance(o, _transparent) for o in m.children()): return None
-    weight,bias = (m._parameters.get(o) for o in (('gamma', '') if 'gamma' in m._parameters else ('weight', 'bias')))
-    return None if weight is None else [weight] if bias is None else [weight, bias]
+    if type(m) not in _affine or not all(isinstance(child, _transparent) for child in m.children()): return None
+    names = ('gamma',) if 'gamma' in m._parameters else ('weight', 'bias')
+    weight,*bias = (m._parameters.get(name) for name in names)
+    return None if weight is None else [weight, *(b for b in bias if b is not None)]
 
 # %% ../../nbs/33_callback.survival.ipynb #01cbda00
 def _scale_branch(block, names, p, uses):
     "Multiply the branch's output by `p` in its weights, if that can be done exactly"
     squeezes = []
-    for m in (o for n in reversed(names) for o in _parts(getattr(block, n))):
+    for m in (layer for name in reversed(names) for layer in _last_layers(getattr(block, name))):
         if isinstance(m, _transparent): continue
-        if (squeeze := _squeeze(m)) is not None:
+        squeeze = _squeeze(m)
+        if squeeze is not None:
             squeezes.append(squeeze)
             continue
-        weights = _weights(m)
-        changed = (weights or []) + [o._parameters.get('weight') for o in squeezes]
-        if weights is None or any(o is None or uses[id(o)] > 1 for o in changed): return False
+        weights = _output_weights(m)
+        changed = (weights or []) + [squeeze._parameters.get('weight') for squeeze in squeezes]
+        if weights is None or any(w is None or uses[id(w)] > 1 for w in changed): return False
         with torch.no_grad():
-            for o in weights: o.mul_(p)
-            for o in squeezes: o.weight.div_(p)
+            for w in weights: w.mul_(p)
+            for squeeze in squeezes: squeeze.weight.div_(p)
         return True
     return False
+
+def _fold_block(m, uses):
+    "Fold the branches of a block; those that cannot be keep their probability"
+    pairs = zip(m._branches, m._survival)
+    m._survival = tuple(p if p != 1 and not _scale_branch(m, names, p, uses) else 1. for names,p in pairs)
+    if set(m._survival) != {1.}: return
+    m.__class__ = _plain_class(type(m))
+    del m._branches,m._survival
 
 def fold(
     model:nn.Module, # with survival probabilities; left as it is
 )->nn.Module: # a copy
-    """A plain copy of the full network, with the survival probabilities in the weights of its branches' last layers
+    """Return a plain copy of the full network, with the survival probabilities in the weights of its branches' last layers
 
     A branch whose last layer is not affine, or shared, keeps its multiplication; a warning names the block.
     Raises `ValueError` for a model without survival probabilities."""
@@ -281,10 +329,8 @@ def fold(
     uses = Counter(id(p) for _,p in model.named_parameters(remove_duplicate=False))
     for name,m in model.named_modules():
         if not isinstance(m, _Survival): continue
-        m._survival = tuple(p if p != 1 and not _scale_branch(m, names, p, uses) else 1. for names,p in zip(m._branches, m._survival))
-        if set(m._survival) != {1.}: kept.append(name)
-        else:
-            m.__class__ = _plain(type(m))
-            del m._branches,m._survival
-    if kept: warnings.warn(f"no affine layer of their own ends the branch: {', '.join(kept)} multiply their branch explicitly", stacklevel=2)
+        _fold_block(m, uses)
+        if isinstance(m, _Survival): kept.append(name)
+    if kept:
+        warnings.warn(f"no affine layer of their own ends the branch: {', '.join(kept)} multiply their branch explicitly", stacklevel=2)
     return model
