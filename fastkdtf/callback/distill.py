@@ -214,7 +214,8 @@ class Distill(LossTerm):
         "Return the soft loss of each sample, without its weights"
         partial_rewrite = any(getattr(rewrite, 'on', None) is not None for rewrite in self.rewrites)
         if partial_rewrite and batch.y.is_floating_point() and getattr(self.soft_loss, 'kind', None) == 'kl':
-            raise TypeError("a rewrite on some samples needs loss='ce' where labels are probabilities: the entropy of a mixed target is not the mean of the entropies")
+            raise TypeError("a rewrite on some samples needs loss='ce' where labels are probabilities: the entropy of a mixed target "
+                            'is not the mean of the entropies')
         return self.soft_loss(batch, self.target(batch))
 
     def weighted_losses(self, batch:Batch)->Tensor:
@@ -258,10 +259,12 @@ class Distill(LossTerm):
     )->Description:
         "Describe what this method really does; where its soft loss has a gradient of its own, scale and controls are not known"
         n_classes = known_classes(self, n_classes)
-        target,gradient = self._label_target(n_classes, pct),self.soft_loss.gradient(n_classes)
-        if type(self).sample_losses is not Distill.sample_losses: gradient = None
-        return Description(type(self).__name__, self.settings, n_classes, self.weights(pct)[0], self.soft_weight(n_classes, pct),
-                           self.temperatures(pct)[1], target, self._notes(n_classes, pct, target), gradient, self.soft_loss.name or type(self.soft_loss).__name__)
+        own_losses = type(self).sample_losses is not Distill.sample_losses   # nothing is known of a subclass's
+        gradient = None if own_losses else self.soft_loss.gradient(n_classes)
+        loss = self.soft_loss.name or type(self.soft_loss).__name__
+        hard,soft,target = self.weights(pct)[0],self.soft_weight(n_classes, pct),self._label_target(n_classes, pct)
+        notes = self._notes(n_classes, pct, target)
+        return Description(type(self).__name__, self.settings, n_classes, hard, soft, self.temperatures(pct)[1], target, notes, gradient, loss)
 
     def _label_target(self, n_classes, pct):
         "The softened target `(on the label, elsewhere)`; None where it does not depend on the label alone"

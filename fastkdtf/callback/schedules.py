@@ -131,7 +131,8 @@ class Schedule:
     @property
     def fit(self)->Callable:
         "`fit_schedule` with these settings, for any number of epochs"
-        return partial(fit_schedule, **self._given('lr', 'optimizer', 'schedule', 'milestones', 'factor', 'lr_end', 'warmup', 'momentum', 'nesterov', 'wd', 'epochs'))
+        names = 'lr optimizer schedule milestones factor lr_end warmup momentum nesterov wd epochs'
+        return partial(fit_schedule, **self._given(*names.split()))
 
     def _given(self, *names): return {k: v for k,v in asdict(self).items() if k in names and v not in (None, ())}
 

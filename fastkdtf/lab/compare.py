@@ -50,7 +50,7 @@ def _found(name, n_classes):
     raise ValueError(f'{name} needs a teacher: give a dict with {name!r}: partial({getattr(method.make, "__name__", name)}, teacher)')
 
 def compare(
-    methods:dict|Sequence, # names of the list of methods; or a dict: name → None (the baseline), callback class, function that makes a callback, callback, `Stage`, or a list of these
+    methods:dict|Sequence, # names of the list of methods; or name → what `make_callbacks` takes: class, function, callback, `Stage`; None: the baseline
     dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
     model_fn:Callable, # makes the model; called once a run, with the run's seed set
     n_epoch:int, # epochs of each run
@@ -69,7 +69,8 @@ def compare(
     methods = _by_name(methods, dls.c, baseline)
     if baseline not in methods: methods = {baseline: None, **methods}
     arms = {name: Arm(*o) for name,o in with_controls(methods, dls.c, controls).items()}
-    settings = {**(settings or {}), 'loss_func': fingerprint(loss_func), 'opt_func': fingerprint(opt_func), **({} if learner is Learner else dict(learner=fingerprint(learner)))}
+    settings = {**(settings or {}), 'loss_func': fingerprint(loss_func), 'opt_func': fingerprint(opt_func)}
+    if learner is not Learner: settings['learner'] = fingerprint(learner)
     learner = partial(learner, loss_func=loss_func, opt_func=opt_func)
     return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
 
