@@ -264,7 +264,9 @@ class NetworkTeacher(Teacher):
         if any(id(p) in own for p in self.model.parameters()):
             raise ValueError('the teacher is the student itself, or shares parameters with it; pass a copy: deepcopy(learn.model)')
 
-    def detach(self): self.copy = None
+    def detach(self):
+        "Let go of the copy"
+        self.copy = None
 
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the logits of the student's classes"
@@ -351,5 +353,7 @@ class EnsembleTeacher(Teacher):
         return tau*(log_probs.logsumexp(0) - math.log(len(answers)))
 
     @property
-    def identity(self)->str: return f'{self.average} of {[teacher.identity for teacher in self.teachers]}'
+    def identity(self)->str:
+        "The members' identities, and which mean is taken"
+        return f'{self.average} of {[teacher.identity for teacher in self.teachers]}'
     def __repr__(self): return f'EnsembleTeacher({self.teachers}, {self.average!r})'
