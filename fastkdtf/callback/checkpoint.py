@@ -1,4 +1,4 @@
-"""A training that was interrupted goes on with the same call; seeds that give two runs the same start
+"""Go on with an interrupted training by the same call, and give two runs the same start
 
 Docs: https://fastkdtf.github.io/fastkdtf/callback.checkpoint.html.md"""
 
@@ -31,8 +31,8 @@ from .term import is_fit
 # %% ../../nbs/38_callback.checkpoint.ipynb #fb15615c
 def _generators(dls):
     "The loaders' own random generators: fastai's `rng`, PyTorch's `generator`"
-    own = [vars(dl).get(a) for dl in dls.loaders for a in ('rng', 'generator')]
-    return [o for o in own if isinstance(o, (random.Random, torch.Generator))]
+    own = [vars(dl).get(attr) for dl in dls.loaders for attr in ('rng', 'generator')]
+    return [rng for rng in own if isinstance(rng, (random.Random, torch.Generator))]
 
 def _get_state(rng): return rng.getstate() if isinstance(rng, random.Random) else rng.get_state()
 def _set_state(rng, state): (rng.setstate if isinstance(rng, random.Random) else rng.set_state)(state)
@@ -52,35 +52,45 @@ def seed_run(
 # %% ../../nbs/38_callback.checkpoint.ipynb #9854801f
 _cb_attrs = {ParamScheduler: ['hps'], TrackerCallback: ['best', 'wait'], GradientAccumulation: ['count']}
 
-def _has_state(cb): return hasattr(type(cb), 'state_dict') or isinstance(cb, (Recorder, *_cb_attrs))
+def _has_own_state(cb): return hasattr(type(cb), 'state_dict')   # not hasattr(cb): a callback passes on to learner and model
+def _has_state(cb): return _has_own_state(cb) or isinstance(cb, (Recorder, *_cb_attrs))
+def _with_state(learn): return [cb for cb in learn.cbs if _has_state(cb)]
+
+def _recorder_state(recorder):
+    losses = torch.stack([loss.as_subclass(Tensor) for loss in recorder.losses]) if recorder.losses else None
+    smooth = recorder.smooth_loss.count,recorder.smooth_loss.val
+    return dict(losses=losses, values=recorder.values, lrs=recorder.lrs, iters=recorder.iters, smooth=smooth)
 
 def _cb_state(cb):
-    if hasattr(type(cb), 'state_dict'): return cb.state_dict()   # not hasattr(cb): a callback passes on to learner and model
-    if not isinstance(cb, Recorder):
-        return {a: vars(cb)[a] for t,attrs in _cb_attrs.items() if isinstance(cb, t) for a in attrs if a in vars(cb)}
-    losses = torch.stack([o.as_subclass(Tensor) for o in cb.losses]) if cb.losses else None
-    return dict(losses=losses, values=cb.values, lrs=cb.lrs, iters=cb.iters, smooth=(cb.smooth_loss.count, cb.smooth_loss.val))
+    if _has_own_state(cb): return cb.state_dict()
+    if isinstance(cb, Recorder): return _recorder_state(cb)
+    names = [name for cls,attrs in _cb_attrs.items() if isinstance(cb, cls) for name in attrs]
+    return {name: vars(cb)[name] for name in names if name in vars(cb)}
+
+def _load_recorder(recorder, state):
+    recorder.lrs,recorder.iters = state['lrs'],state['iters']
+    recorder.values = [L(row) for row in state['values']]
+    recorder.losses = [] if state['losses'] is None else list(state['losses'].unbind())
+    recorder.smooth_loss.count,recorder.smooth_loss.val = state['smooth']
+    if recorder.losses: recorder.learn.smooth_loss = recorder.losses[-1]
+    if recorder.values: recorder.learn.final_record = recorder.values[-1]
 
 def _load_cb(cb, state):
-    if hasattr(type(cb), 'state_dict'): return cb.load_state_dict(state)
-    if not isinstance(cb, Recorder): return vars(cb).update(state)
-    cb.lrs,cb.iters,cb.values = state['lrs'],state['iters'],[L(o) for o in state['values']]
-    cb.losses = [] if state['losses'] is None else list(state['losses'].unbind())
-    cb.smooth_loss.count,cb.smooth_loss.val = state['smooth']
-    if cb.losses: cb.learn.smooth_loss = cb.losses[-1]
-    if cb.values: cb.learn.final_record = cb.values[-1]
+    if _has_own_state(cb):         cb.load_state_dict(state)
+    elif isinstance(cb, Recorder): _load_recorder(cb, state)
+    else:                          vars(cb).update(state)
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #79f04a89
-def _plain(o):
-    "`o` in the types that `torch.load(weights_only=True)` reads"
-    if isinstance(o, Tensor):     return o.detach().as_subclass(Tensor)
-    if isinstance(o, (np.ndarray, np.generic)): return o.tolist()
-    if isinstance(o, dict):       return {_plain(k): _plain(v) for k,v in o.items()}
-    if isinstance(o, tuple):      return tuple(map(_plain, o))
-    if isinstance(o, (list, L)):  return [_plain(v) for v in o]
-    if isinstance(o, PurePath):   return str(o)
-    if type(o) in (type(None), bool, int, float, str, bytes, torch.dtype, torch.device): return o
-    raise TypeError(f'Checkpoint cannot save a {type(o).__name__}: a state_dict must hold tensors, numbers, strings, lists, dicts')
+def _storable(value):
+    "`value` in the types that `torch.load(weights_only=True)` reads"
+    if isinstance(value, Tensor):    return value.detach().as_subclass(Tensor)
+    if isinstance(value, (np.ndarray, np.generic)): return value.tolist()
+    if isinstance(value, dict):      return {_storable(k): _storable(v) for k,v in value.items()}
+    if isinstance(value, tuple):     return tuple(map(_storable, value))
+    if isinstance(value, (list, L)): return [_storable(v) for v in value]
+    if isinstance(value, PurePath):  return str(value)
+    if type(value) in (type(None), bool, int, float, str, bytes, torch.dtype, torch.device): return value
+    raise TypeError(f'Checkpoint cannot save a {type(value).__name__}: a state_dict must hold tensors, numbers, strings, lists, dicts')
 
 _instead = 'delete it to start anew, or give Checkpoint another path'
 
@@ -88,7 +98,8 @@ def _shapes(model_state): return {k: tuple(getattr(v, 'shape', ())) for k,v in m
 
 def _differences(saved, here, n=3):
     keys = [k for k in {**saved, **here} if saved.get(k) != here.get(k)]
-    return [f"{k}: {saved.get(k, 'nothing')} in the file, {here.get(k, 'nothing')} here" for k in keys[:n]] + ['…']*(len(keys) > n)
+    shown = [f"{k}: {saved.get(k, 'nothing')} in the file, {here.get(k, 'nothing')} here" for k in keys[:n]]
+    return shown + ['…']*(len(keys) > n)
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #464b7bd2
 class Checkpoint(Callback):
@@ -114,9 +125,7 @@ class Checkpoint(Callback):
         if not self.run: return
         if num_distrib() > 1: raise ValueError('Checkpoint saves one process, but this training runs in several: remove it')
         saved,this = self._read(),self._signature()
-        n = len(self.fits) - self.fitting   # a fit that was interrupted is given again
-        if saved and self.fitting and saved['fits'][n:n+1] != [this] and saved['fits'][0] == this: n = 0   # or the first of several
-        fits = self.fits[:n]+[this]
+        fits = self.fits[:self._n_done(saved, this)]+[this]
         if saved: self._check(saved, fits)
         self.fits,self.fitting = fits,True
         n_saved = len(saved['fits']) if saved else 0
@@ -124,13 +133,23 @@ class Checkpoint(Callback):
         elif len(fits) == n_saved: self._resume(saved)
         else:                      self._save(0)
 
+    def _n_done(self, saved, this):
+        "Fits that came before this one"
+        n = len(self.fits) - self.fitting   # a fit that was interrupted is given again
+        begins_anew = saved and self.fitting and saved['fits'][n:n+1] != [this] and saved['fits'][0] == this   # the first of several
+        return 0 if begins_anew else n
+
     def after_epoch(self):
+        "Save every `every` epochs, and after the last"
         done = self.epoch+1
         if done == self.n_epoch or done%self.every == 0: self._save(done)
 
-    def after_cancel_fit(self): self._save(self.epoch+1, finished=True)   # stopped early, which is an end too
+    def after_cancel_fit(self):
+        "Save a fit that stopped early, which is an end too"
+        self._save(self.epoch+1, finished=True)
 
     def after_fit(self):
+        "Let the next fit fire all events"
         self.fitting = False
         vars(self.learn).pop('_with_events', None)
 
@@ -139,17 +158,19 @@ class Checkpoint(Callback):
         return {'n_epoch': self.n_epoch, 'batches per epoch': len(self.dls.train),
                 'trained parameters': sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 'hyper-parameters': [sorted(h) for h in self.opt.hypers],
-                'callbacks with state': [cb.name for cb in self.learn.cbs if _has_state(cb)]}
+                'callbacks with state': [cb.name for cb in _with_state(self.learn)]}
 
     def _save(self, epoch, finished=False):
         opt,model = self.learn.opt,get_model(self.learn.model)
         scaler = vars(self.learn).get('scaler')
-        grads = [None if p.grad is None else p.grad if p.grad.any() else 0 for p in model.parameters()]   # 0: all zero
-        state = dict(format='fastkdtf.Checkpoint 1', fits=self.fits, epoch=epoch, finished=finished or epoch >= self.n_epoch,
-            opt=opt.state_dict(), grads=grads, scaler=scaler and scaler.state_dict(), train_iter=self.train_iter, pct_train=self.pct_train,
-            rng=get_random_states(), loaders=[_get_state(o) for o in _generators(self.dls)],
-            cbs=[_cb_state(cb) for cb in self.learn.cbs if _has_state(cb)])
-        with replacing(self.path) as f: torch.save({**_plain(state), 'model': model.state_dict()}, f)
+        grads = [p.grad if p.grad is None or p.grad.any() else 0 for p in model.parameters()]   # 0: all zero
+        state = dict(
+            format='fastkdtf.Checkpoint 1', fits=self.fits, epoch=epoch, finished=finished or epoch >= self.n_epoch,
+            opt=opt.state_dict(), grads=grads, scaler=scaler and scaler.state_dict(),
+            train_iter=self.train_iter, pct_train=self.pct_train,
+            rng=get_random_states(), loaders=[_get_state(rng) for rng in _generators(self.dls)],
+            cbs=[_cb_state(cb) for cb in _with_state(self.learn)])
+        with replacing(self.path) as f: torch.save({**_storable(state), 'model': model.state_dict()}, f)
 
     def _read(self):
         if not self.path.exists(): return None
@@ -162,27 +183,37 @@ class Checkpoint(Callback):
         return state
 
     def _check(self, saved, fits):
-        diffs = [d for old,new in zip(saved['fits'], fits) for d in _differences(old, new)]
+        diffs = [diff for old,new in zip(saved['fits'], fits) for diff in _differences(old, new)]
         diffs += _differences(_shapes(saved['model']), _shapes(get_model(self.learn.model).state_dict()))
         if len(fits) > len(saved['fits']) and not saved['finished']: diffs.append(f"fit {len(saved['fits'])} is unfinished in the file")
         if diffs: raise ValueError(f"{self.path} belongs to another training ({'; '.join(diffs)}): {_instead}")
 
     def _resume(self, saved):
+        self._load_training(saved)
+        self._load_callbacks(saved)
+        self._load_generators(saved)
+        self._skip_epochs(self.n_epoch if saved['finished'] else saved['epoch'])
+        if saved['finished']: print(f'{self.path.name}: this training is complete; its final weights are loaded, nothing is trained')
+        else:                 print(f"{self.path.name}: continuing after epoch {saved['epoch']} of {self.n_epoch}")
+
+    def _load_training(self, saved):
+        "Weights, optimizer and gradients, and how far the training is"
         learn,model,opt = self.learn,get_model(self.learn.model),saved['opt']
         model.load_state_dict(saved['model'])
         if 'hypers' in opt: opt = {**to_device(opt, next(model.parameters()).device), 'hypers': L(opt['hypers'])}
         learn.opt.load_state_dict(opt)
-        for p,g in zip(model.parameters(), saved['grads']):
-            p.grad = None if g is None else torch.zeros_like(p) if isinstance(g, int) else g.to(p.device)
+        for p,grad in zip(model.parameters(), saved['grads']):
+            p.grad = None if grad is None else torch.zeros_like(p) if isinstance(grad, int) else grad.to(p.device)
         if saved['scaler']: learn.scaler.load_state_dict(saved['scaler'])
         learn.train_iter,learn.pct_train = saved['train_iter'],saved['pct_train']
-        for cb,state in zip([cb for cb in learn.cbs if _has_state(cb)], saved['cbs']): _load_cb(cb, state)
-        for rng,state in zip(_generators(learn.dls), saved['loaders']): _set_state(rng, state)
+
+    def _load_callbacks(self, saved):
+        for cb,state in zip(_with_state(self.learn), saved['cbs']): _load_cb(cb, state)
+
+    def _load_generators(self, saved):
+        for rng,state in zip(_generators(self.dls), saved['loaders']): _set_state(rng, state)
         cuda = saved['rng']['torch_cuda_state'][:torch.cuda.device_count()]
         set_random_states(**{**saved['rng'], 'torch_cuda_state': cuda})
-        self._skip_epochs(self.n_epoch if saved['finished'] else saved['epoch'])
-        if saved['finished']: print(f'{self.path.name}: this training is complete; its final weights are loaded, nothing is trained')
-        else:                 print(f"{self.path.name}: continuing after epoch {saved['epoch']} of {self.n_epoch}")
 
     def _skip_epochs(self, n):
         "Let the first `n` epochs of this fit pass without an event; the wrapper goes with the first event that runs"

@@ -1,4 +1,4 @@
-"""The papers' optimizers and learning rates: milestones or a cosine, a linear warm-up, for as many epochs as there is time for
+"""Train with the papers' optimizers and learning rates, for as many epochs as there is time for
 
 Docs: https://fastkdtf.github.io/fastkdtf/callback.schedules.html.md"""
 
@@ -33,9 +33,13 @@ def learning_rate(
     warmup:float=0., # epochs, of `epochs`, in which the rate rises to `lr` by the same amount each step
     epochs:float=1., # of the whole schedule, in which milestones and warm-up are counted
 )->float:
-    "The learning rate of the next step"
-    if schedule == 'cosine': rate = lr_end + (lr-lr_end)*(1+math.cos(math.pi*step/n_steps))/2
-    else:                    rate = lr*factor**sum(step*epochs >= m*n_steps for m in milestones)
+    "Return the learning rate of the next step"
+    if schedule == 'cosine':
+        share_left = (1+math.cos(math.pi*step/n_steps))/2
+        rate = lr_end + (lr-lr_end)*share_left
+    else:
+        n_passed = sum(step*epochs >= m*n_steps for m in milestones)
+        rate = lr*factor**n_passed
     return rate*min(1., (step+1)*epochs/(warmup*n_steps)) if warmup else rate
 
 # %% ../../nbs/37_callback.schedules.ipynb #7c1d13b2
@@ -47,6 +51,7 @@ class ScheduledRate(ParamScheduler):
     ): self.of,self.schedule,self.scheds = of,schedule,{'lr': None}
 
     def before_batch(self):
+        "Set the rate of this step"
         done = self.epoch*self.n_iter + self.iter   # whole numbers, where `pct_train` is a sum of roundings
         self.opt.set_hyper('lr', learning_rate(done, self.of*self.n_iter, **self.schedule))
 
@@ -58,8 +63,9 @@ def make_optimizer(
     nesterov:bool=False, # of SGD
     wd:float=0., # weight decay, on all parameters
 )->Callable: # what a `Learner` takes as `opt_func`
-    "PyTorch's optimizer for fastai"
-    own = dict(momentum=momentum, nesterov=nesterov) if check_choice('optimizer', optimizer, tuple(optimizers)) == 'sgd' else {}
+    "Wrap PyTorch's optimizer for fastai"
+    check_choice('optimizer', optimizer, tuple(optimizers))
+    own = dict(momentum=momentum, nesterov=nesterov) if optimizer == 'sgd' else {}
     return partial(OptimWrapper, opt=optimizers[optimizer], weight_decay=wd, **own)
 
 # %% ../../nbs/37_callback.schedules.ipynb #47727181
@@ -84,9 +90,11 @@ def fit_schedule(
     of = check_whole('n_epoch', n_epoch) if of is None else check_whole('of', of, n_epoch)
     epochs = of if epochs is None else check_number('epochs', epochs, '(0,inf)')
     check_choice('schedule', schedule, ('step', 'cosine'))
-    for name,v in (('lr', lr), ('factor', factor)): check_number(name, v, '(0,inf)')
-    for name,v in (('lr_end', lr_end), ('warmup', warmup), ('momentum', momentum), ('wd', wd)): check_number(name, v, '[0,inf)')
-    rate = ScheduledRate(of, lr=lr, schedule=schedule, milestones=tuple(milestones), factor=factor, lr_end=lr_end, warmup=warmup, epochs=epochs)
+    for name,value in (('lr', lr), ('factor', factor)): check_number(name, value, '(0,inf)')
+    not_negative = dict(lr_end=lr_end, warmup=warmup, momentum=momentum, wd=wd)
+    for name,value in not_negative.items(): check_number(name, value, '[0,inf)')
+    rate = ScheduledRate(of, lr=lr, schedule=schedule, milestones=tuple(milestones), factor=factor, lr_end=lr_end,
+                         warmup=warmup, epochs=epochs)
     own,learn.opt_func = learn.opt_func,make_optimizer(optimizer, momentum, nesterov, wd)
     try: learn.fit(n_epoch, lr, wd=wd, cbs=[rate, *L(cbs)], reset_opt=True)
     finally: learn.opt_func = own
@@ -105,6 +113,8 @@ def fit_start(
     fit_schedule(learn, n, epochs=epochs, of=n_epoch, cbs=cbs, **schedule)
 
 # %% ../../nbs/37_callback.schedules.ipynb #ce8bab76
+_fit_settings = 'lr', 'optimizer', 'schedule', 'milestones', 'factor', 'lr_end', 'warmup', 'momentum', 'nesterov', 'wd', 'epochs'
+
 @dataclass(frozen=True)
 class Schedule:
     "How a paper trains a network; None is not stated"
@@ -125,27 +135,33 @@ class Schedule:
 
     @property
     def optimizer_settings(self)->dict:
-        "What `make_optimizer` takes"
+        "Arguments for `make_optimizer`"
         return self._given('optimizer', 'momentum', 'nesterov', 'wd')
 
     @property
     def fit(self)->Callable:
         "`fit_schedule` with these settings, for any number of epochs"
-        names = 'lr optimizer schedule milestones factor lr_end warmup momentum nesterov wd epochs'
-        return partial(fit_schedule, **self._given(*names.split()))
+        return partial(fit_schedule, **self._given(*_fit_settings))
 
     def _given(self, *names): return {k: v for k,v in asdict(self).items() if k in names and v not in (None, ())}
 
-    def __str__(self):
-        rate = '' if self.lr is None else f' {self.lr:g}'
-        end = ''
-        if self.schedule == 'step' and self.milestones:
-            end = f", times {self.factor:g} after epochs {', '.join(f'{m:g}' for m in self.milestones)}"
-        if self.schedule == 'cosine': end = f', cosine to {self.lr_end or 0:g}'
+    def _rate_in_words(self):
+        if self.lr is None: rate = ' not stated'
+        else:               rate = f' {self.lr:g}'
+        if self.schedule == 'cosine': return f'learning rate{rate}, cosine to {self.lr_end or 0:g}'
+        if self.schedule != 'step' or not self.milestones: return f'learning rate{rate}'
+        return f"learning rate{rate}, times {self.factor:g} after epochs {', '.join(f'{m:g}' for m in self.milestones)}"
+
+    def _optimizer_in_words(self):
         kind = dict(sgd='SGD', adam='Adam').get(self.optimizer, 'optimizer not stated')
-        if self.optimizer == 'sgd' and self.momentum: kind += f" with {'Nesterov ' if self.nesterov else ''}momentum {self.momentum:g}"
-        parts = [f'{self.epochs} epochs' if self.epochs else 'epochs not stated', f'batch {self.bs}' if self.bs else 'batch size not stated',
-                 kind, f'learning rate{rate or " not stated"}{end}', f"warm-up of {self.warmup:g} epoch{'s'*(self.warmup != 1)}" if self.warmup else '',
-                 'weight decay not stated' if self.wd is None else f'weight decay {self.wd:g}', f"{self.size} pixels" if self.size else '',
-                 ', '.join(self.augment) if self.augment else 'no augmentation']
-        return '; '.join(o for o in parts if o)
+        if self.optimizer != 'sgd' or not self.momentum: return kind
+        return f"{kind} with {'Nesterov ' if self.nesterov else ''}momentum {self.momentum:g}"
+
+    def __str__(self):
+        parts = [f'{self.epochs} epochs' if self.epochs else 'epochs not stated',
+                 f'batch {self.bs}' if self.bs else 'batch size not stated',
+                 self._optimizer_in_words(), self._rate_in_words(),
+                 f"warm-up of {self.warmup:g} epoch{'s'*(self.warmup != 1)}" if self.warmup else '',
+                 'weight decay not stated' if self.wd is None else f'weight decay {self.wd:g}',
+                 f'{self.size} pixels' if self.size else '', ', '.join(self.augment) if self.augment else 'no augmentation']
+        return '; '.join(part for part in parts if part)
