@@ -1,5 +1,5 @@
 "The parts of tools/docs.py; `make docs` builds the whole site"
-import sys
+import json, re, sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +117,16 @@ def test_readme_is_current(tmp_path):
     made = {p.relative_to(tmp_path).as_posix():p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
     kept = {p.relative_to(root).as_posix():p.read_bytes() for p in [root/'README.md', *(root/'README_files').rglob('*')]}
     assert made==kept, 'README.md differs from nbs/index.ipynb: run `make readme`'
+
+def test_addresses_of_0_1_0_lead_on(tmp_path):
+    "Each old page exists and names the new one; an anchor leads to the page that has the symbol now"
+    docs.write_redirects(tmp_path)
+    pages,syms = {docs.nbpath2html(nb).as_posix() for _,nb in docs.sidebar()},docs.symbols()
+    made = {p.stem:p.read_text(encoding='utf-8') for p in tmp_path.glob('*.html')}
+    assert len(made)>30 and set(made)==set(docs.moved)
+    for old,txt in made.items():
+        first = re.search('rel="canonical" href="([^"]+)"', txt)[1]
+        anchors = json.loads(re.search(r'pages = (\{.*?\}), anchor', txt)[1])
+        assert first in pages and f'url={first}"' in txt, old
+        for anchor,page in anchors.items(): assert page in pages and anchor in syms[page], f'{old}#{anchor}'
+    assert '"networkteacher": "teachers.network.html"' in made['teachers'] and '"checkpoint": "callback.checkpoint.html"' in made['runs']
