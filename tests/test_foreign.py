@@ -298,3 +298,19 @@ def test_second_derivatives(tau, hard, soft, target, reduction, soft_labels):
         loss = label_loss(z, labels, target, tau, hard, soft, reduction=reduction)
         return loss.pow(2).sum() if reduction == 'none' else loss
     assert torch.autograd.gradcheck(f, (z,)) and torch.autograd.gradgradcheck(f, (z,))
+
+# one callback, one learner
+
+def test_a_method_that_another_learner_was_given_is_not_lost_silently():
+    method = LsrKD()
+    make = lambda cbs: Learner(DataLoaders(*[DataLoader(TensorDataset(x, y), 16)]*2), linear(), CrossEntropyLossFlat(), cbs=cbs).remove_cb(ProgressCallback)
+    first,second = make(method),make(method)
+    with second.no_logging(): second.fit(1)
+    assert 'soft_loss' in second.recorder.metric_names
+    with pytest.raises(ValueError, match='lsr_kd was given to another learner since'): first.fit(1)
+    first.remove_cbs([cb for cb in first.cbs if cb.name == 'lsr_kd'])
+    with first.no_logging(): first.fit(1)
+    second.remove_cb(method)
+    first.add_cb(method)   # taken off the one, it may go to the other
+    with first.no_logging(): first.fit(1)
+    assert 'soft_loss' in first.recorder.metric_names

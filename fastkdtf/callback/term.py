@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.term.html.md"""
 
 # %% auto #0
 __all__ = ['check_classification', 'LossKind', 'loss_kind', 'own_autocast', 'check_mixer', 'labels_of', 'known_classes', 'is_fit',
-           'RunningMean', 'FitColumn', 'TermMetric', 'LossTerm']
+           'RunningMean', 'FitColumn', 'TermMetric', 'GivenAway', 'LossTerm']
 
 # %% ../../nbs/30_callback.term.ipynb #65adc9b6
 import math
@@ -145,6 +145,14 @@ class TermMetric(FitColumn):
     "A column that belongs to a `LossTerm`"
 
 # %% ../../nbs/30_callback.term.ipynb #a0e03fe9
+class GivenAway(Callback):
+    "Stands in a learner's callbacks for a method that another learner was given since, which works for one learner only"
+    def __init__(self, name:str): self._name = name
+    @property
+    def name(self)->str: return self._name
+    def before_fit(self):
+        raise ValueError(f'the method {self._name} was given to another learner since, and would do nothing here: give each learner a callback of its own')
+
 class LossTerm(Callback):
     """A method that adds a term to the training loss
 
@@ -162,7 +170,9 @@ class LossTerm(Callback):
     def name(self)->str: return self._name or super().name
 
     def _set_learn(self, learn):
-        if learn is None and self._learn is not None: TermMetric.drop(self._learn)   # taken off its learner, after Ctrl-C too
+        old = self._learn
+        if old is not None and learn is None: TermMetric.drop(old)   # taken off its learner, after Ctrl-C too
+        if old is not None and learn not in (None, old): old.cbs = old.cbs.map(lambda cb: GivenAway(self.name) if cb is self else cb)
         self.__dict__.update(_learn=learn, batch=None)
 
     learn = property(attrgetter('_learn'), _set_learn, doc="The learner; its columns go with the method")
