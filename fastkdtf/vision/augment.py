@@ -50,7 +50,9 @@ class AugmentParams(NamedTuple):
 
 # %% ../../nbs/10c_vision.augment.ipynb #a25ae5d1
 class Augment:
-    "Crop, flip and rotation of whole batches on their device, as torchvision's `RandomCrop`, `RandomHorizontalFlip` and `RandomRotation` do them"
+    """Crop, flip and rotation of whole batches on their device
+
+    As torchvision's `RandomCrop`, `RandomHorizontalFlip` and `RandomRotation` do them, image by image."""
     def __init__(self,
         flip:bool=False, # Mirror every second image, at random
         pad:int=0,       # Crop to the old size after adding so many black pixels on each side
@@ -59,7 +61,8 @@ class Augment:
         seed:int=0       # Other numbers give other versions
     ):
         if not isinstance(flip, (bool,np.bool_)): raise TypeError(f"flip must be True or False, not {flip!r}")
-        if isinstance(rotate, bool) or not isinstance(rotate, (int,float)): raise TypeError(f"rotate must be a number of degrees, not {rotate!r}")
+        if isinstance(rotate, bool) or not isinstance(rotate, (int,float)):
+            raise TypeError(f"rotate must be a number of degrees, not {rotate!r}")
         if not 0<=rotate<=180: raise ValueError(f"rotate={rotate} must lie between 0 and 180 degrees")
         self.flip,self.pad,self.rotate = bool(flip),_whole_number('pad', pad, 0),float(rotate)
         self.views = None if views is None else _whole_number('views', views, 1)
@@ -70,7 +73,8 @@ class Augment:
     def __bool__(self): return bool(self.flip or self.pad or self.rotate)
     def __eq__(self, o): return type(o) is type(self) and vars(o)==vars(self)
     def __hash__(self): return hash(repr(self))
-    def __repr__(self): return f"Augment(flip={self.flip}, pad={self.pad}, rotate={self.rotate:g}, views={self.views}, seed={self.seed})"
+    def __repr__(self):
+        return f"Augment(flip={self.flip}, pad={self.pad}, rotate={self.rotate:g}, views={self.views}, seed={self.seed})"
 
     def draw(self,
         rng:random.Random,

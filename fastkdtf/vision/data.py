@@ -198,8 +198,8 @@ def kd_dataloaders(
     source:str|Path, # 'digits', a name from the table above, or the path of an `.npz` (`read_npz`) or a folder or archive (`read_files`)
     bs:int=128, # Batch size, of all three loaders
     seed:int=0, # Decides the split and the subset, nothing else
-    valid_pct:float|None=None, # Share of the training images that validates (None: see above; 0: `.valid` is the test set, as in the papers)
-    train_subset:int|None=None, # Train on so many images, taken in proportion from every class after the split (None: all)
+    valid_pct:float|None=None, # Share of the training images that validates (None: see above; 0: the test set does, as in the papers)
+    train_subset:int|None=None, # Train on so many images, from every class in proportion, taken after the split (None: all)
     device:str|torch.device|None=None, # Where batches go (None: fastai's default device)
     num_workers:int|None=None, # Processes that fetch single items (None: fastai's number for 'imagenet', else 0: whole batches need none)
     augment:Augment|str|None='auto', # Of the training images; 'auto': the papers' for sets known by name, else none

@@ -360,7 +360,7 @@ def _is_npz(path): return path.is_file() and path.suffix not in ('.zip','.csv') 
 
 def read_files(
     path:str|Path,       # An `.npz`, or a folder or archive (`.tar`, `.tar.gz`, `.zip`)
-    size:int|tuple|None=None, # Images only: pixels or `(height, width)` of the largest crop from the middle, scaled (None: theirs, or the papers' 32×32)
+    size:int|tuple|None=None, # Scale images' largest middle crop to it, pixels or `(height, width)` (None: theirs, or the papers' 32×32)
     layout:str|None=None # 'images', 'cinic10' (with train, valid and test), 'tiny_imagenet', 'fer2013', 'raf' (None: the files' names tell)
 ) -> tuple:
     """Return checked `({'train': records, 'valid': …, 'test': …}, class names)`; `valid` and `test` only where there are any.
