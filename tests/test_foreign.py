@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
-from fastkdtf.callback.selfguide import SelfGuidance
+from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
+from fastkdtf.callback.survival import residual_blocks
 from fastkdtf.callback.term import loss_kind
 from fastkdtf.closed_form import label_loss
 from fastkdtf.core import TwoValued, check_labels, first_output, looks_like_probabilities
@@ -96,7 +97,8 @@ def test_what_a_loader_gave_is_known_by_its_tensors():
     for xb,_ in dl:
         assert batch_info(dl, (xb,)) is batch_info(dl) is not None
         assert batch_info(dl, (xb.as_subclass(Tensor),)) is batch_info(dl)   # the same numbers in the same place
-        assert batch_info(dl, (xb.clone(),)) is None and batch_info(dl, (xb[1:],)) is None
+        assert batch_info(dl, (xb.clone(),)) is batch_info(dl, (xb.double(),)) is batch_info(dl)   # or the same elsewhere, of another type
+        assert batch_info(dl, (xb.flip(0),)) is None and batch_info(dl, (xb[1:],)) is None and batch_info(dl, (xb*2,)) is None
         xb.add_(0)
         assert batch_info(dl, (xb,)) is None and batch_info(dl) is not None
 
@@ -314,3 +316,49 @@ def test_a_method_that_another_learner_was_given_is_not_lost_silently():
     first.add_cb(method)   # taken off the one, it may go to the other
     with first.no_logging(): first.fit(1)
     assert 'soft_loss' in first.recorder.metric_names
+
+# what outlives a fit
+
+def test_the_second_fit_draws_other_sub_networks_and_a_second_run_the_same():
+    class Note(Callback):
+        order,run_valid = 7,False
+        def before_batch(self): seen.append(tuple(next(cb.bits for cb in self.learn.cbs if isinstance(cb, (SelfGuidance, StochasticDepth)))))
+    runs = []
+    for make in (SelfGuidance, StochasticDepth, SelfGuidance, StochasticDepth):
+        seen = []
+        dls = DataLoaders(*[DataLoader(TensorDataset(x, y), 2)]*2)
+        torch.manual_seed(1)
+        learn = Learner(dls, create_model('resnet20', K), CrossEntropyLossFlat(), opt_func=SGD, lr=.001, cbs=[make(seed=3), Note()]).remove_cb(ProgressCallback)
+        with learn.no_logging():
+            learn.fit(1)
+            learn.fit(1)
+        assert len(seen) == 32 and seen[:16] != seen[16:]
+        runs.append(seen)
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+
+def test_an_interrupted_pass_leaves_no_sub_network_behind():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.cut = create_model('resnet8', K),True
+        def forward(self, x):
+            if self.cut and self.training: raise KeyboardInterrupt
+            return self.net(x)
+    net,method = Cut(),StochasticDepth(.01, seed=0)
+    learn = Learner(DataLoaders(*[DataLoader(TensorDataset(x, y), 16)]*2), net, CrossEntropyLossFlat(), opt_func=SGD, cbs=method).remove_cb(ProgressCallback)
+    with learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(1)
+    drawn = lambda: [block._drawn for block in residual_blocks(net)]
+    assert any(bits is not None for bits in drawn())
+    learn.remove_cb(method)
+    assert len(drawn()) == 3 and all(bits is None for bits in drawn())
+
+def test_a_method_that_could_teach_nothing_is_refused():
+    from fastkdtf.callback.effdstl import WSL
+    net = create_model('resnet8', K)
+    with pytest.raises(ValueError, match='wsl would teach'): fit([SelfGuidance(full_backward=False), WSL(linear())], net=net)
+
+def test_logits_far_below_the_largest_stay_finite_in_half_precision():
+    from fastkdtf.teachers.cache import pack_logits, unpack_logits
+    z = torch.tensor([[0., -1e5, 3.]])
+    values,_ = pack_logits(z)
+    assert values.isfinite().all() and torch.equal(unpack_logits(values, None, 3).softmax(1), torch.tensor([[-3., -65504., 0.]]).softmax(1))

@@ -305,16 +305,17 @@ def test_an_interval_beyond_the_training_is_distillation_from_the_initial_networ
     b = quiet_fit(learner(KnowledgeDistillation(initial_teacher(small_net()), .25, 3.)), 4, .05)
     assert_same_weights(a.model, b.model, 1e-5)
 
-def test_an_interval_of_the_whole_training_copies_once_before_the_last_step():
+def test_an_interval_of_the_whole_training_never_copies():
+    "Wang et al. §4.3: with κ = T the copies are never updated"
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         a = quiet_fit(learner(MemoryReplay(2, 4)), 4, .05)
-    plain = Algorithm1(small_net(), 2, 16, 16)
+    plain = Algorithm1(small_net(), 2, 17, 16)   # never due
     for batch in batches_of(*images(), 4):
         plain.step(batch)
-        assert plain.copies[0][1] == (plain.t < 16)
+        assert plain.copies[0][1]
     assert_same_weights(a.model, plain.net, 1e-5)
-    assert drive(MemoryTeacher(1, interval_steps=16), 4, 4) == [16]
+    assert drive(MemoryTeacher(1, interval_steps=16), 4, 4) == [] and drive(MemoryTeacher(1, interval_steps=15), 4, 4) == [15]
 
 
 # ---------------------------------------------------------------- 3. copies of untrained networks

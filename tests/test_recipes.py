@@ -325,7 +325,7 @@ def check_method(r, learn):
     elif len(made) == 2: assert r.teacher.count(' > ') == 1 and [o.name for o in made] == ['first', 'second']
     else:
         cb, = made
-        given,stated = cb.settings if isinstance(cb, Distill) else vars(cb),{k: v for k,v in r.settings.items() if not k.startswith('teacher_')}
+        given,stated = cb.settings,{k: v for k,v in r.settings.items() if not k.startswith('teacher_')}
         if 'interval' in stated: stated['interval'] /= r.schedule.epochs   # of one epoch
         if r.method_name not in ('LSR', 'MEALV2'): assert stated.items() <= given.items()
 

@@ -1307,7 +1307,7 @@ def test_a_batch_with_broken_logits_gets_no_soft_term_and_the_run_stops(value, a
 
 @pytest.mark.parametrize('fault,error,words', [
     (lambda z: z[:, :7], ValueError, '7'), (lambda z: z[:5], ValueError, '5'), (lambda z: z[:, 0], (TypeError, ValueError), 'teacher|Teacher'),
-    (lambda z: {'logits': z}, TypeError, 'dict'), (lambda z: (), TypeError, 'tuple'), (lambda z: (z[:, :7], z), ValueError, '7'),
+    (lambda z: {}, TypeError, 'dict'), (lambda z: (), TypeError, 'tuple'), (lambda z: (z[:, :7], z), ValueError, '7'),
     (lambda z: ('a', z), TypeError, 'tuple|str'),
     (lambda z: None, TypeError, 'NoneType'), (lambda z: z.long(), (TypeError, ValueError), 'int64|float'),
     (lambda z: z.mean(), (TypeError, ValueError), 'teacher|Teacher'),
@@ -1320,7 +1320,8 @@ def test_strange_outputs_are_refused(fault, error, words, at):
     with pytest.raises(error, match=words): learn.fit(1)
     learn.validate()
 
-@pytest.mark.parametrize('wrap', [lambda z: (z,), lambda z: (z, z[:, :3]), lambda z: [z, None]], ids=['tuple', 'with features', 'list'])
+@pytest.mark.parametrize('wrap', [lambda z: (z,), lambda z: (z, z[:, :3]), lambda z: [z, None], lambda z: {'hidden': z[:, :3], 'logits': z}],
+                         ids=['tuple', 'with features', 'list', 'dict'])
 def test_the_first_of_a_tuple_counts(wrap):
     z,zt,y = logits(8, K, dtype=f32),logits(8, K, seed=5, dtype=f32),labels(K, 8)
     for T in (NetworkTeacher, plainly):

@@ -9,6 +9,7 @@ __all__ = ['Draws', 'zero_through_dropped', 'check_one_dropper', 'check_norms', 
 
 # %% ../../nbs/34_callback.selfguide.ipynb #6a3c9658
 import random
+from operator import attrgetter
 
 import torch
 from fastai.learner import Callback, Learner
@@ -29,13 +30,16 @@ class Draws:
         seed:int|None=None, # None: the one that PyTorch was given
     ):
         self.p_last,self.seed = check_number('p_last', p_last, '(0,1]'),seed if seed is None else check_whole('seed', seed, 0)
-        self.generator = None
+        self.generator,self.fits = None,0
 
     def begin(self, learn:Learner):
-        "Begin a fit: give the model its survival probabilities, and seed the generator"
-        survival(get_model(learn.model), self.p_last)
+        "Begin a fit: give the model its survival probabilities, and seed the generator, for each fit in another way"
+        model = survival(get_model(learn.model), self.p_last)
+        set_drawn(model, None)   # an interrupted pass may have left a sub-network
         seed = torch.initial_seed() if self.seed is None else self.seed
-        self.generator = torch.Generator().manual_seed(random.Random(f'{seed} {rank_distrib()}').getrandbits(63))
+        which = f' fit {self.fits}'*(self.fits > 0)
+        self.generator = torch.Generator().manual_seed(random.Random(f'{seed} {rank_distrib()}{which}').getrandbits(63))
+        self.fits += not hasattr(learn, 'lr_finder')
 
     def __call__(self, model:nn.Module)->list:
         "Draw the bits of one sub-network"
@@ -45,7 +49,7 @@ class Draws:
     def load_state_dict(self, state:dict):
         if state['generator'] is not None: self.generator = torch.Generator().set_state(state['generator'])
 
-    def __getstate__(self): return {**vars(self), 'generator': None}
+    def __getstate__(self): return {**vars(self), 'generator': None, 'fits': 0}
 
 # %% ../../nbs/34_callback.selfguide.ipynb #4f80ad0c
 def zero_through_dropped(
@@ -81,7 +85,7 @@ def check_norms(
 class StochasticDepth(Callback):
     "Train a sub-network on each batch; evaluate the full network. Huang et al. 2016; the rows '+SD' of Zheng and Peng 2022"
     _stateattrs = ('bits',)
-    order,run_valid,bits = 5,False,None
+    order,run_valid,bits,_learn = 5,False,None,None
     def __init__(self,
         p_last:float=.5, # survival probability of the last block, in (0,1]
         seed:int|None=None, # of the draws; None: the one that PyTorch was given
@@ -89,7 +93,15 @@ class StochasticDepth(Callback):
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        if 'learn' in state: self._set_learn(self.__dict__.pop('learn'))   # of 0.1.0
         _from_0_1_0(self, state, 'p_last', 'seed')
+
+    def _set_learn(self, learn):
+        old = self._learn and get_model(self._learn.model)
+        if learn is None and old is not None and survival_probs(old): set_drawn(old, None)   # taken off after Ctrl-C in the middle of a pass
+        self.__dict__['_learn'] = learn
+
+    learn = property(attrgetter('_learn'), _set_learn, doc="The learner; without this callback its network is whole again")
 
     def before_fit(self):
         if not is_fit(self.learn): return
@@ -153,6 +165,10 @@ class SelfGuidance(LossTerm):
     def before_fit(self):
         super().before_fit()
         if not self.fitting: return
+        others = [term.name for term in self.siblings if term is not self]
+        self._check_weights()
+        if others and not self.full_backward:
+            raise ValueError(f"full_backward=False leaves the full network untaught, which {', '.join(others)} would teach: keep one of them")
         check_one_dropper(self)
         self.draws.begin(self.learn)
         check_norms(self.learn)

@@ -39,6 +39,7 @@ def pack_logits(
     z = z.detach().float()
     z = z - z.amax(1, keepdim=True)
     if z.isnan().any(): raise ValueError('the teacher returned NaN or infinite logits; nothing of this batch was stored')
+    if dtype == torch.float16: z = z.clamp(min=-65504.)   # the smallest it holds; its probability is 0 at any temperature in use
     if top_k is None: return z.to(dtype), None
     n_classes = z.shape[1]
     if top_k >= n_classes: raise ValueError(f'top_k must be below the number of classes, {n_classes}, got {top_k}; None keeps all')

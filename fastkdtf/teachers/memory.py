@@ -96,7 +96,7 @@ class MemoryTeacher(Teacher):
         self.learn = learn
 
     def detach(self):
-        self.learn,self.copies,self.resumed,self.kappa = None,None,None,None
+        self.learn,self.copies,self.resumed,self.kappa,self.steps = None,None,None,None,None
         self.done,self.checked,self.made = 0,0,0   # steps; the step whose refresh was looked at; networks
 
     def before_batch(self):
@@ -105,7 +105,7 @@ class MemoryTeacher(Teacher):
         t = self.done+1
         if t == self.checked: return
         self.checked = t
-        if is_due(t, self.kappa): self._refresh()
+        if self.kappa < self.steps and is_due(t, self.kappa): self._refresh()
 
     def after_step(self): self.done += 1
 
@@ -122,10 +122,11 @@ class MemoryTeacher(Teacher):
 
     def _set_interval(self):
         per_epoch,n_epoch = _steps_per_epoch(self.learn),self.learn.n_epoch
+        self.steps = per_epoch*n_epoch
         if self.interval_steps is not None: self.kappa = _fraction(self.interval_steps)
         else: self.kappa = per_epoch*(Fraction(n_epoch, 8) if self.interval is None else _fraction(self.interval))
-        if self.kappa <= per_epoch*n_epoch or hasattr(self.learn, 'lr_finder'): return
-        warnings.warn(f'an interval of {float(self.kappa):g} steps is longer than the training, {float(per_epoch*n_epoch):g} steps: '
+        if self.kappa <= self.steps or hasattr(self.learn, 'lr_finder'): return
+        warnings.warn(f'an interval of {float(self.kappa):g} steps is longer than the training, {float(self.steps):g} steps: '
                       'the copies stay the initial network throughout')
 
     def _new(self, model):

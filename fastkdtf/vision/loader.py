@@ -80,9 +80,14 @@ class BatchInfo(NamedTuple):
     idx:Tensor  # Index in the data set, int64 `[N]`, on the CPU
     view:Tensor # View of `Augment`, int64 `[N]`, on the CPU; zeros where nothing is augmented
 
-def _marks(b):
-    "Where the tensors of `b` lie, and how often each was changed in place"
-    return {(t.data_ptr(), t._version, t.shape) for t in tree_flatten(b)[0] if isinstance(t, Tensor)}
+def _noted(b):
+    "The tensors of a batch, and how often each was changed in place"
+    return [(t, t._version) for t in tree_flatten(b)[0] if isinstance(t, Tensor)]
+
+def _is_one_of(t, noted):
+    "True if `t` is a noted tensor, or another with the same numbers, such as one of another type"
+    t,alike = t.as_subclass(Tensor),[one for one,version in noted if one._version == version and one.shape == t.shape]
+    return any(one.data_ptr() == t.data_ptr() for one in alike) or any(torch.equal(t.to(one.as_subclass(Tensor)), one.as_subclass(Tensor)) for one in alike)
 
 def batch_info(
     dl:DataLoader, # Of a fastai learner (`learn.dl`)
@@ -91,7 +96,7 @@ def batch_info(
     "Return the `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
     attrs = getattr(dl, '__dict__', {})
     own = getattr(attrs.get('dl', dl), '__dict__', {})   # fastai's DistributedDL keeps the user's loader as `dl`
-    if xb is not None and not _marks(tuple(xb)) <= own.get('_given', set()): return None
+    if xb is not None and not all(_is_one_of(t, own.get('_given', ())) for t,_ in _noted(tuple(xb))): return None
     return own.get('_last')
 
 class LastBatch:
@@ -99,7 +104,7 @@ class LastBatch:
     def __init__(self,
         info:BatchInfo|None,
         b:object=(), # That batch
-    ): self._last,self._given = info,_marks(b)
+    ): self._last,self._given = info,_noted(b)
 
 # %% ../../nbs/10b_vision.loader.ipynb #4a73d90a
 class _Tag:
@@ -136,7 +141,7 @@ class IndexedDL:
     def before_iter(self):
         "Forget the last epoch's last batch"
         super().before_iter()
-        self._last = None
+        self.__dict__.update(_last=None, _given=())
 
     def do_item(self, s:int|None):
         "Fetch sample `s` and note its index"
@@ -162,7 +167,7 @@ class IndexedDL:
 
     def give(self, b:object):
         "Note which tensors go out with the batch, and return it"
-        self.__dict__['_given'] = _marks(b)
+        self.__dict__['_given'] = _noted(b)
         return b
 
     def keep(self, b:list|tuple, idx:Tensor|None, view:Tensor|None):
