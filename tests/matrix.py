@@ -71,7 +71,7 @@ class Spy(Callback):
     def before_fit(self): self.steps = []
     def before_batch(self):
         self.now = SimpleNamespace(x=plain(self.learn.xb[0]), student=copy.deepcopy(self.learn.model).cpu())
-        self.now.students = [o.student for o in self.steps] + [self.now.student]
+        self.now.students,self.now.total = [o.student for o in self.steps] + [self.now.student],self.learn.n_iter*self.learn.n_epoch
     def after_pred(self):
         self.now.z,self.now.sub,self.now.bits = plain(self.learn.pred),None,None
         self.pred = self.learn.pred   # half precision replaces it
@@ -108,7 +108,7 @@ def past(o, n=2, interval=2):
     "The copies of Algorithm 1 before this step: refreshed before every second one"
     copies = [o.students[0]]*n
     for t in range(1, len(o.students)+1):
-        if t%interval == 0: copies = [o.students[t-1], *copies[:-1]]
+        if t%interval == 0 and interval < o.total: copies = [o.students[t-1], *copies[:-1]]   # never where it is the whole training
     return copies
 
 def uniform(z, y, o): return .3*3*kl(torch.full_like(z, 1/K), z, 3.)
