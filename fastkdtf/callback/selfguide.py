@@ -39,6 +39,9 @@ class Draws:
         seed = torch.initial_seed() if self.seed is None else self.seed
         which = f' fit {self.fits}'*(self.fits > 0)
         self.generator = torch.Generator().manual_seed(random.Random(f'{seed} {rank_distrib()}{which}').getrandbits(63))
+
+    def end(self, learn:Learner):
+        "End a fit. One that was interrupted does not come here, and draws the same when it is given again"
         self.fits += not hasattr(learn, 'lr_finder')
 
     def __call__(self, model:nn.Module)->list:
@@ -108,6 +111,9 @@ class StochasticDepth(Callback):
         check_one_dropper(self)
         self.draws.begin(self.learn)
 
+    def after_fit(self):
+        if is_fit(self.learn): self.draws.end(self.learn)
+
     def before_train(self): check_norms(self.learn)
 
     def before_batch(self):
@@ -172,6 +178,10 @@ class SelfGuidance(LossTerm):
         check_one_dropper(self)
         self.draws.begin(self.learn)
         check_norms(self.learn)
+
+    def after_fit(self):
+        super().after_fit()
+        if self.fitting: self.draws.end(self.learn)
 
     def _new_means(self):
         super()._new_means()
