@@ -84,10 +84,15 @@ def _noted(b):
     "The tensors of a batch, and how often each was changed in place"
     return [(t, t._version) for t in tree_flatten(b)[0] if isinstance(t, Tensor)]
 
-def _is_one_of(t, noted):
-    "True if `t` is a noted tensor, or another with the same numbers, such as one of another type"
-    t,alike = t.as_subclass(Tensor),[one for one,version in noted if one._version == version and one.shape == t.shape]
-    return any(one.data_ptr() == t.data_ptr() for one in alike) or any(torch.equal(t.to(one.as_subclass(Tensor)), one.as_subclass(Tensor)) for one in alike)
+def _were_given(xb, noted):
+    "True if each tensor of `xb` is a noted one, or has the same numbers as one, such as a copy of another type"
+    for x in tree_flatten(xb)[0]:
+        if not isinstance(x, Tensor): continue
+        for t,version in noted:
+            if t._version != version or t.shape != x.shape: continue
+            if t.data_ptr() == x.data_ptr() or torch.equal(x.as_subclass(Tensor).to(t.as_subclass(Tensor)), t.as_subclass(Tensor)): break
+        else: return False
+    return True
 
 def batch_info(
     dl:DataLoader, # Of a fastai learner (`learn.dl`)
@@ -96,7 +101,7 @@ def batch_info(
     "Return the `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
     attrs = getattr(dl, '__dict__', {})
     own = getattr(attrs.get('dl', dl), '__dict__', {})   # fastai's DistributedDL keeps the user's loader as `dl`
-    if xb is not None and not all(_is_one_of(t, own.get('_given', ())) for t,_ in _noted(tuple(xb))): return None
+    if xb is not None and not _were_given(tuple(xb), own.get('_given', ())): return None
     return own.get('_last')
 
 class LastBatch:
