@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.term.html.md"""
 
 # %% auto #0
 __all__ = ['check_classification', 'LossKind', 'loss_kind', 'own_autocast', 'check_mixer', 'labels_of', 'known_classes', 'is_fit',
-           'RunningMean', 'FitColumn', 'TermMetric', 'GivenAway', 'LossTerm']
+           'RunningMean', 'FitColumn', 'TermMetric', 'GivenAway', 'OneLearner', 'LossTerm']
 
 # %% ../../nbs/30_callback.term.ipynb #65adc9b6
 import math
@@ -153,14 +153,27 @@ class GivenAway(Callback):
     def before_fit(self):
         raise ValueError(f'the method {self._name} was given to another learner since, and would do nothing here: give each learner a callback of its own')
 
-class LossTerm(Callback):
+class OneLearner(Callback):
+    "A callback that works for one learner at a time, and cleans up when it is taken off"
+    _learn = None
+    def taken_off(self, learn:Learner): "Clean up after `learn`, which an interrupt may have left in the middle of a fit"
+
+    def _set_learn(self, learn):
+        old = self._learn
+        if old is not None and learn is None: self.taken_off(old)
+        if old is not None and learn not in (None, old): old.cbs = old.cbs.map(lambda cb: GivenAway(self.name) if cb is self else cb)
+        self.__dict__['_learn'] = learn
+
+    learn = property(attrgetter('_learn'), _set_learn, doc="The learner")
+
+class LossTerm(OneLearner):
     """A method that adds a term to the training loss
 
     A subclass defines `hard_weight(pct)`, the weight of the base loss when a part `pct` of the training is done, and
     `contribution(labels)`, the triple (weight of the base loss, weight of the soft loss, soft loss). It may show more `columns`."""
     _stateattrs = ('base_mean', 'soft_mean', 'batch', 'siblings')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
-    siblings,batch,_learn = (),None,None
+    siblings,batch = (),None
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
@@ -169,13 +182,10 @@ class LossTerm(Callback):
     @property
     def name(self)->str: return self._name or super().name
 
-    def _set_learn(self, learn):
-        old = self._learn
-        if old is not None and learn is None: TermMetric.drop(old)   # taken off its learner, after Ctrl-C too
-        if old is not None and learn not in (None, old): old.cbs = old.cbs.map(lambda cb: GivenAway(self.name) if cb is self else cb)
-        self.__dict__.update(_learn=learn, batch=None)
-
-    learn = property(attrgetter('_learn'), _set_learn, doc="The learner; its columns go with the method")
+    def taken_off(self, learn:Learner):
+        "Take the columns along"
+        TermMetric.drop(learn)
+        self.batch = None
 
     @property
     def mixing(self)->Callback|None:
@@ -220,10 +230,9 @@ class LossTerm(Callback):
         self._check_names()
         check_classification(self.base_loss_func)
         if not self.fitting: return TermMetric.drop(self.learn)   # an interrupted fit may have left some
-        self._new_means()
-        if self is not self.siblings[0]: return
         self._check_weights()
-        TermMetric.show(self.learn, self.all_columns(self.siblings))
+        self._new_means()
+        if self is self.siblings[0]: TermMetric.show(self.learn, self.all_columns(self.siblings))
 
     def _check_names(self):
         names = [term.name for term in self.siblings]
@@ -250,7 +259,7 @@ class LossTerm(Callback):
         "Return the batch under way, before the student has seen it; `kwargs` are further fields"
         learn,mixing = self.learn,self.mixing
         if mixing: check_mixer(mixing)
-        kind = loss_kind(mixing.old_lf if mixing else learn.loss_func)
+        kind = loss_kind(self.base_loss_func)
         info = None if mixing else batch_info(learn.dl, learn.xb)   # a mixed image is no longer one of the data set
         return Batch(learn.y, xb=plain_tensors(tuple(learn.xb)), idx=info and info.idx, view=info and info.view, **kind._asdict(), **kwargs)
 
