@@ -8,6 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/divergence.html.md"""
 __all__ = ['SoftLoss', 'Divergence', 'FunctionLoss', 'as_soft_loss']
 
 # %% ../nbs/04a_divergence.ipynb #4b9865b5
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor
@@ -16,17 +17,17 @@ from .closed_form import label_loss
 from .core import *
 
 # %% ../nbs/04a_divergence.ipynb #61fe8d12
-class SoftLoss:
+class SoftLoss(ABC):
     "Base of soft losses that need more than logits and target; a subclass defines `__call__(batch, target)`"
     asks_label = True   # False: it never reads `batch.y`, and is computed once under MixUp
     name = None   # what `describe` calls it; None: the class's name
 
+    @abstractmethod
     def __call__(self,
         batch:Batch, # with the student's logits `batch.z`, the teacher's `batch.zt`, the temperatures `batch.tau`
         target:Tensor|TwoValued, # softened and rewritten probabilities
     )->Tensor: # `[N,…]`; or a scalar, for a loss that is no mean over samples
         "Compute the loss of each sample, without its weight"
-        raise NotImplementedError(f'{type(self).__name__} must define __call__(batch, target)')
 
     def gradient(self, n_classes:int)->float|None:
         "Return the factor of its gradient beside the divergence's; None where it is not known"
