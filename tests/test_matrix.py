@@ -520,7 +520,8 @@ def refusal(error, words, check):
 
 def note(method, situation, result):
     if path := os.environ.get('FASTKDTF_MATRIX'):
-        with open(path, 'a') as f: f.write(json.dumps(dict(method=method, situation=situation, result=result)) + '\n')
+        cell = dict(at=CELLS.index((method, situation)), method=method, situation=situation, result=result)
+        with open(path, 'a') as f: f.write(json.dumps(cell) + '\n')
 
 @pytest.mark.parametrize('method,situation', CELLS)
 def test_matrix(method, situation, gloo):

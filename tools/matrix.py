@@ -21,12 +21,12 @@ def own_words(result):
     return re.sub(r'Exception occured in `\w+` when calling event `\w+`: ', '', result)
 
 def write_table(rows, path):
-    "Cells as a CSV table below the versions"
+    "Cells as a CSV table below the versions, in the matrix's order whatever order they ran in"
     with open(path, 'w', newline='', encoding='utf-8') as f:
         f.write(f'# {environment()}\n')
-        out = csv.DictWriter(f, ['method', 'situation', 'result'], lineterminator='\n')
+        out = csv.DictWriter(f, ['method', 'situation', 'result'], extrasaction='ignore', lineterminator='\n')
         out.writeheader()
-        for o in rows: out.writerow({**o, 'result': own_words(o['result'])})
+        for o in sorted(rows, key=lambda o: o['at']): out.writerow({**o, 'result': own_words(o['result'])})
 
 def main():
     with tempfile.TemporaryDirectory() as tmp:
