@@ -29,14 +29,12 @@ from ..core import *
 from ..callback.distill import KnowledgeDistillation
 from ..fingerprint import fingerprint
 from .interpret import evaluate
-from .report import Comparison, last_accuracy
+from .report import Comparison, last_accuracy, mean_sd
 from .training import *
 from ..teachers.frozen import copy_model
 from ..teachers.network import NetworkTeacher, as_teacher
 
 # %% ../../nbs/42_lab.procedures.ipynb #6339480f
-def _mean_and_sd(accuracies): return accuracies.mean(),accuracies.std(ddof=1) if len(accuracies) > 1 else 0.
-
 class Taught(Comparison):
     "A `Comparison` whose teachers' accuracies are known, on the set that is reported"
     def teacher_accuracies(self, name:str)->list:
@@ -74,11 +72,11 @@ class Taught(Comparison):
         students = {name: 100*np.array([last_accuracy(record) for record in self.runs(name)]) for name in self.names}
         taught = [name for name in self.names if not np.isnan(teachers[name]).all()]
         for name in taught:
-            mean,sd = _mean_and_sd(students[name])
+            mean,sd = mean_sd(students[name])
             ax.scatter(teachers[name], students[name], s=16, color='C0', alpha=.5)
             label = 'student, mean ± sd' if name == taught[0] else None
-            ax.errorbar(teachers[name].mean(), mean, sd, color='C0', marker='D', capsize=3, label=label)
-        self.draw_baseline(ax, *_mean_and_sd(students[self.baseline]))
+            ax.errorbar(teachers[name].mean(), mean, np.nan_to_num(sd), color='C0', marker='D', capsize=3, label=label)
+        self.draw_baseline(ax, *mean_sd(students[self.baseline]))
         untaught = [name for name in self.names if name not in (*taught, self.baseline)]
         for i,name in enumerate(untaught, 1): ax.axhline(students[name].mean(), color=f'C{i}', ls=':', label=name)
         ax.set(xlabel=f"teacher's {self.records[0]['evaluated_on']} accuracy, %", ylabel="student's accuracy after the last epoch, %")
