@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.draw.html.md"""
 # %% auto #0
 __all__ = ['style_sheet', 'palette', 'chart_style', 'Look', 'note', 'round_ticks', 'house_style', 'panel', 'strips', 'figure',
            'draw_accuracies', 'draw_differences', 'draw_curves', 'draw_reliability', 'draw_point', 'draw_baseline',
-           'spread']
+           'spread', 'save_png']
 
 # %% ../../nbs/45a_lab.draw.ipynb #56408665
 import math
@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -381,3 +382,8 @@ def spread(
     for i in sorted(range(len(places)), key=lambda i: places[i]):
         out[i] = max(places[i], max(out.values(), default=-math.inf)+gap)
     return [out[i] for i in range(len(places))]
+
+def save_png(path:str|Path):
+    "Write the figure that was drawn last as PNG, and close it"
+    plt.savefig(path, dpi=120)
+    plt.close()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..callback.effdstl import WatchedDistill
+from .draw import save_png
 from .report import Comparison, last_accuracy
 from .training import Arm, Campaign
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
@@ -142,8 +143,7 @@ class Exploration(Comparison):
         if self.rewritten:
             self.grid.to_csv(out/'schemes.csv')
             self.plot_schemes()
-            plt.savefig(out/'schemes.png', dpi=120)
-            plt.close()
+            save_png(out/'schemes.png')
         return out
 
 # %% ../../nbs/43_lab.explore.ipynb #826ec789

@@ -28,6 +28,7 @@ from torch import nn
 from ..core import *
 from ..callback.distill import KnowledgeDistillation
 from ..fingerprint import fingerprint
+from .draw import save_png
 from .interpret import evaluate
 from .report import Comparison, last_accuracy, mean_sd
 from .training import *
@@ -89,8 +90,7 @@ class Taught(Comparison):
         "Write what `Comparison.save` does, and `teachers.png`"
         out = super().save(out)
         self.plot_teachers()
-        plt.savefig(out/'teachers.png', dpi=120)
-        plt.close()
+        save_png(out/'teachers.png')
         return out
 
 # %% ../../nbs/42_lab.procedures.ipynb #5988a2a3

@@ -331,8 +331,7 @@ class Comparison:
         self.table.to_csv(out/'table.csv')
         for name,plot in (('accuracy', self.plot_accuracy), ('curves', self.plot_curves)):
             plot()
-            plt.savefig(out/f'{name}.png', dpi=120)
-            plt.close()
+            save_png(out/f'{name}.png')
         return out
 
 # %% ../../nbs/45_lab.report.ipynb #315bcc7b

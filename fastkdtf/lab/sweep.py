@@ -27,7 +27,7 @@ from fastprogress.fastprogress import progress_bar
 
 from ..core import *
 from ..files import run_lock
-from .draw import draw_baseline
+from .draw import draw_baseline, save_png
 from .experiment import recipe_campaign
 from .recipes import Recipe, recipe as find_recipe
 from .report import last_accuracy, mean_sd
@@ -356,8 +356,7 @@ class Sweep:
         self.table.to_csv(out/'sweep.csv')
         for parameter in self.parameters:
             self.plot(parameter)
-            plt.savefig(out/f'{parameter}.png', dpi=120)
-            plt.close()
+            save_png(out/f'{parameter}.png')
         return out
 
 # %% ../../nbs/48_lab.sweep.ipynb #e51bca85
