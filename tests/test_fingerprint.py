@@ -15,8 +15,12 @@ class Steps:
 class Named:
     def __init__(self, identity): self.identity = identity
 
-@pytest.mark.parametrize('x,words', [(None, None), (3, 3), (.5, .5), ('a', 'a'), (True, True), ({1: (2, [3])}, {'1': [2, [3]]}), ({'b', 'a'}, ["'a'", "'b'"]), (nn.Linear, 'Linear'),
-    (partial(torch.optim.SGD, momentum=.9), ['SGD', [], {'momentum': .9}]), (Steps(Cut(4)), ['Steps', {'steps': [['Cut', {'size': 4}]]}]), (Named('resnet8'), 'resnet8'), (UniformTeacher(), 'UniformTeacher()')])
+@pytest.mark.parametrize('x,words', [
+    (None, None), (3, 3), (.5, .5), ('a', 'a'), (True, True),
+    ({1: (2, [3])}, {'1': [2, [3]]}), ({'b', 'a'}, ["'a'", "'b'"]), (nn.Linear, 'Linear'),
+    (partial(torch.optim.SGD, momentum=.9), ['SGD', [], {'momentum': .9}]),
+    (Steps(Cut(4)), ['Steps', {'steps': [['Cut', {'size': 4}]]}]),
+    (Named('resnet8'), 'resnet8'), (UniformTeacher(), 'UniformTeacher()')])
 def test_words(x, words): assert fingerprint(x) == words
 
 def test_an_address_is_no_identity():

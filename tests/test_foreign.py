@@ -37,7 +37,9 @@ class Keep(Callback):
     order = 5.5
     def before_fit(self): self.steps = []
     def after_loss(self):
-        if self.training: self.steps.append(SimpleNamespace(pred=self.learn.pred, x=self.learn.xb[0], y=self.learn.y, loss=self.learn.loss_grad.item(), learn=self.learn))
+        if not self.training: return
+        learn = self.learn
+        self.steps.append(SimpleNamespace(pred=learn.pred, x=learn.xb[0], y=learn.y, loss=learn.loss_grad.item(), learn=learn))
 
 def fit(cbs, loss=None, net=None, labels=y, data=x, n_epoch=1):
     dls = DataLoaders(*[DataLoader(TensorDataset(data, labels), 16)]*2)
@@ -48,7 +50,9 @@ def fit(cbs, loss=None, net=None, labels=y, data=x, n_epoch=1):
     with learn.no_logging(): learn.fit(n_epoch)
     return keep.steps
 
-def lsr(z, y, alpha=.1, tau=3.): return (1-alpha)*F.cross_entropy(z, y) + alpha*tau*(-torch.tensor(float(z.shape[1])).log() - (z/tau).log_softmax(1).mean(1)).mean()
+def lsr(z, y, alpha=.1, tau=3.):
+    kl = -torch.tensor(float(z.shape[1])).log() - (z/tau).log_softmax(1).mean(1)
+    return (1-alpha)*F.cross_entropy(z, y) + alpha*tau*kl.mean()
 
 # batches
 
@@ -186,7 +190,8 @@ def test_the_ignored_label_of_a_wrapped_loss_is_not_trained_on():
 def test_a_label_outside_the_classes_is_refused_where_the_loss_hides_that_it_ignores_it(method):
     marked = y.clone()
     marked[3] = 255
-    with pytest.raises(ValueError, match='between 0 and 4.*got 255.*ignore_index=255'): fit([method()], lambda z, y: F.cross_entropy(z, y, ignore_index=255), labels=marked)
+    with pytest.raises(ValueError, match='between 0 and 4.*got 255.*ignore_index=255'):
+        fit([method()], lambda z, y: F.cross_entropy(z, y, ignore_index=255), labels=marked)
 
 @pytest.mark.parametrize('loss', [F.binary_cross_entropy_with_logits, F.mse_loss, lambda z, y: F.mse_loss(z.sigmoid(), y)])
 def test_several_labels_and_regression_are_refused_though_their_loss_is_a_function(loss):

@@ -171,7 +171,8 @@ def test_controls_are_shared_and_named(undisturbed):
     table = undisturbed[1].table
     assert list(table.index[:4]) == ALL_NAMES and len(table) == 6
     assert table.control_for['LS 0.1'] == 'LsrKD' and (table.control_for[4:] == 'TfKDReg').all() and (table.control_for[:3] == '').all()
-    arms = with_controls({'baseline': None, 'LSR': partial(LsrKD, tau=1.), 'a': LsrKD, 'b': partial(LsrKD, tau=4.), 'user': Greedy, 'pair': [LsrKD(), Greedy()]}, 10)
+    methods = {'baseline': None, 'LSR': partial(LsrKD, tau=1.), 'a': LsrKD, 'b': partial(LsrKD, tau=4.)}
+    arms = with_controls({**methods, 'user': Greedy, 'pair': [LsrKD(), Greedy()]}, 10)
     assert list(arms) == ['baseline', 'LSR', 'a', 'b', 'user', 'pair'], 'label smoothing .1 is there already, as a method'
     assert arms['LSR'][1] == ['a', 'b']
     arms = with_controls({'baseline': None, 'a': LsrKD, 'b': partial(LsrKD, tau=4.)}, 10)

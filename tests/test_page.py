@@ -56,7 +56,8 @@ def study(**kwargs):
 def shapes(svg):
     "Words and places of the marks in a drawing, and the ends of its lines by colour and width"
     marks = [(title, float(x), float(y)) for x,y,title in re.findall(r'transform="translate\(([-.\d]+) ([-.\d]+)\)" style="[^"]*"><title>([^<]*)</title>', svg)]
-    lines = [(style, [tuple(map(float, o.split())) for o in re.split('[ML]', d)[1:]]) for d,style in re.findall(r'<path d="(M[-.\d ]+L[-.\d ]+)" style="([^"]*)"', svg)]
+    paths = re.findall(r'<path d="(M[-.\d ]+L[-.\d ]+)" style="([^"]*)"', svg)
+    lines = [(style, [tuple(map(float, o.split())) for o in re.split('[ML]', d)[1:]]) for d,style in paths]
     return marks,lines
 
 def line(lines, *style):
@@ -139,7 +140,8 @@ def test_reliability_bars():
     last = lambda e: dict(accuracy=.8, nll=1., ece=e, reliability=bins)
     html = report_html([record('baseline', 0, last=last(.1)), record('baseline', 1, last=last(.2))])
     assert 'ECE 15.00 %' in html and Page(html).labels('Reliability of baseline, ECE 15.00 %')
-    bars = [[float(o.split()[1]) for o in re.split('[ML]', d.removesuffix(' z'))[1:]] for d in re.findall(r'<title>confidence [^<]*</title><path d="([^"]*)"', html)]
+    outlines = re.findall(r'<title>confidence [^<]*</title><path d="([^"]*)"', html)
+    bars = [[float(o.split()[1]) for o in re.split('[ML]', d.removesuffix(' z'))[1:]] for d in outlines]
     heights = [max(ys)-min(ys) for ys in bars]
     assert len(heights) == 3 and heights[0]/heights[2] == pytest.approx(.5, abs=.01) and heights[1]/heights[2] == pytest.approx(.8, abs=.01)
     assert 'confidence 0.80 to 0.87: 20 predictions, mean confidence 0.850, accuracy 0.500' in html
@@ -172,7 +174,8 @@ def test_one_seed():
     found = headline(Comparison(records))
     assert 'none (0 of 3)' in found[0] and 'nothing here can be told from chance' in found[-1]
     page = Page(report_html(records))
-    assert page.labels('A minus baseline')[0].endswith('+3.00 points') and 'stroke-width:2.5' not in report_html(records) and 'stroke-width:2.5' in report_html(study())
+    assert page.labels('A minus baseline')[0].endswith('+3.00 points')
+    assert 'stroke-width:2.5' not in report_html(records) and 'stroke-width:2.5' in report_html(study())
     assert 'nan' not in page.text.lower()
 
 def test_missing_control_and_baseline():
@@ -276,7 +279,8 @@ def test_write_report(tmp_path):
 
 def test_elements_escape_all_but_markup():
     "What the page relies on fastcore for"
-    assert to_xml(P('<a>', ('&', None, 3), B('"'), id='x"y', aria_label='<', cls='k', style=None), indent=False) == """<p id='x"y' aria-label="&lt;" class="k">&lt;a&gt;&amp;3<b>"</b></p>"""
+    p = P('<a>', ('&', None, 3), B('"'), id='x"y', aria_label='<', cls='k', style=None)
+    assert to_xml(p, indent=False) == """<p id='x"y' aria-label="&lt;" class="k">&lt;a&gt;&amp;3<b>"</b></p>"""
     assert to_xml(P(Look(['<i>'], []).named('<i>')), indent=False).count('<i>') == 0
 
 @pytest.mark.parametrize('values', [[0, 1], [.1234, .1235], [5, 5], [0, 0], [-3e6, 2e9], [math.nan, 2, 3, math.inf], [], [-.2, -.1]])

@@ -50,12 +50,14 @@ def test_too_few_values():
     assert all(map(math.isnan, map(number_or_nan, (None, '', 'nan')))) and number_or_nan('2.5') == 2.5
 
 def test_verdict():
-    assert [verdict(o) for o in ((1., .1, 2.), (-1., -2., -.1), (1., -.1, 2.), (1., 0., 2.), (1., math.nan, math.nan))] == ['ahead', 'behind', 'open', 'open', 'open']
+    differences = [(1., .1, 2.), (-1., -2., -.1), (1., -.1, 2.), (1., 0., 2.), (1., math.nan, math.nan)]
+    assert [verdict(o) for o in differences] == ['ahead', 'behind', 'open', 'open', 'open']
 
 def test_methods_are_neither_baseline_nor_controls():
     "A control that is judged itself, as it has a control of its own, is a method; callbacks that only scale are controls whoever named them"
     scaled = [dict(callback='ScaledCE', factor=2.)]
-    records = [record('baseline', 0), record('A', 0, rank=1), record('LS', 0, rank=2, control_for=('A',)), record('B', 0, rank=3, control_for=('A',)), record('LS of B', 0, rank=4, control_for=('B',)),
+    records = [record('baseline', 0), record('A', 0, rank=1), record('LS', 0, rank=2, control_for=('A',)),
+               record('B', 0, rank=3, control_for=('A',)), record('LS of B', 0, rank=4, control_for=('B',)),
                {**record('mine', 0, rank=5), 'callbacks': scaled}]
     c = Comparison(records)
     assert c.methods == ['A', 'B'] and c.rivals('A') == ['LS', 'B', 'baseline'] and c.rivals('B') == ['LS of B', 'baseline'] and c.rivals('LS') == ['baseline']

@@ -255,8 +255,10 @@ def test_dots(several):
     gains = several.gains
     assert gains.recipe.tolist() == ['p/T1/net/KD', 'p/T1/net/LSR', 'e/T1/net/Replay', 'e/T1/net/SD'] and gains.colour.tolist() == ['yes', 'no', 'no', 'yes']
     assert abs(gains.paper_half.iloc[0]-T2*.2/math.sqrt(3)) < 1e-4 and (gains.paper_half.iloc[1:] == 0).all()
-    dots = re.findall(r'<g><title>([^:]*): paper [^<]*</title><path d="M[^"]*z" transform="translate\([^)]*\)" style="fill:var\(--(\w+)\);stroke:var\(--(\w+)\)[^"]*" /></g>', several.html())
-    assert dots == [('p/T1/net/KD', 'k0', 'k0'), ('p/T1/net/LSR', 'k1', 'k1'), ('e/T1/net/Replay', 'bg', 'k1'), ('e/T1/net/SD', 'bg', 'k0')], 'the shrunk ones are hollow'
+    dots = re.findall(r'<g><title>([^:]*): paper [^<]*</title><path d="M[^"]*z" transform="translate\([^)]*\)" '
+                      r'style="fill:var\(--(\w+)\);stroke:var\(--(\w+)\)[^"]*" /></g>', several.html())
+    assert dots == [('p/T1/net/KD', 'k0', 'k0'), ('p/T1/net/LSR', 'k1', 'k1'),
+                    ('e/T1/net/Replay', 'bg', 'k1'), ('e/T1/net/SD', 'bg', 'k0')], 'the shrunk ones are hollow'
     ax = several.plot()
     dots = {tuple(np.round((*o.get_xdata(), *o.get_ydata()), 6)) for o in ax.lines if o.get_marker() == 'o'}
     assert dots == {(2.1, 2.), (-.5, -10.), (1., -3.), (1.5, 3.)}

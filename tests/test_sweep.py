@@ -42,7 +42,8 @@ class Scripted:
         if not 0 < settings['alpha'] <= 1: raise ValueError(f"alpha must be in [0,1], got {settings['alpha']}")
         self.settings,self.seeds,self.n_epoch,self.baseline = {**r.settings, **settings},seeds,n_epoch,'net baseline'
         self.arms = {'net baseline': SimpleNamespace(n_epoch=n_epoch), 'LsrKD': SimpleNamespace(n_epoch=n_epoch)}
-        self.runs = {(name, s): SimpleNamespace(key=f'{out}/{name}/{s}/{n_epoch}' + ('' if name == self.baseline else f'/{json.dumps(self.settings)}')) for name in self.arms for s in seeds}
+        own = {'net baseline': '', 'LsrKD': f'/{json.dumps(self.settings)}'}
+        self.runs = {(name, s): SimpleNamespace(key=f'{out}/{name}/{s}/{n_epoch}{own[name]}') for name in self.arms for s in seeds}
         self.store = SimpleNamespace(checkpoint=lambda run: [])
 
     def train(self, name, seed, cbs=()):
@@ -168,7 +169,8 @@ def with_loss(*args, **kwargs): return Learner(*args, loss_func=CrossEntropyLoss
 
 def real_campaign(r, dls, seeds, n_epoch, out, controls, settings, make=LsrKD, model_fn=net, **kwargs):
     s = {**r.settings, **settings}
-    return Campaign({'net baseline': Arm(), 'LsrKD': Arm(partial(make, **s))}, dls, model_fn, n_epoch, seeds, lr=.02, out=out, baseline='net baseline', learner=with_loss)
+    arms = {'net baseline': Arm(), 'LsrKD': Arm(partial(make, **s))}
+    return Campaign(arms, dls, model_fn, n_epoch, seeds, lr=.02, out=out, baseline='net baseline', learner=with_loss)
 
 def lines(out): return [json.loads(o) for o in (Path(out)/'results.jsonl').read_text().splitlines()]
 def ledger_numbers(out): return {r['key']: json.dumps([r[k] for k in ('last', 'best', 'history')]) for r in lines(out)}

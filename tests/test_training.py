@@ -51,7 +51,8 @@ class Watch(Callback):
     def before_fit(self): self.seen.append((sum(p.numel() for p in self.model.parameters()), self.n_epoch, float(self.opt.hypers[-1]['lr'])))
 
 def test_an_arm_has_its_own_network_epochs_and_fit():
-    c = campaign({'teacher': Arm(keep='best', model_fn=large, n_epoch=3, fit=partial(fit_steadily, lr=.03)), 'student': Arm(KnowledgeDistillation, teacher='teacher')}, fit='fit')
+    c = campaign({'teacher': Arm(keep='best', model_fn=large, n_epoch=3, fit=partial(fit_steadily, lr=.03)),
+                  'student': Arm(KnowledgeDistillation, teacher='teacher')}, fit='fit')
     seen = []
     for name in c.arms: c.train(name, 0, cbs=[Watch(seen)])
     assert seen == [(32*6+32+32*3+3, 3, .03), (6*8+8+8*3+3, 2, .001)]
@@ -71,7 +72,9 @@ def test_a_teacher_is_known_by_its_own_settings_only(tmp_path):
     assert n == 2 and len((tmp_path/'results.jsonl').read_text().splitlines()) == 3
 
 def test_settings_of_an_arm_tell_its_runs_apart():
-    keys = [campaign({'baseline': Arm(**o)}).runs['baseline', 0].key for o in ({}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large), dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2)))]
+    differing = [{}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large),
+                 dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2))]
+    keys = [campaign({'baseline': Arm(**o)}).runs['baseline', 0].key for o in differing]
     assert len(set(keys)) == len(keys)
     assert campaign({'baseline': Arm(n_epoch=2, fit='fit_one_cycle', model_fn=small)}).runs['baseline', 0].key == keys[0]
 
@@ -168,8 +171,10 @@ def test_runs_of_0_1_0_keep_their_keys(tmp_path):
 def test_the_key_of_a_run():
     "It changes with all that decides the numbers, and with which weights of which run it uses; what it keeps itself is no part of it"
     first = Run('a', 0, dict(n_epoch=1), keep='last')
-    keys = [Run(**{**dict(arm='b', seed=0, settings=dict(n_epoch=1)), **kw}).key for kw in (dict(), dict(seed=1), dict(settings=dict(n_epoch=2)), dict(method=[dict(callback='LsrKD')]),
-        dict(teachers=(first,)), dict(start=first), dict(teachers=(replace(first, keep='best'),)), dict(teachers=(replace(first, seed=1),)), dict(teachers=(first, first)))]
+    differing = [dict(), dict(seed=1), dict(settings=dict(n_epoch=2)), dict(method=[dict(callback='LsrKD')]),
+                 dict(teachers=(first,)), dict(start=first), dict(teachers=(replace(first, keep='best'),)),
+                 dict(teachers=(replace(first, seed=1),)), dict(teachers=(first, first))]
+    keys = [Run(**{**dict(arm='b', seed=0, settings=dict(n_epoch=1)), **kw}).key for kw in differing]
     assert len(set(keys)) == len(keys) == 9
     assert Run('b', 0, dict(n_epoch=1), keep='best').key == keys[0]
     with pytest.raises(AttributeError): first.seed = 1

@@ -31,7 +31,8 @@ def test_a_checkpoint_goes_on_where_it_stopped_or_says_that_it_belongs_to_anothe
     dls = kd_dataloaders('digits', bs=64, train_subset=128)
     teacher = net()
     set_seed(1, True)
-    learn = Learner(dls, net(), metrics=accuracy, cbs=[LsrKD(alpha=.1), KnowledgeDistillation(teacher, alpha=.3), MemoryReplay(2, .5, alpha=.2, gamma=.2), SelfGuidance(name='guide')])
+    methods = [LsrKD(alpha=.1), KnowledgeDistillation(teacher, alpha=.3), MemoryReplay(2, .5, alpha=.2, gamma=.2), SelfGuidance(name='guide')]
+    learn = Learner(dls, net(), metrics=accuracy, cbs=methods)
     seed_run(0, dls)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=Checkpoint(path))
     want = torch.load(files/'after_two_epochs.pth')
