@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 
 import numpy as np
+import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import first
@@ -33,7 +34,7 @@ from torch import Tensor
 
 import fastkdtf
 from ..files import sync_folder
-from ..fingerprint import settings_digest
+from ..fingerprint import fingerprint, settings_digest
 
 # %% ../../nbs/40_lab.runs.ipynb #8b7b866a
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +58,7 @@ class Run:
         "Arm, seed, and twelve digits for everything else that decides the numbers"
         identity = dict(setting=self.settings, method=self.method, seed=self.seed)
         if self.needs: identity['needs'] = self._needs_in_words()
-        return f'{self.arm}/seed{self.seed}/{settings_digest(identity)}'
+        return f'{self.arm}/seed{self.seed}/{settings_digest(fingerprint(identity))}'
 
     def _needs_in_words(self):
         "Return key and kept weights of each run needed, by what it is needed for"
@@ -301,10 +302,25 @@ def _source():
     return commit, bool(_git(root, 'status', '--porcelain', '--', 'fastkdtf'))
 
 # %% ../../nbs/40_lab.runs.ipynb #30fd182f
-def run_environment()->dict:
-    "Return versions, platform, date, and the commit of fastkdtf's own repository (None where it was installed without one)"
+@cache
+def _processor():
+    "Return the processor's name as the system tells it"
+    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError: lines = []
+    named = first(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return named or platform.processor() or platform.machine()
+
+def _device_name(device):
+    "Return a GPU's name, or the kind of another device"
+    device = torch.device(device or 'cpu')
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
+
+def run_environment(
+    device:str|torch.device|None=None, # that of the training; None: the processor
+)->dict:
+    "Return versions, machine, date, and the commit of fastkdtf's own repository (None where it was installed without one)"
     commit,dirty = _source()
     versions = {name: _version(name) for name in ('torch', 'torchvision', 'fastai', 'timm')}
     date = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    return dict(python=platform.python_version(), **versions, fastkdtf=fastkdtf.__version__,
-                commit=commit, dirty=dirty, platform=platform.platform(), date=date)
+    return dict(python=platform.python_version(), **versions, fastkdtf=fastkdtf.__version__, commit=commit, dirty=dirty,
+                platform=platform.platform(), device=_device_name(device), threads=torch.get_num_threads(), processor=_processor(), date=date)

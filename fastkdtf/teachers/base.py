@@ -56,6 +56,7 @@ class FunctionTeacher(Teacher):
     "A function from a `Batch` to logits, as a teacher"
     def __init__(self, function:Callable): self.function = function
     def __call__(self, batch:Batch): return self.function(batch)
+    identity = None   # the function decides
     def __repr__(self): return f"FunctionTeacher({getattr(self.function, '__qualname__', None) or self.function!r})"
 
 # %% ../../nbs/20_teachers.base.ipynb #d1b0fef6

@@ -9,7 +9,6 @@ __all__ = ['class_names', 'class_order', 'input_stats', 'renormalise', 'input_na
            'as_teacher', 'EnsembleTeacher']
 
 # %% ../../nbs/21_teachers.network.ipynb #b914ab35
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -30,6 +29,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ..core import *
+from ..fingerprint import fingerprint, settings_digest
 from .base import FunctionTeacher, Teacher
 from .frozen import FrozenCopy, copy_model
 from ..vision.models import create_model
@@ -286,11 +286,7 @@ class NetworkTeacher(Teacher):
     @property
     def identity(self)->str:
         "A digest of the network's structure and weights, of its classes, and of how it sees images"
-        digest = hashlib.sha1(repr((self.model, self.stats, self.vocab, self.size)).encode())
-        for name,value in self.model.state_dict().items():
-            digest.update(name.encode())
-            if isinstance(value, Tensor): digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return settings_digest(fingerprint([self.model, self.stats, self.vocab, self.size]))
 
     def __getstate__(self): return {**vars(self), 'model': None, 'copy': None}
     def __deepcopy__(self, memo):
@@ -355,5 +351,5 @@ class EnsembleTeacher(Teacher):
     @property
     def identity(self)->str:
         "The members' identities, and which mean is taken"
-        return f'{self.average} of {[teacher.identity for teacher in self.teachers]}'
+        return f'{self.average} of {fingerprint(self.teachers)}'
     def __repr__(self): return f'EnsembleTeacher({self.teachers}, {self.average!r})'
