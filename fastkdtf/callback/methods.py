@@ -23,6 +23,8 @@ from ..describe import Description
 from ..teachers.base import Teacher
 from .distill import KnowledgeDistillation, LsrKD, MemoryReplay, ScaledCE, ScaledLS, TfKDReg
 from .effdstl import CKM, WSL
+from .memories import OnlineLabelSmoothing, PSKD
+from .relatives import DKD
 from .selfguide import SelfGuidance, StochasticDepth
 
 # %% ../../nbs/39_callback.methods.ipynb #68400c6e
@@ -103,6 +105,9 @@ register_method(WSL, source='network', paper='Zhou et al. 2021')
 register_method(CKM, source='network', paper=_song)
 register_method(StochasticDepth, source='none', needs=('residual blocks',), paper='Huang et al. 2016')
 register_method(SelfGuidance, source='student', needs=('residual blocks',), paper=_zheng)
+register_method(PSKD, source='student', needs=('indices',), paper='Kim et al. 2021')
+register_method(OnlineLabelSmoothing, source='student', paper='Zhang et al. 2021')
+register_method(DKD, source='network', paper='Zhao et al. 2022')
 register_method(ScaledCE, source='none', control=True)
 register_method(ScaledLS, control=True);
 
