@@ -24,7 +24,7 @@ from ..teachers.base import Teacher
 from .distill import KnowledgeDistillation, LsrKD, MemoryReplay, ScaledCE, ScaledLS, TfKDReg
 from .effdstl import CKM, WSL
 from .memories import OnlineLabelSmoothing, PSKD
-from .relatives import DKD
+from .relatives import DIST, DKD, NKD, MaxSup, StandardisedKD
 from .selfguide import SelfGuidance, StochasticDepth
 
 # %% ../../nbs/39_callback.methods.ipynb #68400c6e
@@ -107,7 +107,11 @@ register_method(StochasticDepth, source='none', needs=('residual blocks',), pape
 register_method(SelfGuidance, source='student', needs=('residual blocks',), paper=_zheng)
 register_method(PSKD, source='student', needs=('indices',), paper='Kim et al. 2021')
 register_method(OnlineLabelSmoothing, source='student', paper='Zhang et al. 2021')
+register_method(MaxSup, source='student', paper='Zhou et al. 2025')
 register_method(DKD, source='network', paper='Zhao et al. 2022')
+register_method(NKD, source='network', paper='Yang et al. 2023')
+register_method(DIST, source='network', paper='Huang et al. 2022')
+register_method(StandardisedKD, source='network', paper='Sun et al. 2024')
 register_method(ScaledCE, source='none', control=True)
 register_method(ScaledLS, control=True);
 
