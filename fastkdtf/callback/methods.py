@@ -23,9 +23,10 @@ from ..describe import Description
 from ..teachers.base import Teacher
 from .distill import KnowledgeDistillation, LsrKD, MemoryReplay, ScaledCE, ScaledLS, TfKDReg
 from .effdstl import CKM, WSL
-from .memories import OnlineLabelSmoothing, PSKD
+from .memories import DLB, MeanTeacher, OnlineLabelSmoothing, PSKD
 from .relatives import DIST, DKD, NKD, MaxSup, StandardisedKD
 from .selfguide import SelfGuidance, StochasticDepth
+from .views import CSKD, RDrop
 
 # %% ../../nbs/39_callback.methods.ipynb #68400c6e
 class SomeTeacher(Teacher):
@@ -107,6 +108,10 @@ register_method(StochasticDepth, source='none', needs=('residual blocks',), pape
 register_method(SelfGuidance, source='student', needs=('residual blocks',), paper=_zheng)
 register_method(PSKD, source='student', needs=('indices',), paper='Kim et al. 2021')
 register_method(OnlineLabelSmoothing, source='student', paper='Zhang et al. 2021')
+register_method(DLB, source='student', needs=('indices',), paper='Shen et al. 2022')
+register_method(CSKD, source='student', needs=('indices',), paper='Yun et al. 2020')
+register_method(RDrop, source='student', paper='Liang et al. 2021')
+register_method(MeanTeacher, source='student', paper='Tarvainen and Valpola 2017')
 register_method(MaxSup, source='student', paper='Zhou et al. 2025')
 register_method(DKD, source='network', paper='Zhao et al. 2022')
 register_method(NKD, source='network', paper='Yang et al. 2023')

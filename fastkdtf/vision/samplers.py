@@ -36,7 +36,7 @@ class ArrangedDL:
     @property
     def rng(self)->random.Random: return self.source.rng
     @rng.setter
-    def rng(self, rng): self.source.rng = rng
+    def rng(self, rng:random.Random): self.source.rng = rng
 
     def get_idxs(self)->list: return self.arrange(list(self.source.get_idxs()), self.source)
     def __len__(self): return self.arrange.n_batches(self.source)
