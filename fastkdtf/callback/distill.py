@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import *
 from ..describe import Description
 from ..divergence import SoftLoss, as_soft_loss
-from ..targets import TeacherCorrection
+from ..targets import LogitStandardisation, TeacherCorrection
 from ..teachers.base import LabelTeacher, UniformTeacher, VirtualTeacher
 from ..teachers.memory import MemoryTeacher
 from ..teachers.network import as_teacher
@@ -161,6 +161,7 @@ class Distill(LossTerm):
     def before_train(self):
         "Let the teachers arrange the batches of the epoch"
         super().before_train()
+        if self.idle: return
         for teacher in self.teachers.values(): self.learn.dl = teacher.arrange(self.learn.dl)
 
     def after_epoch(self):
@@ -402,8 +403,11 @@ class KnowledgeDistillation(Distill):
         scale:float|str='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number
         variant:str='paper', # 'paper', or 'official': Yuan et al.'s code, which averages over classes too
         multiplier:float=1., # the authors' factor; only with 'official'
+        standardise:bool=False, # standardise the logits of both first, see `LogitStandardisation`
         name:str|None=None, # needed for a second callback of the same class
-    ): super().__init__(teacher, alpha, tau, scale, variant=variant, multiplier=multiplier, name=name)
+    ):
+        rewrite = LogitStandardisation() if standardise else ()
+        super().__init__(teacher, alpha, tau, scale, rewrite=rewrite, variant=variant, multiplier=multiplier, name=name)
 
 # %% ../../nbs/31_callback.distill.ipynb #8d262b0b
 class MemoryReplay(Distill):
