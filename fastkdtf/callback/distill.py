@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from fastai.callback.mixup import MixHandler
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from torch import Tensor, nn
 
@@ -159,10 +160,14 @@ class Distill(LossTerm):
                          f'without {type(mixer).__name__}')
 
     def before_train(self):
-        "Let the teachers arrange the batches of the epoch"
+        "Take the batches of the epoch as the teachers arrange them"
         super().before_train()
-        if self.idle: return
-        for teacher in self.teachers.values(): self.learn.dl = teacher.arrange(self.learn.dl)
+        self.learn.dl = self.arrange(self.learn.dl)
+
+    def arrange(self, dl:DataLoader)->DataLoader:
+        "Return `dl` as the teachers arrange it"
+        for teacher in self.teachers.values(): dl = dl if self.idle else teacher.arrange(dl)
+        return dl
 
     def after_epoch(self):
         if not self.fitting: return

@@ -45,6 +45,7 @@ class Method:
     paper:str='' # who published it
     for_classes:Callable|None=None # number of classes → settings that depend on it
     control:bool=False # it is a control, and no method
+    beside:str='' # what a step runs beside the plain one: '' | 'eval' | 'train': a forward pass in that mode | 'step': forward and backward
 
     def maker(self,
         n_classes:int,
@@ -109,9 +110,9 @@ register_method(SelfGuidance, source='student', needs=('residual blocks',), pape
 register_method(PSKD, source='student', needs=('indices',), paper='Kim et al. 2021')
 register_method(OnlineLabelSmoothing, source='student', paper='Zhang et al. 2021')
 register_method(DLB, source='student', needs=('indices',), paper='Shen et al. 2022')
-register_method(CSKD, source='student', needs=('indices',), paper='Yun et al. 2020')
-register_method(RDrop, source='student', paper='Liang et al. 2021')
-register_method(MeanTeacher, source='student', paper='Tarvainen and Valpola 2017')
+register_method(CSKD, source='student', needs=('indices',), paper='Yun et al. 2020', beside='train')
+register_method(RDrop, source='student', paper='Liang et al. 2021', beside='step')
+register_method(MeanTeacher, source='student', paper='Tarvainen and Valpola 2017', beside='eval')
 register_method(MaxSup, source='student', paper='Zhou et al. 2025')
 register_method(DKD, source='network', paper='Zhao et al. 2022')
 register_method(NKD, source='network', paper='Yang et al. 2023')
