@@ -62,6 +62,7 @@ class ClassPartner(Teacher):
 
 class CSKD(TaughtDistill):
     "Class-wise self-distillation: the student's prediction for another image of the class is the target. Yun et al. 2020"
+    order = 5.1   # the partners' pass takes the branches that StochasticDepth has dropped
     def __init__(self,
         lam:float|Callable=1., # weight `λ`, at least 0, or a schedule; the paper takes 3 on fine-grained sets
         tau:float|Callable=4., # temperature of both, or a schedule
@@ -80,7 +81,7 @@ class CSKD(TaughtDistill):
 class RDrop(LossTerm):
     "Two passes with other dropout masks, each trained, and brought together. Liang et al. 2021"
     _stateattrs = LossTerm._stateattrs + ('second_mean', 'kl_mean')
-    checked = False
+    order,checked = 5.1,False   # both passes take the branches that StochasticDepth has dropped
     def __init__(self,
         alpha:float=.6, # weight of the divergence, at least 0
         name:str|None=None, # needed for a second callback of the same class

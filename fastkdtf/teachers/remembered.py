@@ -291,6 +291,7 @@ class EMATeacher(Teacher):
     @torch.no_grad()
     def after_step(self):
         "Move the average towards the student"
+        if self.copy is None: return   # its weight is 0, and nobody will ask it
         keep,model,average = self.keeps,get_model(self.learn.model),self.copy.model
         self.t += 1
         pairs = [*zip(average.parameters(), model.parameters()), *zip(average.buffers(), model.buffers())]
