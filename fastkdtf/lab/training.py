@@ -31,7 +31,7 @@ from fastcore.foundation import L
 
 from ..core import *
 from ..callback.checkpoint import Checkpoint, seed_run
-from ..callback.distill import Distill, matched_controls
+from ..callback.distill import Distill, ScaledCE, ScaledLS, matched_controls
 from ..callback.stages import Stage, with_batch_size
 from ..files import replacing, run_lock
 from ..fingerprint import fingerprint, is_of_library, settings_digest
@@ -59,6 +59,11 @@ def _all_callbacks(made):
     return [cb for part in made for cb in (part.cbs if isinstance(part, Stage) else [part])]
 
 # %% ../../nbs/40a_lab.training.ipynb #9f4fb7ee
+def _is_another(name, control, arms):
+    "True where `name` stands for another callback already; scaled losses of one name are the same but for rounding"
+    if name not in arms or isinstance(control, (ScaledCE, ScaledLS)): return False
+    return method_identity(arms[name][0]) != method_identity(control)
+
 def with_controls(
     methods:dict, # name → method
     n_classes:int,
@@ -68,11 +73,12 @@ def with_controls(
     arms = {name: (method, []) for name,method in methods.items()}
     if not controls: return arms
     made = {name: make_callbacks(method) for name,method in methods.items()}
-    alone = {name: cbs[0] for name,cbs in made.items() if len(cbs) == 1 and isinstance(cbs[0], Distill)}
-    there = {cb.describe(n_classes).as_control: name for name,cb in alone.items()}   # a method that is itself the control of another
+    alone = {name: cbs[0] for name,cbs in made.items() if len(cbs) == 1 and hasattr(type(cbs[0]), 'describe')}
+    there = {cb.describe(n_classes).as_control: name for name,cb in alone.items() if isinstance(cb, Distill)}   # itself the control of another
     for name,cb in alone.items():
         for control,make in matched_controls(cb, n_classes).items():
             control = there.get(control, control)
+            if _is_another(control, make, arms): control = f'{control}, {name}'
             arms.setdefault(control, (make, []))[1].append(name)
     return arms
 

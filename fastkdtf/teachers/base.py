@@ -10,6 +10,7 @@ __all__ = ['Teacher', 'FunctionTeacher', 'LabelTeacher', 'UniformTeacher', 'Virt
 # %% ../../nbs/20_teachers.base.ipynb #9e4d05f1
 from collections.abc import Callable
 
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 
 from ..core import *
@@ -19,13 +20,25 @@ class Teacher:
     "Base of teachers; a subclass defines `__call__(batch)`, which returns logits"
     before_student = False   # True: it does not look at `batch.z`, and is asked before the student's graph exists
     asks_label = None   # whether it looks at `batch.y`, and is asked for each label where images have two; None: unless it is asked before the student
-    every_batch = False   # True: it must see every batch, also while its weight is 0
+    every_batch = False   # True: it must be asked about every batch, also while its weight is 0
+    refuses_mixing = False   # True: an image made of two samples means nothing to it
     columns = {}   # name → function: what the recorder shows beside the losses
 
     def attach(self, learn:Learner): "Begin a fit of `learn`; checks that need the learner belong here"
     def detach(self): "End a fit. An interrupted fit does not come here, so `attach` must begin afresh"
     def before_batch(self): "Begin a batch of training, whether this teacher will be asked or not"
+    def observe(self, batch:Batch): "Look at a batch of training after its loss, at any weight; `batch.z` is detached, in float32 at least"
     def after_step(self): "Note that the optimizer has made a step"
+    def after_epoch(self): "Note that an epoch has ended"
+
+    def arrange(self, dl:DataLoader)->DataLoader:
+        "Return the loader of an epoch of training: `dl`, or one that gives its samples in another arrangement"
+        return dl
+
+    @property
+    def observes(self)->bool:
+        "True if it looks at every batch after its loss"
+        return type(self).observe is not Teacher.observe
 
     def state_dict(self)->dict:
         "Return what a training that goes on from a checkpoint needs"
