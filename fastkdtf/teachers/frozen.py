@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
-from .copying import check_has_weights, copy_model, drop_looking_hooks, hooks_of, named_tensors, remainder
+from .copying import copy_model, drop_looking_hooks, hooks_of, named_tensors, remainder
+from .inputs import map_tensors, tensors_in
 
 # %% ../../nbs/22_teachers.frozen.ipynb #857c46d6
 class _Pair(NamedTuple):
@@ -170,7 +171,7 @@ def _fold_norms(model):
     _fill(folded, named_tensors(model), pairs)
     return folded.eval(), pairs
 
-# %% ../../nbs/22_teachers.frozen.ipynb #4ce48acf
+# %% ../../nbs/22_teachers.frozen.ipynb #15110702
 @contextmanager
 def _random_numbers_kept():
     "Put random numbers back to where they were when the block ends"
@@ -210,16 +211,18 @@ def _autocasts(device): return torch.is_autocast_enabled(device.type)
 
 def _conditions(xb):
     "Return what the choice of a form depends on beside the network: device, dtype and autocast"
-    tensors = [t for t in tree_flatten(xb)[0] if isinstance(t, Tensor)]
+    tensors = tensors_in(xb)
     device = tensors[0].device if tensors else torch.device('cpu')
     dtypes = [t.dtype for t in tensors if t.is_floating_point()]
     return device,dtypes[:1],_autocasts(device) and torch.get_autocast_dtype(device.type)
 
 def _shape_in_words(shape): return 'missing' if shape is None else list(shape)
 
+def _simply_equal(a, b): return type(a) is type(b) and isinstance(b, (str, int, float, type(None))) and a == b
+
 def _off(a, b):
     "Return by how much `a` differs from `b`, relative to the largest entry of `b`"
-    if not isinstance(b, Tensor): return 0. if isinstance(a, type(b)) and a == b else math.inf
+    if not isinstance(b, Tensor): return 0. if a is b or _simply_equal(a, b) else math.inf
     if a.shape != b.shape: return math.inf
     if not b.is_floating_point() or not b.numel(): return 0. if torch.equal(a, b) else math.inf
     difference,size = (a.to(b.dtype)-b).abs().amax().item(),b.abs().amax().item()
@@ -267,10 +270,10 @@ class FrozenCopy:
     ): # as the model returns it, for autograd a constant
         "Return the model's output in evaluation mode"
         with torch.inference_mode(False), torch.no_grad():
-            xb = tree_map_only(Tensor, lambda t: t.as_subclass(Tensor), xb)
+            xb = map_tensors(lambda t: t.as_subclass(Tensor), xb)
             self._follow(xb)
             if not self._ready: self._choose(xb)
-            return tree_map_only(Tensor, Tensor.clone, self._forward(self.model, xb))   # autograd refuses tensors of inference mode
+            return map_tensors(Tensor.clone, self._forward(self.model, xb))   # autograd refuses tensors of inference mode
 
     def refill(self,
         model:nn.Module, # of the same architecture
@@ -341,7 +344,7 @@ class FrozenCopy:
 
     def _follow(self, xb):
         "The inputs' device and dtype, and evaluation mode whatever was done to the copy"
-        inputs = [t for t in tree_flatten(xb)[0] if isinstance(t, Tensor)]
+        inputs = tensors_in(xb)
         if inputs and inputs[0].device != _float_tensor(self.model).device: self.model.to(inputs[0].device)
         dtypes = [torch.float32 if _autocasts(t.device) else t.dtype for t in inputs if t.is_floating_point()]
         if dtypes and dtypes[0] != _float_tensor(self.model).dtype: self.model.to(dtypes[0])
@@ -350,7 +353,7 @@ class FrozenCopy:
         for name in self._norms: self.model.get_submodule(name).training = True
 
     def _forward(self, model, xb):
-        xb = tree_map_only(Tensor, Tensor.clone, xb)   # an in-place layer at the front would write into the student's batch
+        xb = map_tensors(Tensor.clone, xb)   # an in-place layer at the front would write into the student's batch
         with torch.inference_mode(): return model(*xb)
 
     def suits(self,
@@ -364,7 +367,7 @@ class FrozenCopy:
         self._ready,self.conditions = True,_conditions(xb)
         if not self.untrained: self.folded = False
         with _random_numbers_kept():
-            drop_looking_hooks(self.model, lambda model: model(*tree_map_only(Tensor, Tensor.clone, xb)))
+            drop_looking_hooks(self.model, lambda model: model(*map_tensors(Tensor.clone, xb)))
             if not self.fast: return
             output,self.steady = self._try(xb)
             if not self.steady or _float_tensor(self.model).dtype not in (torch.float32, torch.float64): return
@@ -392,7 +395,7 @@ class FrozenCopy:
         forms = self._forms(folded, device, dtype)
         if not forms: return None
         exact = lambda: torch.autocast(device.type, enabled=False) if half else nullcontext()
-        full = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, xb)
+        full = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, xb)
         with exact(): wanted = self._forward(self.model, full) if half else output
         tol = 4*_distance(output, wanted) + 1e-3
         for model,form in forms:
