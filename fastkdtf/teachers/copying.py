@@ -126,6 +126,7 @@ class _Copying:
         for function in functions: self.memo[id(function)] = self._shell(function)
         self._substitute()
         twin = copy.deepcopy(self.model, self.memo)
+        for m,shell in self.shells: shell.__setstate__(copy.deepcopy(m.__reduce_ex__(4)[2], self.memo))
         for hook in self.hooks: self.memo[id(hook.dictionary)][hook.number] = self._attempt(hook.function)
         for key,cell in cells.items(): self._fill(self.cells[key], cell)
         for function in functions: self._fill_defaults(function)
@@ -154,7 +155,9 @@ class _Copying:
         for m in self.model.modules():
             for hooks in map(m.__dict__.get, _hooks):
                 if hooks: self.memo[id(hooks)] = OrderedDict()
-        found = list(self.found.values())
+        found,self.shells = list(self.found.values()),[]
+        for x in found:
+            if type(x) is ref and isinstance(x(), nn.Module) and id(x()) in self.found: self._substitute_ref(x)
         for x in found:
             if isinstance(x, Tensor) and not x.is_leaf: self.memo[id(x)] = x.detach().clone()
         for x in found:
@@ -162,8 +165,14 @@ class _Copying:
                 self.memo[id(x)] = getattr(copy.deepcopy(x.__self__, self.memo), x.__name__)
             if isinstance(x, MethodType) and id(x.__func__) in self.memo:
                 self.memo[id(x)] = MethodType(self.memo[id(x.__func__)], copy.deepcopy(x.__self__, self.memo))
-        for x in found:
-            if type(x) is ref and x() is not None and id(x()) in self.found: self.memo[id(x)] = ref(copy.deepcopy(x(), self.memo))
+
+    def _substitute_ref(self, reference):
+        "A weak reference needs its module before that is copied: an empty one, which is filled later"
+        m = reference()
+        if id(m) not in self.memo:
+            self.memo[id(m)] = type(m).__new__(type(m))
+            self.shells.append((m, self.memo[id(m)]))
+        self.memo[id(reference)] = ref(self.memo[id(m)])
 
     def _attempt(self, x):
         "Return a copy, or `x` itself if there is none, as of a writer of logs"
@@ -336,10 +345,13 @@ def _branches(function):
 def _marks(args):
     "Return what tells that a hook has changed one of its arguments: tensors in place, or the module in any way"
     m,*values = args
-    words,parts = _Words({}),[*m._parameters.values(), *m._buffers.values(), *m._modules.values()]
-    words.add_all(value for name,value in vars(m).items() if name not in _left_out)
+    words,own = _Words({}),[value for name,value in vars(m).items() if name not in _left_out]
+    words.add_all(own)
+    parts = [*own, *m._parameters.values(), *m._buffers.values(), *m._modules.values()]
     tensors = [x for x in (*tree_flatten(values)[0], *parts) if isinstance(x, Tensor)]
-    return words.digest,[id(x) for x in parts],[x._version for x in tensors]
+    return parts,(words.digest,[x._version for x in tensors])
+
+def _same_marks(a, b): return len(a[0]) == len(b[0]) and all(x is y for x,y in zip(a[0], b[0])) and a[1] == b[1]
 
 class _Watched:
     "A hook that notes whether it does more than look"
@@ -347,7 +359,7 @@ class _Watched:
     def __call__(self, *args):
         before = _marks(args)
         out = self.function(*args)
-        self.calls,self.acts = self.calls+1,self.acts or out is not None or _marks(args) != before
+        self.calls,self.acts = self.calls+1,self.acts or out is not None or not _same_marks(_marks(args), before)
         return out
 
 def _ids(*start):

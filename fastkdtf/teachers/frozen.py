@@ -97,7 +97,7 @@ def _find_pairs(root, graph):
         if not isinstance(layer, fx.Node) or layer.op != 'call_module': continue
         if any(user is not node and not _asks_shape(user) for user in layer.users): continue
         m,name = modules[layer.target],layer.target
-        if type(m) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) or not _is_plain(m): continue
+        if type(m) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) or m._parameters.get('weight') is None or not _is_plain(m): continue
         shared = any(n_names[id(p)] > 1 for p in m.parameters())
         if shared or uses[name] > 1 or uses[f'{name}.weight'] or uses[f'{name}.bias']: continue
         yield layer, node, _Pair(name, *found[1:])
@@ -171,7 +171,7 @@ def _fold_norms(model):
     _fill(folded, named_tensors(model), pairs)
     return folded.eval(), pairs
 
-# %% ../../nbs/22_teachers.frozen.ipynb #15110702
+# %% ../../nbs/22_teachers.frozen.ipynb #096e41c5
 @contextmanager
 def _random_numbers_kept():
     "Put random numbers back to where they were when the block ends"
