@@ -12,7 +12,7 @@ __all__ = ['Step', 'check_number', 'check_whole', 'check_choice', 'check_scale',
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -96,6 +96,8 @@ def plain_tensors(
     o:object, # a tensor, or tuples, lists and dicts of tensors and other things, nested as they like
 )->object: # the same structure
     "Return `o` with every tensor in it as a plain `torch.Tensor`; all else stays as it is"
+    if isinstance(o, Tensor): return o if type(o) is Tensor else o.as_subclass(Tensor)
+    if type(o) is tuple: return tuple(map(plain_tensors, o))   # what a batch is; the way below takes five times as long
     return tree_map_only(Tensor, lambda t: t if type(t) is Tensor else t.as_subclass(Tensor), o)
 
 # %% ../nbs/00_core.ipynb #0b6dcbb7
@@ -324,10 +326,19 @@ class Batch:
     reduction:str='mean' # of the base loss
     answers:dict=field(default_factory=dict) # what was asked of the teachers so far, keyed by rewrite, and by None for the method's own
     sample_weight:Tensor|None=None # factors of the samples' soft losses, where the method weighs them
-    finite:Tensor|None=None # False where a teacher returned no numbers; stays on the device until it is read
+    finite:Tensor|None=None # False if a teacher returned no numbers; on the device until it is read; None: it is known to be true
+    facts:dict=field(default_factory=dict, init=False, repr=False, compare=False) # what parts found out: a changed copy begins without
 
     @property
     def n_classes(self)->int: return self.z.shape[1]
+
+    def once(self,
+        fact:Hashable, # its name
+        find:Callable, # without arguments
+    ):
+        "Return what `find()` returns, and find it for the first part that asks only"
+        if fact not in self.facts: self.facts[fact] = find()
+        return self.facts[fact]
 
     @cached_property
     def p(self)->Tensor:
@@ -346,6 +357,14 @@ class Batch:
     )->'Batch':
         "Return this batch with labels and the student's logits, as often as it has labels"
         return replace(self, y=y, z=z, answers=dict(self.answers), extra_logits={})
+
+    def see(self,
+        y:Tensor, # labels `[N,…]`, or probabilities
+        z:Tensor, # the student's logits `[N,K,…]`
+    )->'Batch':
+        "Return this batch, with labels and the student's logits put in"
+        self.y,self.z = y,z
+        return self
 
     def release(self):
         "Let go of inputs and answers, which nothing needs after the loss"

@@ -229,7 +229,8 @@ class NetworkTeacher(Teacher):
     It works on a private copy, in evaluation mode and without a graph, that lives as long as the fit: what is given here is neither
     moved nor changed, takes no part in the training, and is left out of `learn.export`. The copy's convolutions swallow their batch
     norms where that leaves the outputs what they are (to 1e-4)."""
-    before_student,asks_label = True,False
+    before_student,asks_label,asks_tau = True,False,False
+    index = None   # `order` on the device
     def __init__(self,
         model:nn.Module|Learner|str|Path, # the network; the path of an exported learner or of weights; or a name that timm knows
         arch:nn.Module|str|None=None, # for weights: the network, or its name for `create_model`
@@ -266,13 +267,15 @@ class NetworkTeacher(Teacher):
 
     def detach(self):
         "Let go of the copy"
-        self.copy = None
+        self.copy,self.index = None,None
 
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the logits of the student's classes"
         if self.copy is None: self.copy = FrozenCopy(self.model, self.fast)
         x,*others = batch.xb
-        if self.rescale is not None: x = x*self.rescale[0].to(x) + self.rescale[1].to(x)
+        if self.rescale is not None:
+            factor,offset = self.rescale = tuple(stat.to(x) for stat in self.rescale)   # they stay there
+            x = x*factor + offset
         if self.size is not None: x = F.interpolate(x, self.size, mode='bilinear', antialias=True)
         out = self.copy(x, *others)
         logits = first_output(out)
@@ -281,7 +284,8 @@ class NetworkTeacher(Teacher):
         if self.vocab is not None and n_outputs != len(self.vocab):
             raise ValueError(f'{self!r} returned {n_outputs} outputs for {len(self.vocab)} classes')
         if self.order is None: return logits
-        return logits.index_select(self.axis, torch.tensor(self.order, device=logits.device))
+        if self.index is None or self.index.device != logits.device: self.index = torch.tensor(self.order, device=logits.device)
+        return logits.index_select(self.axis, self.index)
 
     @property
     def identity(self)->str:
@@ -313,7 +317,7 @@ def as_teacher(
 # %% ../../nbs/21_teachers.network.ipynb #5424fa13
 class EnsembleTeacher(Teacher):
     "Several networks as one teacher, whose softened probabilities are the mean of theirs"
-    before_student = True
+    before_student,axis = True,1
     def __init__(self,
         teachers:list|tuple, # at least two, each as `NetworkTeacher` takes it, or a teacher that needs no student
         average:str='probs', # 'probs': mean of the probabilities at the temperature in force | 'logits': mean of the logits
@@ -324,6 +328,7 @@ class EnsembleTeacher(Teacher):
         for teacher in self.teachers: self._check_member(teacher)
         self.asks_label = any(teacher.reads_label for teacher in self.teachers)
         self.average = check_choice('average', average, ('probs', 'logits'))
+        self.asks_tau = average == 'probs' or any(teacher.asks_tau for teacher in self.teachers)
 
     def _check_member(self, teacher):
         changes = type(teacher).after_step is not Teacher.after_step
