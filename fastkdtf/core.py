@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 __all__ = ['Step', 'check_number', 'check_whole', 'check_choice', 'check_scale', 'soft_scale', 'check_variant', 'plain_tensors',
            'at_least_float32', 'shifted', 'TwoValued', 'virtual_logits', 'soften', 'soft_target_loss', 'first_output',
            'first_tensor', 'check_labels', 'looks_like_probabilities', 'classification_batch', 'check_teacher_logits',
-           'reduce_samples', 'at_label', 'put_confidence', 'Batch']
+           'kept', 'reduce_samples', 'at_label', 'put_confidence', 'Batch']
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
@@ -19,6 +19,7 @@ from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -117,8 +118,8 @@ def shifted(
 )->Tensor: # in float32 at least
     "Return `(logits - max logits)/tau`, whose softmax is that of `logits/tau`"
     z = at_least_float32(logits)
-    largest = (z.detach() if detach else z).amax(axis, keepdim=True)
-    return (z - largest)/tau
+    z = z - (z.detach() if detach else z).amax(axis, keepdim=True)
+    return z if tau == 1 else z/tau
 
 # %% ../nbs/00_core.ipynb #2d57f8af
 class TwoValued(NamedTuple):
@@ -172,11 +173,11 @@ def soft_target_loss(
     "Return `D_KL(t, p_τ)` of each sample; a zero in the target contributes 0"
     logp = torch.log_softmax(shifted(z, tau, detach=True), 1)
     several = target.ndim > z.ndim
+    if entropy and not several: return F.kl_div(logp, target, reduction='none').sum(1)
     mean = target.mean(0) if several else target
     loss = -(mean*logp).sum(1)
     if not entropy: return loss
-    negative_entropy = torch.xlogy(target, target).sum(2 if several else 1)
-    return loss + (negative_entropy.mean(0) if several else negative_entropy)
+    return loss + torch.xlogy(target, target).sum(2).mean(0)
 
 # %% ../nbs/00_core.ipynb #fbe21c72
 def first_output(
@@ -269,6 +270,15 @@ def check_teacher_logits(
     return zt.detach().to(at_least_float32(z).dtype)
 
 # %% ../nbs/00_core.ipynb #ebdf4c3e
+def kept(
+    y:Tensor, # labels
+    ignore_index:int=-100, # positions with this label do not count
+)->Tensor|None: # bool `[N,…]`
+    "Return which positions count; None if all do, as far as that is known without waiting for a GPU"
+    if y.is_floating_point(): return None
+    keep = y != ignore_index
+    return None if keep.is_cpu and keep.all() else keep
+
 def reduce_samples(
     loss:Tensor, # `[N,…]`, one number a sample or position
     y:Tensor, # the labels
@@ -276,8 +286,8 @@ def reduce_samples(
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor:
     "Return the mean (the sum, or each loss) of the samples and positions that count"
-    if not y.is_floating_point():
-        keep = y != ignore_index
+    keep = kept(y, ignore_index)
+    if keep is not None:
         loss = torch.where(keep, loss, 0.)
         if reduction == 'mean': return loss.sum()/keep.sum()
     return loss.mean() if reduction == 'mean' else loss.sum() if reduction == 'sum' else loss
