@@ -10,6 +10,7 @@ __all__ = ['check_schedule', 'ByEpoch', 'Distill', 'LsrKD', 'TfKDReg', 'Knowledg
 
 # %% ../../nbs/31_callback.distill.ipynb #4a4a6ae3
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from fractions import Fraction
@@ -31,6 +32,8 @@ from ..teachers.network import as_teacher
 from .term import LossTerm, known_classes, own_autocast
 
 # %% ../../nbs/31_callback.distill.ipynb #67bdce6d
+def _unique(things): return list({id(o): o for o in things}.values())
+
 def _at(value, pct): return float(value(pct)) if callable(value) else value
 
 def check_schedule(
@@ -65,8 +68,9 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped',)
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared')
     skipped,checked,_label_matters = False,False,True
+    owned,shared = (),()   # the teachers that this method looks after; those that others have too
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path, # of targets: a `Teacher`, a network as `NetworkTeacher` takes it, or `batch → logits`
@@ -104,6 +108,19 @@ class Distill(LossTerm):
             if getattr(rewrite, 'teacher', None) is None: continue
             rewrite.teacher = as_teacher(rewrite.teacher)
             self.teachers[rewrite] = rewrite.teacher
+        self.owned = _unique(self.teachers.values())
+
+    def _share_teachers(self):
+        "Leave a teacher that several methods have to the first of them that uses it, so that it counts each step once"
+        methods = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, Distill) and cb.run]   # as fastai calls them
+        for method in methods: method._find_teachers()
+        at_work = [method for method in methods if not method.idle] + [method for method in methods if method.idle]
+        held = [(teacher, method) for method in at_work for teacher in method.owned]
+        first = {}
+        for teacher,method in held: first.setdefault(id(teacher), method)
+        n_held = Counter(id(teacher) for teacher,_ in held)
+        self.shared = [teacher for teacher in self.owned if n_held[id(teacher)] > 1]
+        self.owned = [teacher for teacher in self.owned if first[id(teacher)] is self]
 
     # how much, and how soft
 
@@ -146,10 +163,10 @@ class Distill(LossTerm):
         super().before_fit()
         self.skipped,self.checked = False,False
         if not self.fitting: return
-        self._find_teachers()
+        self._share_teachers()
         self._check_mixing()
         self._label_matters = self._asks_label()
-        for teacher in self.teachers.values(): teacher.attach(self.learn)
+        for teacher in self.owned: teacher.attach(self.learn)
 
     def _check_mixing(self):
         "Check that no callback mixes images where what is remembered belongs to one"
@@ -166,16 +183,23 @@ class Distill(LossTerm):
 
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return `dl` as the teachers arrange it"
-        for teacher in self.teachers.values(): dl = dl if self.idle else teacher.arrange(dl)
+        for teacher in self.owned: dl = dl if self.idle else teacher.arrange(dl)
         return dl
 
     def after_epoch(self):
         if not self.fitting: return
-        for teacher in self.teachers.values(): teacher.after_epoch()
+        for teacher in self.owned: teacher.after_epoch()
 
     def after_fit(self):
         super().after_fit()
-        if not self.fitting: return
+        if self.fitting: self._let_go()
+
+    def taken_off(self, learn:Learner):
+        "Take the columns along, and let go of the teachers' copies"
+        super().taken_off(learn)
+        self._let_go()
+
+    def _let_go(self):
         for teacher in self.teachers.values(): teacher.detach()
 
     def _asks_label(self):
@@ -194,7 +218,7 @@ class Distill(LossTerm):
         pct = self.learn.pct_train
         (hard,soft),tau = self.weights(pct),self.temperatures(pct)
         self._check_mixing()
-        for teacher in self.teachers.values(): teacher.before_batch()
+        for teacher in self.owned: teacher.before_batch()
         self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
         self.ask(self.batch, before_student=True)
 
@@ -207,7 +231,15 @@ class Distill(LossTerm):
             early = teacher.before_student and not (teacher.reads_label and self.mixing)   # mixed images have two labels, so it is asked for each
             if early != before_student or not (batch.soft or teacher.every_batch): continue
             precision = own_autocast(self.learn) if before_student else nullcontext()   # after the student's pass it is still in force
-            with torch.no_grad(), precision: batch.answers[key] = teacher(batch)
+            with torch.no_grad(), precision: batch.answers[key] = self._answer(teacher, batch)
+
+    def _answer(self, teacher, batch):
+        "What the teacher says; what it has said of this batch already, if that does not depend on who asks"
+        asked = [cb for cb in self.siblings if isinstance(cb, Distill) and cb.batch] if batch.z is None and teacher in self.shared else []
+        for method in asked:
+            for key,answer in method.batch.answers.items():
+                if method.teachers[key] is teacher and (method.batch.tau == batch.tau or not teacher.asks_tau): return answer
+        return teacher(batch)
 
     def hear(self,
         batch:Batch, # with the student's logits, and all answers
@@ -215,8 +247,8 @@ class Distill(LossTerm):
         "Check the answers and hand them to the parts; one that is infinite or not a number becomes 0, and `batch.finite` False"
         for key,teacher in self.teachers.items():
             logits = check_teacher_logits(batch.answers[key], batch.z, batch.axis if teacher.before_student else 1)
-            if isinstance(logits, Tensor):
-                finite = logits.isfinite().all()
+            finite = logits.isfinite().all() if isinstance(logits, Tensor) else None
+            if finite is not None and not (finite.is_cpu and finite):   # another device is not waited for
                 batch.finite = finite if batch.finite is None else batch.finite & finite
                 logits = torch.where(finite, logits, 0.)
             logits = self._prepare(logits, batch)
@@ -240,7 +272,7 @@ class Distill(LossTerm):
         losses = 0.
         for y,portion in labels:
             z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
-            labelled = batch.labelled(y, z)
+            labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
             self.hear(labelled)
@@ -307,7 +339,7 @@ class Distill(LossTerm):
 
     def before_backward(self):
         "Show the batch to the teachers that are made of the training"
-        watching = [teacher for teacher in self.teachers.values() if teacher.observes]
+        watching = [teacher for teacher in self.owned if teacher.observes]
         if self.batch is None or not watching: return
         z,y = classification_batch(at_least_float32(first_output(self.learn.pred).detach()), self.learn.y, self.batch.axis)
         for teacher in watching: teacher.observe(self.batch.labelled(y, z))
@@ -322,7 +354,7 @@ class Distill(LossTerm):
     def after_cancel_step(self): self.skipped = True   # half precision saw an overflow
     def after_step(self):
         if not self.skipped:
-            for teacher in self.teachers.values(): teacher.after_step()
+            for teacher in self.owned: teacher.after_step()
         self.skipped = False
 
     # what it is
@@ -330,9 +362,9 @@ class Distill(LossTerm):
     @property
     def columns(self)->dict: return {**super().columns, **self.teacher.columns}
 
-    def state_dict(self)->dict: return dict(teachers=[teacher.state_dict() for teacher in self.teachers.values()])
+    def state_dict(self)->dict: return dict(teachers=[teacher.state_dict() for teacher in self.owned])
     def load_state_dict(self, state:dict):
-        for teacher,saved in zip(self.teachers.values(), state['teachers']): teacher.load_state_dict(saved)
+        for teacher,saved in zip(self.owned, state['teachers']): teacher.load_state_dict(saved)
 
     def describe(self,
         n_classes:int|None=None, # number of classes; None once attached to a learner

@@ -68,7 +68,7 @@ class NetworkTeacher(Teacher):
     It works on a private copy, in evaluation mode and without a graph: what is given here is neither moved nor changed, takes no part
     in the training, and is left out of `learn.export`. The copy is kept while the weights stay what they are. Its convolutions swallow
     their batch norms where that leaves the outputs what they are (to 1e-4)."""
-    before_student,asks_label = True,False
+    before_student,asks_label,asks_tau = True,False,False
     waits_for,origin,norm,translate,learn,n_student,places,epoch,reset_due,asked = None,None,'auto',None,None,None,None,None,False,True
     def __init__(self,
         model:nn.Module|Learner|str|Path, # the network; the path of an exported learner or of weights; or a name that timm knows
@@ -249,6 +249,7 @@ class EnsembleTeacher(Teacher):
         for teacher in self.teachers: self._check_member(teacher)
         self.asks_label = any(teacher.reads_label for teacher in self.teachers)
         self.average = check_choice('average', average, ('probs', 'logits'))
+        self.asks_tau = average == 'probs' or any(teacher.asks_tau for teacher in self.teachers)
 
     def _check_member(self, teacher):
         changes = type(teacher).after_step is not Teacher.after_step
