@@ -177,7 +177,8 @@ def recipe_campaign(
     "Plan the runs of a recipe. Recipes that need the same network find it trained in the same folder"
     arms = recipe_arms(recipe, dls.c, n_epoch, data, controls, **(settings or {}))
     baseline,about = next(iter(arms)),_about(data or recipe.data, recipe.network)
-    return RecipeCampaign(arms, dls, recipe.model_fn(dls.c, data), n_epoch, seeds, recipe.fit, None, out, baseline, about, learner)
+    make = LearnerParts(dls, recipe.model_fn(dls.c, data), learner)
+    return RecipeCampaign(arms, make, n_epoch, seeds, recipe.fit, None, out, baseline, about)
 
 # %% ../../nbs/47b_lab.experiment.ipynb #ebe34706
 @dataclass(frozen=True)
