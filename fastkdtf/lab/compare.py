@@ -55,7 +55,9 @@ def _found(name, n_classes, teacher):
                      f'partial({getattr(method.make, "__name__", name)}, teacher)')
 
 # %% ../../nbs/41_lab.compare.ipynb #b278935b
-def takes_parts(f):
+def takes_parts(
+    f:Callable, # of methods and a learner
+)->Callable:
     "Let a function of methods and a learner also take loaders and a function that makes the network in the learner's place"
     @wraps(f)
     def wrapper(methods, *args, **kwargs):
@@ -96,6 +98,7 @@ def compare(
     make = learner_maker(learn)
     probe = make(check_seeds(seeds)[0])
     check_learner(probe, fit)
+    check_no_method(probe)
     n_classes = get_c(probe.dls)
     methods = _by_name(methods, n_classes, baseline, teacher)
     if baseline not in methods: methods = {baseline: None, **methods}
