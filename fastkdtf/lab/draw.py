@@ -6,8 +6,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.draw.html.md"""
 
 # %% auto #0
 __all__ = ['style_sheet', 'palette', 'chart_style', 'Look', 'note', 'round_ticks', 'house_style', 'panel', 'strips', 'figure',
-           'draw_accuracies', 'draw_differences', 'draw_curves', 'draw_reliability', 'draw_point', 'draw_baseline',
-           'spread', 'save_png']
+           'plain', 'draw_accuracies', 'draw_differences', 'draw_curves', 'draw_reliability', 'draw_point',
+           'draw_baseline', 'spread', 'save_png']
 
 # %% ../../nbs/45a_lab.draw.ipynb #56408665
 import math
@@ -263,10 +263,18 @@ def figure(
     "Return an HTML figure with its title and an explanation above"
     return ft('figure', Figcaption(H3(title), P(how)), *body, cls=cls)
 
+# %% ../../nbs/45a_lab.draw.ipynb #4f939ad6
+def plain(
+    text:object,
+)->str:
+    "Return a text as matplotlib must get it to write just that, without characters that cannot be printed"
+    text = ''.join(c if c.isprintable() else ' ' for c in str(text)).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
+
 # %% ../../nbs/45a_lab.draw.ipynb #a944191b
 def _rows(ax, names):
     "Give each name a row, the first on top"
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names)-.5, -.5))
+    ax.set(yticks=range(len(names)), yticklabels=map(plain, names), ylim=(len(names)-.5, -.5))
     ax.grid(False, axis='y')
     round_ticks(ax.xaxis)
 
@@ -320,7 +328,7 @@ def draw_curves(
         beside = np.r_[False, known[:-1]] | np.r_[known[1:], False] if len(known) else known
         alone = np.flatnonzero(known & ~beside)   # a lone point shows as a dot
         dots = dict(marker='o', markersize=2, markevery=alone)
-        line = ax.plot(epochs, mean, label=name, linewidth=2, solid_capstyle='round', zorder=order, **dots, **look.line(name))
+        line = ax.plot(epochs, mean, label=plain(name), linewidth=2, solid_capstyle='round', zorder=order, **dots, **look.line(name))
         note(line[0], name, cut=top is not None)
         if band and len(values) > 1 and known.any():
             fill = dict(color=look.colour(name), alpha=.13, linewidth=0, zorder=order)
@@ -370,7 +378,7 @@ def draw_baseline(
     label:str='baseline',
 ):
     "Draw the baseline as a line with its band"
-    ax.axhline(mean, color='black', lw=1.5, label=label)
+    ax.axhline(mean, color='black', lw=1.5, label=plain(label))
     if not math.isnan(sd): ax.axhspan(mean-sd, mean+sd, color='black', alpha=.1, lw=0)
 
 def spread(

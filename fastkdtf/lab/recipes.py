@@ -378,7 +378,7 @@ class Recipe:
         made = self.method(n_classes, n_epoch, **settings)
         if self.method_name in _taught: made = made(*[Awaited(network, 'best') for network in self.teacher_networks])
         named = with_controls({self.method_name: made}, n_classes or image_sets[self.data][0])
-        return {name: control for name,(control,controlled) in named.items() if controlled}
+        return {name: control for name,(control,controlled,_) in named.items() if controlled}
 
     def cite(self)->str:
         "Return the paper's BibTeX, with the place of the number"
