@@ -29,7 +29,7 @@ from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .draw import save_png
 from .report import Comparison, last_accuracy
-from .training import Arm, Campaign
+from .training import Arm, Campaign, LearnerParts
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
 
