@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .draw import save_png
-from .report import Comparison, last_accuracy
+from .report import Comparison, csv_safe, last_accuracy
 from .training import Arm, Campaign, LearnerParts
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
@@ -141,7 +141,7 @@ class Exploration(Comparison):
         "Write what `Comparison.save` does, and `schemes.csv` and `schemes.png`"
         out = super().save(out)
         if self.rewritten:
-            self.grid.to_csv(out/'schemes.csv')
+            csv_safe(self.grid).to_csv(out/'schemes.csv')
             self.plot_schemes()
             save_png(out/'schemes.png')
         return out

@@ -30,7 +30,7 @@ from ..files import run_lock
 from .draw import draw_baseline, save_png
 from .experiment import recipe_campaign
 from .recipes import Recipe, recipe as find_recipe
-from .report import last_accuracy, mean_sd
+from .report import csv_safe, last_accuracy, mean_sd
 from ..fingerprint import fingerprint, settings_digest
 from .runs import EpochBar
 from .training import check_seeds, make_folder
@@ -310,7 +310,8 @@ class Sweep:
         states = self.table.state.value_counts()
         ended = ', '.join(f'{states[state]} {state}' for state in ('pruned', 'diverged') if state in states)
         return (f"{self.recipe.id}: {len(self.trials)} trials{f' ({ended})' if ended else ''}, {self.words}. "
-                f'Error after the last epoch, mean ± sd over seeds; baseline {_per_cent(*mean_sd(self.baseline))} %.')
+                f'Error after the last epoch, mean ± sd over seeds; baseline {_per_cent(*mean_sd(self.baseline))} %. '
+                'The smallest error is that of the images which chose it, so on others it will be larger.')
 
     def __repr__(self): return f'{self.caption}\n{self.shown.to_string()}'
     def _repr_html_(self): return f'<p>{escape(self.caption)}</p>{self.shown.to_html()}'
@@ -353,7 +354,7 @@ class Sweep:
     )->Path:
         "Write `sweep.csv`, and a figure for each parameter"
         out = make_folder(out)
-        self.table.to_csv(out/'sweep.csv')
+        csv_safe(self.table).to_csv(out/'sweep.csv')
         for parameter in self.parameters:
             self.plot(parameter)
             save_png(out/f'{parameter}.png')
