@@ -7,7 +7,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.study.html.md"""
 # %% auto #0
 __all__ = ['is_real', 'search_space', 'check_grid', 'whole_grid', 'grid_points', 'check_space', 'corners', 'import_optuna',
            'quiet_optuna', 'GivenTrials', 'SuggestedTrials', 'Trials', 'is_share', 'as_error', 'ReportEpochs',
-           'StopDiverged', 'has_diverged', 'error_of', 'train_trial', 'mean_and_spread', 'TrialTable']
+           'StopDiverged', 'has_diverged', 'error_of', 'params_in_words', 'run_trials', 'train_trial',
+           'mean_and_spread', 'TrialTable']
 
 # %% ../../nbs/40c_lab.study.ipynb #52c3cb86
 import math
@@ -23,13 +24,12 @@ import numpy as np
 import pandas as pd
 from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
-from fastprogress.fastprogress import ProgressBar
 
 from ..core import *
 from ..files import run_lock
 from .draw import draw_baseline, save_png
 from .report import csv_safe, mean_sd
-from .runs import EpochBar
+from .runs import EpochBar, RunsBar
 from .training import Campaign, Score, make_folder
 
 # %% ../../nbs/40c_lab.study.ipynb #9cd76137
@@ -268,10 +268,30 @@ def error_of(
     "Return a run's error after the last epoch; the worst there is if it diverged"
     return as_error(None if has_diverged(record, n_epoch) else record['last'].get(score.metric), score)
 
+def params_in_words(
+    params:dict, # of a trial
+)->str:
+    "Write settings as `name=value`"
+    return ', '.join(f'{name}={value:g}' if is_real(value) else f'{name}={value}' for name,value in params.items())
+
+def run_trials(
+    trials:Trials,
+    campaign:Callable, # settings → `Campaign`, whose last arm is what is tried
+    n_epochs:int, # of a trial
+):
+    "Train all trials that are not finished, with one bar"
+    bar = RunsBar(len(trials.propose)*n_epochs)
+    def train(trial):
+        "Train a trial and show its settings beside the bar"
+        bar.comment = params_in_words(trial.params)
+        train_trial(trial, campaign(trial.params), bar)
+    trials.run(train)
+    bar.update(bar.total)
+
 def train_trial(
     trial:object, # Optuna's
     campaign:Campaign, # its last arm is what is tried
-    bar:ProgressBar,
+    bar:RunsBar,
 ):
     "Train a trial's seeds and tell the study what came out"
     *needed,name = campaign.arms
@@ -294,6 +314,7 @@ def train_trial(
     trial.set_user_attr('diverged', any(has_diverged(r, n_epoch) for r in records))
     mean = float(np.mean(errors))
     trial.study.tell(trial.number, mean if math.isfinite(mean) else 1e300)
+    bar.line(f'trial {trial.number+1}, {params_in_words(trial.params)}: error {mean_and_spread(*mean_sd(errors), score)}')
 
 # %% ../../nbs/40c_lab.study.ipynb #ca78023f
 def mean_and_spread(

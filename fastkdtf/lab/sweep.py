@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from fastai.data.core import DataLoaders
-from fastprogress.fastprogress import progress_bar
 
 from ..core import *
 from .experiment import recipe_campaign
@@ -125,14 +124,7 @@ def sweep(
     baseline = [first.train(first.baseline, s) for s in seeds]
     with quiet_optuna():
         trials = Trials(out, f'{r.id} {settings_digest(identity)}', propose, pruner)
-        bar = progress_bar(range(len(propose)*len(seeds)*n_epoch))
-        bar.update(0)
-        def train(trial):
-            "Train a trial and show its settings beside the bar"
-            bar.comment = ', '.join(f'{name}={value:g}' if is_real(value) else f'{name}={value}' for name,value in trial.params.items())
-            train_trial(trial, campaign(trial.params), bar)
-        trials.run(train)
-        bar.update(bar.total)
+        run_trials(trials, campaign, len(seeds)*n_epoch)
     words = (f"{n_epoch:,} of {epochs:,} epochs, {len(seeds)} seed{'s'*(len(seeds) > 1)}, "
              f'{len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} held out')
     errors = [error_of(record, first.arms[first.baseline].n_epoch) for record in baseline]

@@ -18,7 +18,6 @@ import numpy as np
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
-from fastprogress.fastprogress import progress_bar
 
 from ..callback.stages import with_batch_size
 from ..core import *
@@ -115,8 +114,8 @@ class Tuned(TrialTable):
         "Say what was chosen, its error where it was chosen and where it was confirmed, and the same for its gain over the baseline"
         unit = ' %' if is_share(self.score) else ''
         def text(*values): return mean_and_spread(*mean_sd(values), self.score) + unit
-        best,params = self.best,self.best_params
-        chosen = ', '.join(f'{p}={v:g}' if is_real(v) else f'{p}={v}' for p,v in params.items())
+        best = self.best
+        chosen = params_in_words(self.best_params)
         said = f'Chosen: {chosen}. Its {self.error_name.removesuffix(" %")} is {text(best.error)} on the samples that chose it'
         if self.confirmed is None: return said + '; it was not confirmed on others.'
         ours,base = self._errors(self.confirmed_name),self._errors(self.confirmed.baseline)
@@ -124,8 +123,8 @@ class Tuned(TrialTable):
         gained,left = float(np.mean(self.baseline))-best.error,float(np.mean(base))-float(np.mean(ours))
         factor = 100 if is_share(self.score) else 1
         return (f'{said}, and {text(*ours)} on the {where}, with {len(ours)} other seed{"s"*(len(ours) > 1)}: a difference of '
-                f'{factor*(np.mean(ours)-best.error):+.3g}{" points"*bool(unit)}. Its gain over the baseline was {factor*gained:+.3g} where it was chosen, '
-                f'and is {factor*left:+.3g} there.')
+                f'{factor*(np.mean(ours)-best.error):+.2f}{" points"*bool(unit)}. Its gain over the baseline was {factor*gained:+.2f} where it was chosen, '
+                f'and is {factor*left:+.2f} there.')
 
     def __repr__(self):
         confirmed = '' if self.confirmed is None else f'\n\n{self.confirmed!r}'
@@ -216,14 +215,7 @@ def _tried(out, study, propose, prune, n_epoch, campaign, first):
     for s in seeds: first.train(first.baseline, s)
     with quiet_optuna():
         trials = Trials(out, study, propose, pruner, 'tune.db')
-        bar = progress_bar(range(len(propose)*len(seeds)*n_epoch))
-        bar.update(0)
-        def train(trial):
-            "Train a trial and show its settings beside the bar"
-            bar.comment = ', '.join(f'{name}={value:g}' if is_real(value) else f'{name}={value}' for name,value in trial.params.items())
-            train_trial(trial, campaign(trial.params), bar)
-        trials.run(train)
-        bar.update(bar.total)
+        run_trials(trials, campaign, len(seeds)*n_epoch)
         return trials.all()
 
 def _in_words(campaign, n_epoch, seeds, share):
