@@ -24,14 +24,17 @@ def _registered_name(call):
     if len(call.args) > 1: return call.args[1].value
     return next((k.value.value for k in call.keywords if k.arg == 'name'), getattr(call.args[0], 'id', None))
 
+def _told(call):
+    "Return what a call of `register_method` says in plain values: `source`, `needs`, `paper`, `control`"
+    return {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+
 @cache
-def method_names()->dict: # name → True if it is a control
+def method_names()->dict: # name → what was said of it: `source`, `control`, …
     "Return the names of all methods in their order, procedures last"
     source = (Path(fastkdtf.__path__[0])/'callback'/'methods.py').read_text(encoding='utf-8')
     calls = [o.value for o in ast.parse(source).body if isinstance(o, ast.Expr) and isinstance(o.value, ast.Call)]
     calls = [call for call in calls if getattr(call.func, 'id', '') == 'register_method']
-    names = {_registered_name(call): any(k.arg == 'control' and k.value.value for k in call.keywords) for call in calls}
-    return {**names, **dict.fromkeys(procedures, False)}
+    return {**{_registered_name(call): _told(call) for call in calls}, 'TfKDSelf': dict(source='student'), 'EffDstl': dict(source='network')}
 
 # %% ../nbs/07_names.ipynb #3efac136
 def _defined_names(path):
@@ -57,8 +60,8 @@ def check_method(
     if name in method_names(): return
     by_lower = {known.lower(): known for known in method_names()}
     alike = [by_lower[o] for o in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=.4)]
-    hint = f"did you mean {' or '.join(alike)}?" if alike else f"choose from {', '.join(method_names())}"
-    raise ValueError(f'{name!r} is no method: {hint}')
+    hint = f"; did you mean {' or '.join(alike)}?" if alike else ''
+    raise ValueError(f"{name} is not one of {', '.join(method_names())}, and no file.py:Name{hint}")
 
 # %% ../nbs/07_names.ipynb #351f57a6
 def literal(

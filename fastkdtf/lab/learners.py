@@ -176,7 +176,14 @@ class LearnerFrom:
     "Makes learners with a function that makes one"
     def __init__(self,
         make:Callable, # without arguments, or of `seed`
-    ): self.make,self.made,self.settings = make,WeakSet(),{}
+        settings:dict|None=None, # what else identifies its runs, in words and numbers
+    ): self.make,self.made,self.said,self.known = make,WeakSet(),settings or {},{}
+
+    @property
+    def settings(self)->dict:
+        "What identifies the runs, in words and numbers"
+        if not self.known: self(0)
+        return {**self.known, **self.said}
 
     def __call__(self,
         seed:int, # set before the function is called
@@ -188,7 +195,7 @@ class LearnerFrom:
         learn = self.make(seed=seed) if 'seed' in inspect.signature(self.make).parameters else self.make()
         check_learner(learn)
         self._check_new(learn.model)
-        if not self.settings: self.settings = learner_settings(learn)
+        if not self.known: self.known = learner_settings(learn)
         if not learn.metrics and _classifies(learn): learn.metrics = L(accuracy)
         learn.dls = with_batch_size(learn.dls, bs)
         if model_fn is not None:

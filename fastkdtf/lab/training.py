@@ -243,7 +243,7 @@ def reported_scores(
     return {**found.values, **evaluate(torch.cat(found.logits), torch.cat(found.labels))}
 
 # %% ../../nbs/40a_lab.training.ipynb #7b7e2f43
-@dataclass
+@dataclass(eq=False)
 class LearnerParts:
     "Makes a learner for each run, from loaders and a function that makes the network"
     dls:DataLoaders|list # `.test`, if it has one, is what is reported; else the validation set; a list has one for each split
@@ -620,8 +620,10 @@ class Campaign:
         learn = self.make_learner(seeds[0])
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
-        shared = dict(n_epoch=n_epoch, fit=fit, settings={**getattr(make_learner, 'settings', {}), **(settings or {})})
-        self.arms = {name: arm.filled(**shared) for name,arm in arms.items()}
+        self.arms = {}
+        for name,arm in arms.items():
+            said = getattr(arm.make_learner or make_learner, 'settings', {})
+            self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings={**said, **(settings or {})})
         self.sizes,self.measured = {(None, None): _class_and_size(learn.model)},{}   # of networks, by what makes them; of teachers, by arm and split
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
         for seed in seeds:
