@@ -563,7 +563,7 @@ def main(
         args,rest = _parser().parse_known_args(argv)
         if rest and args.command == 'describe': args.settings += rest   # argparse takes no settings after an option
         elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-        with redirect_stdout(sys.stderr): text,data = args.run(args)   # what shows progress is no result
+        with redirect_stdout(sys.stderr if args.json else sys.stdout): text,data = args.run(args)
         print(json.dumps(_json_value(data)) if args.json else text, flush=True)
         for failure in data.get('failed', []): print(f"fastkdtf: failed: {' '.join(failure.split())}", file=sys.stderr)
         if data.get('failed'): return 1
