@@ -213,8 +213,8 @@ def _described_controls(record):
 
 def _n_images(record):
     "Return how many images a run was tested on, by the bins of its reliability; None if it has none"
-    bins = record['last'].get('reliability')
-    return round(sum(number_or_nan(n) for n,*_ in bins)) or None if bins else None
+    n = sum(number_or_nan(n) for n,*_ in record['last'].get('reliability') or ())
+    return round(n) if n > 0 else None
 
 def _over_splits(values, splits):
     "Return the mean over the seeds of each split"
