@@ -78,6 +78,14 @@ def _named_data(path):
     if not Path(path).is_file(): return dict(data=path)
     with open(path, 'rb') as f: return dict(data=Path(path).stem, sha1=hashlib.sha1(f.read()).hexdigest()[:8])
 
+def _numbers(comparison):
+    "Return a comparison as a report says it, for a program: sentences, verdicts, and a row for each method"
+    from fastkdtf.lab.page import headline
+    verdicts = [dict(method=name, rival=rival, verdict=said, **dict(zip(('difference', 'low', 'high'), comparison.difference(name, rival))))
+                for (name,rival),said in comparison.verdicts().items()]
+    return dict(caption=comparison.caption, covers=comparison.covers, headline=headline(comparison), verdicts=verdicts,
+                table=_records_of(comparison.table))
+
 def _n_records(out):
     ledger = out/'results.jsonl'
     return len(ledger.read_bytes().splitlines()) if ledger.is_file() else 0
@@ -95,11 +103,11 @@ def _compare(args):
     dls = kd_dataloaders(args.data, bs=args.bs, train_subset=args.train_subset, device=device, augment=augment, path=args.path)
     methods,settings,before = _chosen(args.methods, teacher_free(dls.c)),_named_data(args.data),_n_records(out)
     comparison = compare({'baseline': None, **methods}, dls, partial(create_model, args.arch, dls.c), args.epochs, args.seeds,
-                         controls=not args.no_controls, out=out, lr=args.lr, settings=dict(**settings, arch=args.arch))
+                         controls=not args.no_controls, out=out, lr=args.lr, settings=dict(**settings, arch=args.arch), splits=args.splits)
     n,trained = len(comparison.records),_n_records(out)-before
     files = [str(out/name) for name in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
     done = f"{_count(n, 'run')}, {trained or 'none'} trained now, in {_took(start)}: {', '.join(files)}"
-    data = dict(caption=comparison.caption, table=_records_of(comparison.table), runs=n, trained_now=trained, files=files)
+    data = dict(**_numbers(comparison), runs=n, trained_now=trained, files=files)
     return f'{comparison}\n\n{done}', data
 
 def _compare_options(p):
@@ -115,6 +123,7 @@ def _compare_options(p):
     p.add_argument('--methods', default='all', help='comma-separated: LSR, LsrKD, LsrKD-TC, TfKDReg, TfKDReg-official')
     p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
     p.add_argument('--seeds', type=_positive, default=3, help='how many')
+    p.add_argument('--splits', type=_positive, default=1, help='so many splits of the data, for the seeds in turn, so that the intervals cover the split too')
     p.add_argument('--epochs', type=_positive, default=10, help='of each run, on the one-cycle schedule')
     p.add_argument('--bs', type=_positive, default=128, help='batch size')
     p.add_argument('--lr', type=_number_between(float, 1e-12), default=.01, help='largest learning rate (Adam)')
@@ -247,7 +256,8 @@ def _report(args):
     from fastkdtf.lab.report import comparisons, read_runs
     from fastkdtf.lab.reproduction import Reproduction, has_recipes
     found,out = comparisons(read_runs(args.runs)),Path(args.out)
-    texts,data = list(map(str, found)),dict(runs=sum(len(c.records) for c in found), settings=[c.caption for c in found])
+    texts,data = list(map(str, found)),dict(runs=sum(len(c.records) for c in found), settings=[c.caption for c in found],
+                                      comparisons=list(map(_numbers, found)))
     if has_recipes(args.runs):
         rep = Reproduction(args.runs)
         page = rep.write(out/'report.html' if out.is_dir() else out, found)

@@ -51,7 +51,7 @@ def _found(name, n_classes):
 
 def compare(
     methods:dict|Sequence, # names of the list of methods; or name → what `make_callbacks` takes: class, function, callback, `Stage`; None: the baseline
-    dls:DataLoaders, # with a third loader, `.test`, that is what is reported; else the validation set
+    dls:DataLoaders|Callable, # with a third loader, `.test`, that is what is reported; else the validation set; with `splits`, also a function `split → DataLoaders`
     model_fn:Callable, # makes the model; called once a run, with the run's seed set
     n_epoch:int, # epochs of each run
     seeds:int|Sequence=3, # how many, or a list of seeds
@@ -64,15 +64,18 @@ def compare(
     loss_func:Callable|None=None, # the learner's loss; None: the data's
     opt_func:Callable=Adam, # the learner's optimizer
     learner:Callable=Learner, # makes the learner from loaders, model, `metrics`, `loss_func` and `opt_func`
+    splits:int=1, # so many splits of the data, for the seeds in turn, so that the intervals cover the split too
 )->Comparison:
     "Train a network with each method and its matched controls over several seeds, from the same weights on the same batches"
+    loaders = split_loaders(dls, splits)
+    dls = loaders if splits == 1 else loaders[0]
     methods = _by_name(methods, dls.c, baseline)
     if baseline not in methods: methods = {baseline: None, **methods}
     arms = {name: Arm(*o) for name,o in with_controls(methods, dls.c, controls).items()}
     settings = {**(settings or {}), 'loss_func': fingerprint(loss_func), 'opt_func': fingerprint(opt_func)}
     if learner is not Learner: settings['learner'] = fingerprint(learner)
     learner = partial(learner, loss_func=loss_func, opt_func=opt_func)
-    return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
+    return Campaign(arms, loaders, model_fn, n_epoch, seeds, fit, lr, out, baseline, settings, learner).compare()
 
 # %% ../../nbs/41_lab.compare.ipynb #e53d3f19
 @contextmanager
