@@ -102,6 +102,14 @@ def _named_data(text):
     if not path.exists(): return dict(data=text)
     return dict(data=path.resolve().stem if path.is_file() else path.resolve().name, sha1=_content_digest(path))
 
+def _numbers(comparison):
+    "Return a comparison as a report says it, for a program: sentences, verdicts, and a row for each method"
+    from fastkdtf.lab.page import headline
+    verdicts = [dict(method=name, rival=rival, verdict=said, **dict(zip(('difference', 'low', 'high'), comparison.difference(name, rival))))
+                for (name,rival),said in comparison.verdicts().items()]
+    return dict(caption=comparison.caption, covers=comparison.covers, headline=headline(comparison), verdicts=verdicts,
+                table=_records_of(comparison.table))
+
 def _n_records(out):
     ledger = out/'results.jsonl'
     return len(ledger.read_bytes().splitlines()) if ledger.is_file() else 0
@@ -200,11 +208,11 @@ def _compare(args):
     make,shared = _prepared(args, methods)
     from fastkdtf.lab.compare import compare
     before = _n_records(out)
-    comparison = compare(['baseline', *methods], make, args.epochs, args.seeds, controls=not args.no_controls, **shared)
+    comparison = compare(['baseline', *methods], make, args.epochs, args.seeds, controls=not args.no_controls, splits=args.splits, **shared)
     n,trained = len(comparison.records),_n_records(out)-before
     files = [str(out/name) for name in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
     done = f"{_count(n, 'run')}, {trained or 'none'} trained now, in {_took(start)}: {', '.join(files)}"
-    data = dict(caption=comparison.caption, table=_records_of(comparison.table), runs=n, trained_now=trained, files=files)
+    data = dict(**_numbers(comparison), runs=n, trained_now=trained, files=files)
     return f'{comparison}\n\n{done}', data
 
 def _data_options(p):
@@ -239,6 +247,7 @@ def _compare_options(p):
                    f"all: {', '.join(_no_teacher)}. Known are {', '.join(name for name,said in method_names().items() if not said.get('control'))}")
     p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
     p.add_argument('--seeds', type=_positive, default=3, help='how many')
+    p.add_argument('--splits', type=_positive, default=1, help='so many splits of the data, for the seeds in turn, so that the intervals cover the split too')
     p.add_argument('--out', default='kd_runs', help='folder for runs, table, plots and report')
     _data_options(p)
 
@@ -400,7 +409,8 @@ def _report(args):
     from fastkdtf.lab.report import comparisons, read_runs
     from fastkdtf.lab.reproduction import Reproduction, has_recipes
     found,out = comparisons(read_runs(args.runs)),Path(args.out)
-    texts,data = list(map(str, found)),dict(runs=sum(len(c.records) for c in found), settings=[c.caption for c in found])
+    texts,data = list(map(str, found)),dict(runs=sum(len(c.records) for c in found), settings=[c.caption for c in found],
+                                      comparisons=list(map(_numbers, found)))
     if has_recipes(args.runs):
         rep = Reproduction(args.runs)
         page = rep.write(out/'report.html' if out.is_dir() else out, found)

@@ -426,6 +426,12 @@ def test_report_of_recipes(capsys, tmp_path, finished):
     rc,out,_ = call(capsys, 'report', tmp_path, '--out', tmp_path, '--json')
     assert rc == 0 and json.loads(out)['file'] == str(tmp_path/'report.html') and len(json.loads(out)['files']) == 3 and json.loads(out)['recipes'][0]['sign'] == 'same'
 
+def test_splits(capsys, data, tmp_path):
+    rc,out,_ = compare(capsys, data, tmp_path, '--methods', 'LsrKD', '--no-controls', '--seeds', '2', '--splits', '2', '--json')
+    told = json.loads(out)
+    assert rc == 0 and '2 splits of the data and 2 seeds' in told['covers']
+    assert len({json.dumps(r['settings']['split'], sort_keys=True) for r in lines(tmp_path)}) == 2
+
 def test_report_of_nothing(capsys, tmp_path, finished, monkeypatch):
     check_mistake(finished, capsys, monkeypatch, ['report', str(tmp_path)], 'holds no results.jsonl')
 
@@ -438,6 +444,12 @@ def test_json_is_all_there_is(finished, data, capsys, tmp_path, args, keys):
     rc,out,_ = call(capsys, *args, *extra.get(args[0], []), '--json')
     told = json.loads(out, parse_constant=lambda o: pytest.fail(f'{o} is not JSON'))
     assert rc == 0 and keys <= set(told)
+    if args[0] == 'report': told['table'] = told['comparisons'][0]['table']
+    if args[0] in ('report', 'compare'):
+        row = told['table'][1]
+        assert row['seeds'] == 1 and 0 <= row['last'] <= 1 and row['low'] is None and abs(row['difference']-(row['last']-told['table'][0]['last'])) < 1e-9
+        for one in told.get('comparisons', [told]):
+            assert one['verdicts'][0]['rival'] == 'baseline' and one['verdicts'][0]['verdict'] == 'open' and one['headline'][0].endswith('(0 of 1).') and one['covers']
     if args[0] == 'compare': assert told['trained_now'] == told['runs'] == 2 and [r['method'] for r in told['table']] == ['baseline', 'LSR']
 
 

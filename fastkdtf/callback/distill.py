@@ -404,7 +404,8 @@ def matched_controls(
     terms,others = [cb for cb in cbs if isinstance(cb, LossTerm)],[cb for cb in cbs if not isinstance(cb, LossTerm)]
     if not terms: return {}
     whole = describe_sum(terms, n_classes)
-    losses = {name: weights for name,weights in whole.matched.items() if name != whole.as_control} if others else whole.controls
+    itself = whole.as_control if all(isinstance(term, Distill) for term in terms) else None   # others do more than their loss says
+    losses = {name: weights for name,weights in whole.matched.items() if name != itself and (others or name != 'CE')}
     parts = {name: [scaled_loss(*weights)] for name,weights in losses.items()}
     for term in terms:
         rest = [other for other in terms if other is not term]

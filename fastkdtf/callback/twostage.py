@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from fastai.learner import Callback, Learner
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import num_distrib
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -107,5 +108,5 @@ def fit_effdstl(self:Learner,
 
     The paper's learning rates shrink in proportion to the batch, from its 1024. The recorder has one history of both stages."""
     stages = effdstl_stages(n_epoch, teacher, second_teacher, stage1, stage2, beta, tau, smoothing, tau_teacher, smooth_to, ckm,
-                            two_stages, self.dls.bs)
+                            two_stages, self.dls.bs*max(1, num_distrib()))
     self.fit_stages(stages, n_epoch, [WarnOfExplosion(), *L(cbs)])

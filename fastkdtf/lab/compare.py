@@ -133,8 +133,8 @@ def takes_parts(
     "Let a function of methods and a learner also take loaders and a function that makes the network in the learner's place"
     @wraps(f)
     def wrapper(methods, *args, **kwargs):
-        first = args[0] if args else kwargs.get('dls')
-        if not isinstance(first, (DataLoaders, list)) and 'model_fn' not in kwargs: return f(methods, *args, **kwargs)
+        in_parts = 'model_fn' in kwargs or isinstance(args[0], (DataLoaders, list)) or len(args) > 1 and callable(args[1])
+        if not in_parts: return f(methods, *args, **kwargs)
         names = [name for name in ('dls', 'model_fn') if name not in kwargs]
         parts = {**dict(zip(names, args)), **{name: kwargs.pop(name) for name in ('dls', 'model_fn') if name in kwargs}}
         more = {name: kwargs.pop(name) for name in ('learner', 'loss_func', 'opt_func', 'metrics') if name in kwargs}
@@ -169,11 +169,12 @@ def compare(
     teacher:object=None, # of methods given by name that need one: a network, its path, a learner, any teacher; `LearnerFrom` and the like: trained first
     metric:str|None=None, # what runs are judged by; None: accuracy if the learner has it, else its first metric
     higher:bool|None=None, # is a larger value of the metric better? None: known from its name
+    splits:int=1, # so many splits of the data, for the seeds in turn, so that the intervals cover the split too; see `with_splits`
 )->Comparison:
     """Train a learner with each method and its matched controls over several seeds, from the same weights on the same batches
 
     If the loaders have a third one, `.test`, that is what is reported; else the validation set."""
-    make,seeds = learner_maker(learn),check_seeds(seeds)
+    make,seeds = with_splits(learner_maker(learn), splits),check_seeds(seeds)
     probe = make(seeds[0])
     check_learner(probe, fit)
     check_no_method(probe)

@@ -269,7 +269,7 @@ def plain(
 )->str:
     "Return a text as matplotlib must get it to write just that, without characters that cannot be printed"
     text = ''.join(c if c.isprintable() else ' ' for c in str(text)).replace('$', r'\$')
-    return f' {text}' if text.startswith('_') else text
+    return f' {text}' if text[:1] in ('', '_') else text
 
 # %% ../../nbs/45a_lab.draw.ipynb #a944191b
 def _rows(ax, names):

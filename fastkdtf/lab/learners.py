@@ -6,13 +6,14 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.learners.html.md"""
 
 # %% auto #0
 __all__ = ['own_callbacks', 'copy_learner', 'check_learner', 'check_no_method', 'learner_settings', 'LearnerLike', 'LearnerFrom',
-           'learner_maker']
+           'with_splits', 'learner_maker']
 
 # %% ../../nbs/40b_lab.learners.ipynb #9c27304b
 import inspect
 import warnings
 from collections.abc import Callable
 from copy import copy, deepcopy
+from dataclasses import replace
 from weakref import WeakSet
 
 import torch
@@ -27,6 +28,7 @@ from fastcore.basics import defaults
 from fastcore.foundation import L
 from torch import nn
 
+from ..core import *
 from ..callback.checkpoint import seed_run
 from ..callback.stages import with_batch_size
 from ..callback.term import LossTerm
@@ -177,7 +179,25 @@ class LearnerFrom:
     def __init__(self,
         make:Callable, # without arguments, or of `seed`
         settings:dict|None=None, # what else identifies its runs, in words and numbers
-    ): self.make,self.made,self.said,self.known = make,WeakSet(),settings or {},{}
+        n_splits:int=1, # splits of the data, one of which is told to a function with an argument `split`
+    ):
+        self.make,self.made,self.said,self.known = make,WeakSet(),settings or {},{}
+        self.takes = set(inspect.signature(make).parameters) & {'seed', 'split'}
+        self.splits,self.loaders,self.split_of = [None]*n_splits,{},{}
+        if n_splits > 1 and 'split' not in self.takes:
+            raise TypeError(f'splits={n_splits} needs a function with an argument split, which makes the learner with the loaders of that split')
+
+    def for_seeds(self,
+        seeds:list,
+    )->'LearnerFrom':
+        "Return a copy that knows the split of each seed, one after the other"
+        new,n = copy(self),len(self.splits)
+        if n == 1: return new
+        if n > len(seeds): raise ValueError(f'splits={n} needs as many seeds, a split for each, got {len(seeds)}')
+        new.split_of = {seed: i%n for i,seed in enumerate(seeds)}
+        own = {split: new(seed).dls for seed,split in list(new.split_of.items())[:n]}
+        new.loaders = {seed: own[split] for seed,split in new.split_of.items()}
+        return new
 
     @property
     def settings(self)->dict:
@@ -192,7 +212,8 @@ class LearnerFrom:
     )->Learner:
         "Make the learner of a run"
         seed_run(seed)
-        learn = self.make(seed=seed) if 'seed' in inspect.signature(self.make).parameters else self.make()
+        told = dict(seed=seed, split=self.split_of.get(seed, 0))
+        learn = self.make(**{name: told[name] for name in self.takes})
         check_learner(learn)
         self._check_new(learn.model)
         if not self.known: self.known = learner_settings(learn)
@@ -212,6 +233,16 @@ class LearnerFrom:
         self.made.update(parts)
 
 # %% ../../nbs/40b_lab.learners.ipynb #a08b076e
+def with_splits(
+    make:Callable, # as `learner_maker` returns it
+    splits:int, # of the data; 1 leaves it at that
+)->Callable:
+    "Return what makes learners on several splits of the data. Raises `TypeError` where they cannot be split again"
+    if check_whole('splits', splits) == 1: return make
+    if isinstance(make, LearnerFrom): return LearnerFrom(make.make, make.said, splits)
+    if isinstance(make, LearnerParts): return replace(make, dls=split_loaders(make.dls, splits))
+    raise TypeError(f'splits={splits} needs loaders for each split: in place of the Learner give a function with an argument split that makes it')
+
 def learner_maker(
     learn:Learner|Callable, # a learner; a function that makes one; or what this returns
 )->Callable: # seed → learner

@@ -198,7 +198,10 @@ def csv_safe(
     table:pd.DataFrame,
 )->pd.DataFrame:
     "Return a table in which no text can be taken for a formula by a spreadsheet: a quote comes before it"
-    def safe(value): return f"'{value}" if isinstance(value, str) and value[:1] in '=+-@\t\r' and value else value
+    def safe(value):
+        "Return a text behind a quote where it needs one, and in characters that a file can hold"
+        if not isinstance(value, str): return value
+        return "'"*(value[:1] in tuple('=+-@\t\r')) + value.encode(errors='backslashreplace').decode()
     out = table.astype({column: object for column in table if table[column].dtype.kind not in 'biuf'})
     out = out.apply(lambda column: column.map(safe) if column.dtype == object else column)
     return out.rename(index=safe, columns=safe)
@@ -213,8 +216,8 @@ def _described_controls(record):
 
 def _n_images(record):
     "Return how many images a run was tested on, by the bins of its reliability; None if it has none"
-    bins = record['last'].get('reliability')
-    return round(sum(number_or_nan(n) for n,*_ in bins)) or None if bins else None
+    n = sum(number_or_nan(n) for n,*_ in record['last'].get('reliability') or ())
+    return round(n) if n > 0 else None
 
 def _over_splits(values, splits):
     "Return the mean over the seeds of each split"
