@@ -6,9 +6,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.study.html.md"""
 
 # %% auto #0
 __all__ = ['is_real', 'search_space', 'check_grid', 'whole_grid', 'grid_points', 'check_space', 'corners', 'import_optuna',
-           'quiet_optuna', 'GivenTrials', 'SuggestedTrials', 'Trials', 'is_share', 'as_error', 'ReportEpochs',
-           'StopDiverged', 'has_diverged', 'error_of', 'params_in_words', 'run_trials', 'train_trial',
-           'mean_and_spread', 'TrialTable']
+           'quiet_optuna', 'GivenTrials', 'SuggestedTrials', 'Trials', 'as_error', 'ReportEpochs', 'StopDiverged',
+           'has_diverged', 'error_of', 'params_in_words', 'run_trials', 'train_trial', 'mean_and_spread', 'TrialTable']
 
 # %% ../../nbs/40c_lab.study.ipynb #52c3cb86
 import math
@@ -209,17 +208,13 @@ class Trials:
             with self._lock(self._file(running[0]), -1): pass   # until another process has finished its trial, or died
 
 # %% ../../nbs/40c_lab.study.ipynb #5273c433
-def is_share(score:Score)->bool:
-    "True for a metric that is a share of all samples, with 1 for the best"
-    return score.metric == 'accuracy'
-
 def as_error(
     value:float|None, # of a metric
     score:Score,
 )->float: # the smaller the better; 1 - accuracy, and where that is not known 1
     "Return a value of the judged metric as something to make small"
     known = value is not None and math.isfinite(value)
-    if is_share(score): return 1-value if known else 1.
+    if score.metric == 'accuracy': return 1-value if known else 1.
     return (-value if score.higher else value) if known else math.inf
 
 class ReportEpochs(Callback):
@@ -324,8 +319,7 @@ def mean_and_spread(
 )->str:
     "Write mean ± standard deviation of errors as text"
     if math.isnan(mean): return '–'
-    def text(x): return f'{100*x:.2f}' if is_share(score) else f'{x:.4g}'
-    return text(mean) + ('' if math.isnan(sd) else f' ± {text(sd)}')
+    return score.text(mean) + ('' if math.isnan(sd) else f' ± {score.text(sd)}')
 
 class TrialTable:
     "Trials of a method's settings; shows as a table, draws the error against each parameter, saves both"
@@ -386,14 +380,15 @@ class TrialTable:
     @property
     def error_name(self)->str:
         "What the errors are called"
-        return 'error %' if is_share(self.score) else f'-{self.score.metric}' if self.score.higher else self.score.metric
+        if self.score.metric == 'accuracy': return 'error %'
+        return ('-' if self.score.higher else '') + self.score.label
 
     @property
     def caption(self)->str:
         "Say what was run, and what the columns mean"
         states = self.table.state.value_counts()
         ended = ', '.join(f'{states[state]} {state}' for state in ('pruned', 'diverged') if state in states)
-        baseline = mean_and_spread(*mean_sd(self.baseline), self.score) + ' %'*is_share(self.score)
+        baseline = mean_and_spread(*mean_sd(self.baseline), self.score) + self.score.unit
         return (f"{self.title}: {len(self.trials)} trials{f' ({ended})' if ended else ''}, {self.words}. "
                 f'Error after the last epoch, mean ± sd over seeds; baseline {baseline}. '
                 'The smallest error is that of the images which chose it, so on others it will be larger.')
@@ -421,7 +416,7 @@ class TrialTable:
         "Plot error against one parameter, mean ± sd over seeds; the baseline as a band. Wang et al. 2020, Fig. 2–4"
         check_choice('parameter', parameter, tuple(self.parameters))
         if ax is None: ax = plt.subplots(figsize=(6, 3.6), layout='constrained')[1]
-        trials,own,factor = self._drawn(parameter),self.own.get(parameter),100 if is_share(self.score) else 1
+        trials,own,factor = self._drawn(parameter),self.own.get(parameter),self.score.factor
         done   = [trial for trial in trials if trial.user_attrs.get('errors')]
         pruned = [trial for trial in trials if not trial.user_attrs.get('errors')]
         def values(trials): return [v if is_real(v) else str(v) for v in (trial.params[parameter] for trial in trials)]

@@ -112,7 +112,7 @@ class Tuned(TrialTable):
     @property
     def verdict(self)->str:
         "Say what was chosen, its error where it was chosen and where it was confirmed, and the same for its gain over the baseline"
-        unit = ' %' if is_share(self.score) else ''
+        unit = self.score.unit
         def text(*values): return mean_and_spread(*mean_sd(values), self.score) + unit
         best = self.best
         chosen = params_in_words(self.best_params)
@@ -121,9 +121,9 @@ class Tuned(TrialTable):
         ours,base = self._errors(self.confirmed_name),self._errors(self.confirmed.baseline)
         where = 'test set' if self.confirmed.records[0]['evaluated_on'] == 'test' else 'validation set'
         gained,left = float(np.mean(self.baseline))-best.error,float(np.mean(base))-float(np.mean(ours))
-        factor = 100 if is_share(self.score) else 1
+        factor = self.score.factor
         return (f'{said}, and {text(*ours)} on the {where}, with {len(ours)} other seed{"s"*(len(ours) > 1)}: a difference of '
-                f'{factor*(np.mean(ours)-best.error):+.2f}{" points"*bool(unit)}. Its gain over the baseline was {factor*gained:+.2f} where it was chosen, '
+                f'{factor*(np.mean(ours)-best.error):+.2f}{self.score.points}. Its gain over the baseline was {factor*gained:+.2f} where it was chosen, '
                 f'and is {factor*left:+.2f} there.')
 
     def __repr__(self):
