@@ -25,7 +25,7 @@ from fastkdtf.files import run_lock
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
 from fastkdtf.teachers.base import UniformTeacher
-from fastkdtf.lab.training import Arm, BatchDraws, Campaign, StepDraws
+from fastkdtf.lab.training import Arm, BatchDraws, Campaign, LearnerParts, StepDraws
 
 torch.set_num_threads(1)
 K,N_BATCH = 3,3
@@ -426,7 +426,7 @@ def test_keys_of_dependent_runs():
     "They change with the run that they depend on, and with which of its weights"
     def keys(method=None, keep='last', kd=KnowledgeDistillation):
         arms = {'baseline': Arm(method, keep=keep), 'taught': Arm(kd, teacher='baseline'), 'on': Arm(start='baseline')}
-        return {k[0]: r.key for k,r in Campaign(arms, tiny_dls(), net, 1, seeds=1, learner=partial(Learner, loss_func=CrossEntropyLossFlat())).runs.items()}
+        return {k[0]: r.key for k,r in Campaign(arms, LearnerParts(tiny_dls(), net, partial(Learner, loss_func=CrossEntropyLossFlat())), 1, seeds=1).runs.items()}
     plain,other,best = keys(),keys(LsrKD),keys(keep='best')
     assert keys() == plain and all(plain[k] != other[k] for k in plain)
     assert best['baseline'] == plain['baseline'] and best['taught'] != plain['taught'] and best['on'] != plain['on']

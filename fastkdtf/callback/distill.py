@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.distill.html.md"""
 
 # %% auto #0
 __all__ = ['check_schedule', 'ByEpoch', 'Distill', 'LsrKD', 'TfKDReg', 'KnowledgeDistillation', 'MemoryReplay', 'ScaledCE',
-           'ScaledLS', 'matched_controls']
+           'ScaledLS', 'scaled_loss', 'describe_sum', 'matched_controls']
 
 # %% ../../nbs/31_callback.distill.ipynb #4a4a6ae3
 import warnings
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Callback, Learner
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ..core import *
@@ -490,11 +491,45 @@ class ScaledLS(Distill):
         self.settings = dict(epsilon=epsilon, factor=factor)
 
 # %% ../../nbs/31_callback.distill.ipynb #b76f0599
-def matched_controls(
-    method:Distill, # the method to be held against them
+def scaled_loss(
+    hard:float, # weight of `H(q, p)`
+    soft:float, # weight of `D_KL(u, p)`
+)->Distill:
+    "Make the control with these weights"
+    return ScaledLS(soft/(hard+soft), hard+soft) if soft else ScaledCE(hard)
+
+def describe_sum(
+    terms:Iterable, # each a `LossTerm`; none for the plain loss
     n_classes:int,
-)->dict: # name → callback
-    "Make the controls of a method: cross-entropy of the same scale, label smoothing of the equivalent ε and scale, and its own"
-    controls = method.describe(n_classes).controls
-    scaled = {name: ScaledLS(soft/(hard+soft), hard+soft) if soft else ScaledCE(hard) for name,(hard,soft) in controls.items()}
-    return {**scaled, **getattr(method, 'own_controls', lambda n_classes: {})(n_classes)}
+)->Description:
+    "Describe what several methods do together: their weights, gradients and targets add up"
+    described = [term.describe(n_classes) for term in terms]
+    if len(described) == 1: return described[0]
+    gradients = [one.soft_gradient for one in described]
+    if None in gradients: return Description('sum', {}, n_classes, 1., 1., gradient=None)
+    total,targets = sum(gradients),[one.target for one in described if one.soft_gradient]
+    sums = [sum(g*one.target[i] for g,one in zip(gradients, described) if g) for i in (0,1)] if None not in targets else None
+    target = tuple(part/total for part in sums) if sums and total else None
+    tau = 1. if all(one.exact for one in described) else 2.   # any temperature but 1 says 'to first order'
+    return Description('sum', {}, n_classes, 1+sum(one.hard-1 for one in described), tau*total, tau, target)
+
+def matched_controls(
+    method:Callback|Iterable, # the method to be held against them, or its callbacks
+    n_classes:int,
+)->dict: # name → callback, or a list of them
+    """Make the controls of a method: cross-entropy of the same scale, and label smoothing of the equivalent ε and scale
+
+    Callbacks that are no `LossTerm` are part of the controls too. A method may name further ones as `other_controls`."""
+    cbs = list(L(method))
+    terms,others = [cb for cb in cbs if isinstance(cb, LossTerm)],[cb for cb in cbs if not isinstance(cb, LossTerm)]
+    if not terms: return {}
+    whole = describe_sum(terms, n_classes)
+    itself = whole.as_control if all(isinstance(term, Distill) for term in terms) else None   # others do more than their loss says
+    losses = {name: weights for name,weights in whole.matched.items() if name != itself and (others or name != 'CE')}
+    parts = {name: [scaled_loss(*weights)] for name,weights in losses.items()}
+    for term in terms:
+        rest = [other for other in terms if other is not term]
+        further = {**getattr(term, 'other_controls', {}), **getattr(term, 'own_controls', lambda n_classes: {})(n_classes)}
+        for name,cb in further.items(): parts[' + '.join([name, *(o.name for o in rest)])] = [cb, *rest]
+    named = {' + '.join([name, *(cb.name for cb in others)]): [*others, *own] for name,own in parts.items()}
+    return {name: own[0] if len(own) == 1 else own for name,own in named.items()}
