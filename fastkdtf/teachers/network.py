@@ -17,7 +17,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -26,10 +25,10 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import get_model
-from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ..core import *
+from ..pickles import read_saved
 from .base import FunctionTeacher, Teacher
 from .frozen import FrozenCopy, copy_model
 from ..vision.models import create_model
@@ -120,15 +119,10 @@ def check_inputs(
 # %% ../../nbs/21_teachers.network.ipynb #3ee7f4b3
 def _said(error): return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
-def _safe_types():
-    "Return the types that a file of `learn.save` may hold beside weights, in the state of fastai's optimizer"
-    arrays = getattr(np, '_core', None) or np.core
-    return [L, arrays.multiarray.scalar, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-
 def _read_weights(path):
-    "Return the state dict in a file of `torch.save` or `learn.save`"
+    "Return the state dict in a file of `torch.save` or `learn.save`; nothing in it is called"
     try:
-        with torch.serialization.safe_globals(_safe_types()): weights = torch.load(path, map_location='cpu', weights_only=True)
+        weights = read_saved(path)
         if set(weights) == {'model', 'opt'}: weights = weights['model']
         weights = {name: value for name,value in weights.items() if isinstance(value, Tensor)}
         if not weights: raise ValueError('no tensors in it')
@@ -152,9 +146,18 @@ def _load_weights(path, arch):
     return model
 
 # %% ../../nbs/21_teachers.network.ipynb #841eb4a4
-def _load_learner(path):
-    "Return the exported learner in `path`"
+def _is_weights(path):
+    "True if a file holds weights"
+    try: return bool(_read_weights(path))
+    except ValueError: return False
+
+def _load_learner(path, trust):
+    "Return the exported learner in `path`. Raises `ValueError` unless it is trusted: reading it runs what is in it"
     hint = 'for weights, say of which network with arch='
+    if not trust and _is_weights(path): raise ValueError(f'{path} holds weights: say of which network with arch=')
+    if not trust:
+        raise ValueError(f'{path} is read like an exported learner, and reading one runs the code in it. If you know who wrote it, give '
+                         f'trust=True, or give load_learner({str(path)!r}); {hint}')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')   # fastai's word about pickle is in our docs
@@ -171,14 +174,14 @@ def _load_timm(name, pretrained=True, **kwargs):
 
 _forms = 'a teacher is a module, a Learner, the path of an exported learner or of weights, or a name that timm knows'
 
-def _find(model, arch, kwargs):
+def _find(model, arch, trust, kwargs):
     "Return the module or the `Learner` that `model` stands for"
     if _is_timm_name(model): return _load_timm(model, **kwargs)
     if kwargs: raise TypeError(f"NetworkTeacher got {', '.join(kwargs)}, which only a name that timm knows takes")
     if not isinstance(model, (str, Path)): return model
     path = Path(model)
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file; {_forms}')
-    return _load_learner(path) if arch is None else _load_weights(path, arch)
+    return _load_learner(path, trust) if arch is None else _load_weights(path, arch)
 
 # %% ../../nbs/21_teachers.network.ipynb #f537206e
 class _Origin(NamedTuple):
@@ -237,12 +240,13 @@ class NetworkTeacher(Teacher):
         teacher_norm:str|tuple|list|None='auto', # (mean, std) of its inputs, a number a channel; 'auto': as known; None: the student's
         teacher_size:int|tuple|None=None, # side of its images in pixels, or (height, width); None: as the student sees them
         fast:bool=True, # fold batch norms into convolutions
+        trust:bool=False, # read the path of an exported learner, which runs the code in it
         **kwargs # to `timm.create_model`, with a name
     ):
         given_stats = teacher_norm if teacher_norm in ('auto', None) else _check_stats(teacher_norm)
         self.size = None if teacher_size is None else _check_size(teacher_size)
         self.source,self.fast = model if isinstance(model, str) else type(model).__name__,fast
-        origin = _origin(_find(model, arch, kwargs))
+        origin = _origin(_find(model, arch, trust, kwargs))
         self.model,self.inputs = get_model(origin.network),origin.inputs
         self.stats = origin.stats if given_stats == 'auto' else given_stats
         self.vocab = origin.vocab if vocab is None else [str(name) for name in vocab]
