@@ -1172,7 +1172,7 @@ def test_a_file_beats_a_timm_name_and_other_arguments_are_refused(monkeypatch):
     net = network()
     learner(model_fn=lambda: net).export('resnet18')
     monkeypatch.setattr(timm, 'create_model', lambda *a, **k: pytest.fail('there is a file'))
-    speaks_like(NetworkTeacher('resnet18'), net)
+    speaks_like(NetworkTeacher('resnet18', trust=True), net)
     for model in (net, 'resnet18'):
         with pytest.raises(TypeError): NetworkTeacher(model, no_such_argument=1)
 
