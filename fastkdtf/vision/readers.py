@@ -198,6 +198,7 @@ def _of_tar(path):
                 found[name] = _File(member.size, partial(bytes, t.extractfile(member).read()))
                 tape.in_header = True
         if tape.last.strip(b'\0') or len(tape.last)<512: raise ValueError("truncated or damaged archive: its end is missing")
+        while file.read(2**20): pass   # a compressed file is compared with its checksum at its end
     return found | {name: found[target] for name,target in links.items() if _leads_to_file(name, target, found)}
 
 def _leads_to_file(name, target, found):
@@ -382,25 +383,27 @@ def _says(folder):
     sets = set(filter(None, found))
     return sets.pop() if len(sets)==1 else None, tuple(word for word,of in zip(words, found) if not of and word not in _fillers)
 
+def _is_set(folder):
+    "True for a name that says a set and nothing else"
+    part,others = _says(folder)
+    return bool(part) and not others
+
 # %% ../../nbs/10a_vision.readers.ipynb #e95706f3
 def _by_set(names):
     "The folders that lead to each image, parted into the set they say and the rest; a set may also lie below its class"
     paths = {name: PurePosixPath(name).parts[:-1] for name in names}
     if stray := first(name for name,path in paths.items() if not path): raise ValueError(_stray(stray))
     n_shared = min(len(os.path.commonprefix(list(paths.values()))), min(map(len, paths.values()))-1)
-    leaves = {path[-1] for path in paths.values()}
-    if all(len(path)>n_shared+1 and _says(path[-1])[0] and not _says(path[-1])[1] for path in paths.values()):
-        return {name: (_says(path[-1])[0], path[n_shared:-1]) for name,path in paths.items()}
-    found = {}
+    found,below = {},all(len(path)>n_shared+1 and _is_set(path[-1]) for path in paths.values())
     for name,path in paths.items():
         above = path[n_shared:-1]
         told = {_says(folder)[0] for folder in above} - {None}
         if len(told)>1: raise ValueError(f"{name} lies in folders for {' and for '.join(sorted(told))} images")
         found[name] = first(told),(*(folder for folder in above if not _says(folder)[0]), path[-1])
-    sets = {part for part,_ in found.values()}
-    if sets!={None}: return found
-    shared = first(_says(folder)[0] for folder in first(paths.values())[:n_shared][::-1] if _says(folder)[0] and not _says(folder)[1])
-    _check_flat(leaves)
+    if any(part for part,_ in found.values()): return found
+    if below: return {name: (_says(path[-1])[0], path[n_shared:-1]) for name,path in paths.items()}
+    shared = first(_says(folder)[0] for folder in reversed(first(paths.values())[:n_shared]) if _is_set(folder))
+    if not shared: _check_flat({path[-1] for path in paths.values()})
     return {name: (shared or 'train', rest) for name,(_,rest) in found.items()}
 
 def _stray(name): return f"{name} must lie in a folder with the name of its class"
