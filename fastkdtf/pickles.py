@@ -94,8 +94,8 @@ class _Machine:
         elif op in ('PUT', 'BINPUT', 'LONG_BINPUT'): self.memo[arg] = stack[-1]
         elif op == 'MEMOIZE':   self.memo[len(self.memo)] = stack[-1]
         elif op in ('GET', 'BINGET', 'LONG_BINGET'): stack.append(self.memo[arg])
-        elif op == 'GLOBAL':    stack.append(Named(arg.replace(' ', '.')))
-        elif op == 'STACK_GLOBAL': stack.append(Named('{}.{}'.format(*self.pop(2))))
+        elif op == 'GLOBAL':    stack.append(_named(arg.replace(' ', '.')))
+        elif op == 'STACK_GLOBAL': stack.append(_named('{}.{}'.format(*self.pop(2))))
         elif op in ('REDUCE', 'NEWOBJ'): self.call(*self.pop(2))
         elif op == 'BUILD':
             state, = self.pop()
@@ -162,11 +162,11 @@ def _strided(flat, offset, size, stride, *_):
     if not isinstance(flat, Tensor) or not isinstance(offset, int) or offset < 0 or len(size) != len(stride):
         raise ValueError('a tensor is no view of a storage')
     last = offset + sum((k-1)*step for k,step in zip(size, stride)) if n else offset-1
-    if last >= len(flat) or n > max(len(flat), 2**20): raise ValueError(f'a tensor of {list(size)} does not lie in its {len(flat)} numbers')
-    return flat.as_strided(size, stride, offset)
+    if last >= len(flat) or n > max(len(flat), 2**20):
+        raise ValueError(f'a tensor of {list(size)} does not lie in its {len(flat)} numbers')
+    return torch.empty(0, dtype=flat.dtype).set_(flat.untyped_storage(), offset, size, stride)   # a tensor of its own, no view
 
 def _typed_strided(flat, offset, size, stride, requires_grad, hooks, kind, *_):
-    kind = getattr(torch, kind.name.removeprefix('torch.'), None) if isinstance(kind, Named) else None
     if not isinstance(kind, torch.dtype): raise ValueError('a tensor has no type')
     return _strided(flat.view(kind), offset, size, stride)
 
@@ -179,10 +179,17 @@ def _subclass(make, kind, args, *_): return _made(make.name, args)
 _makers = {'_codecs.encode': _encoded, 'collections.OrderedDict': lambda items=(): dict(items),
            'torch._utils._rebuild_tensor_v2': _strided, 'torch._utils._rebuild_tensor_v3': _typed_strided,
            'torch._utils._rebuild_parameter': lambda data, *_: data, 'torch._tensor._rebuild_from_type_v2': _subclass,
-           'torch.Size': lambda size=(): tuple(size), 'builtins.bytes': lambda: b'', '__builtin__.bytes': lambda: b''}
+           'torch.Size': lambda size=(): tuple(size), 'torch.device': torch.device,
+           'builtins.bytes': lambda: b'', '__builtin__.bytes': lambda: b''}
 _makers |= {f'{numpy}.numeric._frombuffer': lambda data, kind, shape, order: _array(data, kind, shape, order == 'F')
             for numpy in ('numpy.core', 'numpy._core')}
 _makers |= {f'{numpy}.multiarray.scalar': lambda kind, data: _array(data, kind, ()).item() for numpy in ('numpy.core', 'numpy._core')}
+
+def _named(name):
+    "Return a number type of PyTorch, and what is called something else in words"
+    module,_,kind = name.rpartition('.')
+    found = getattr(torch, kind, None) if module == 'torch' else None
+    return found if isinstance(found, torch.dtype) else Named(name)
 
 def _made(name, args):
     "Return what a call makes if it makes plain data, else the call in words"
@@ -219,7 +226,7 @@ def _read_archive(archive):
     found = [name for name in names if name == 'data.pkl' or name.endswith('/data.pkl')]
     if len(found) != 1: raise ValueError('no file of torch.save')
     prefix = found[0].removesuffix('data.pkl')
-    if any(name.startswith(f'{prefix}code/') for name in names): raise ValueError('a TorchScript file: save the state_dict of the module instead')
+    if any(name.startswith(f'{prefix}code/') for name in names): raise ValueError('a TorchScript file: save the state_dict of its module')
     check_room('it', sum(info.file_size for info in archive.infolist()))
     if f'{prefix}byteorder' in names and archive.read(f'{prefix}byteorder') != b'little': raise ValueError('not of little-endian numbers')
     return read_pickle(archive.read(found[0]), _Storages(archive, prefix))
@@ -233,8 +240,9 @@ def read_saved(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
     if not zipfile.is_zipfile(path):
-        raise ValueError(f'{path} is cut short, or no file of torch.save (of PyTorch 1.6 or later; older ones can be loaded and saved again)')
+        raise ValueError(f'{path} is cut short, or no file of torch.save (PyTorch 1.6 or later; load and save an older one again)')
     try:
         with zipfile.ZipFile(path) as archive: return _read_archive(archive)
     except OSError as e: raise OSError(e.errno, f'{path} cannot be read: {e.strerror or e}') from e
-    except Exception as e: raise ValueError(f'{path} is damaged or no file of torch.save ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
+    except Exception as e:
+        raise ValueError(f'{path} is damaged or no file of torch.save ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e

@@ -247,7 +247,7 @@ def test_a_tar_archive_that_was_cut_is_refused_wherever_it_was_cut(tmp_path, mod
     for cut in cuts:
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=r'x\.tar: truncated or damaged archive'): read_files(path)
-    assert len(cuts)>15
+    assert len(cuts)>10
 
 def test_a_header_of_a_tar_archive_that_was_damaged_is_refused(tmp_path):
     path = write_tar(write(tmp_path/'x', read_right['usual']), tmp_path/'x.tar')

@@ -33,6 +33,7 @@ from ..callback.checkpoint import Checkpoint, seed_run
 from ..callback.distill import Distill, matched_controls
 from ..callback.stages import Stage, with_batch_size
 from ..files import replacing, run_lock
+from ..pickles import read_saved
 from ..fingerprint import fingerprint
 from .interpret import evaluate
 from .page import write_report
@@ -384,9 +385,8 @@ class FolderStore(MemoryStore):
     def weights(self, run:Run)->dict:
         "Read the kept weights of a finished run. Raises `ValueError` if the file is damaged"
         file = self._weights_file(run)
-        try: return torch.load(file, map_location='cpu', weights_only=True)
-        except FileNotFoundError: raise
-        except Exception as e:
+        try: return read_saved(file)
+        except ValueError as e:
             raise ValueError(f'{file}, the weights of {run.arm}, is damaged: delete it, and the same call trains them again') from e
 
 # %% ../../nbs/40a_lab.training.ipynb #314840fa

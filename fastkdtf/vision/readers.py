@@ -72,7 +72,8 @@ def _load_array(z, name):
         with z.open(f'{name}.npy') as f:
             head = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(f)==(1,0) else np.lib.format.read_array_header_2_0
             shape,_,dtype = head(f)
-            if f.tell() + math.prod(shape)*dtype.itemsize!=size and not dtype.hasobject: raise ValueError(f"its size is not that of {shape}")
+            if f.tell() + math.prod(shape)*dtype.itemsize!=size and not dtype.hasobject:
+                raise ValueError(f"its size is not that of {shape}")
         with z.open(f'{name}.npy') as f: return np.asarray(np.lib.format.read_array(f, allow_pickle=False))
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as e: raise ValueError(f"{name} is truncated or damaged ({e})") from e
     except Exception as e: raise ValueError(f"{name} can't be read as a plain array ({e})") from e
@@ -165,7 +166,8 @@ def _of_zip(path):
 def _of_zip_file(z, info, name):
     if stat.S_ISLNK(info.external_attr>>16): raise ValueError(f"{name} is a link: unpack the archive, and give the folder")
     try: return z.read(info)
-    except (RuntimeError, NotImplementedError) as e: raise ValueError(f"{name} can't be unpacked here ({e}): unpack the archive, and give the folder") from e
+    except (RuntimeError, NotImplementedError) as e:
+        raise ValueError(f"{name} can't be unpacked here ({e}): unpack the archive, and give the folder") from e
 
 class _Tape:
     "A file that a tar archive's headers are read from, of which the last is known"
@@ -284,7 +286,8 @@ def _idx_array(data, name):
             check_room(name, math.prod(shape))
             data = f.read(math.prod(shape)+1)
     except (OSError, EOFError, zlib.error) as e: raise ValueError(f"{name} is truncated or damaged ({e})") from e
-    if len(shape)!=head[3] or len(data)!=math.prod(shape): raise ValueError(f"{name} is truncated: {len(data)} bytes for an array of {shape}")
+    if len(shape)!=head[3] or len(data)!=math.prod(shape):
+        raise ValueError(f"{name} is truncated: {len(data)} bytes for an array of {shape}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 def _read_idx(files):
@@ -327,7 +330,8 @@ def _opened(files, name):
     data,most = _content(files, name, 'image'),Image.MAX_IMAGE_PIXELS
     try: im = Image.open(io.BytesIO(data), formats=_formats())
     except Exception as e: raise ValueError(f"{name} is damaged or no image ({e})") from e
-    if most and im.width*im.height>most: raise ValueError(f"{name} has {im.width}×{im.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
+    if most and im.width*im.height>most:
+        raise ValueError(f"{name} has {im.width}×{im.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
     return im
 
 def _pixels(im, name, size):
@@ -353,7 +357,8 @@ def _image_records(files, labels, size, like):
             if im.mode[0]=='I': deep.append(np.asarray(im).max())
     parallel(put, list(chunked(range(len(names)), 128)), threadpool=True, progress=len(names)>5000)
     if deep and max(deep)<256:
-        raise ValueError(f"images of 16 bits, such as {like}, hold no value above {max(deep)} of 65535 and would be black: save them as 8 bits")
+        raise ValueError(f"images of 16 bits, such as {like}, hold no value above {max(deep)} of 65535 and would be black: "
+                         "save them as 8 bits")
     return recs
 
 def _image_sets(files, classes, names, size):
@@ -416,7 +421,8 @@ def _check_flat(leaves):
         if part and not rest:
             raise ValueError(f"{leaf!r} may be a class or the {part} images, which then must lie in a folder with the name of their class; "
                              "if it is a class, put all folders of classes into a folder train")
-        if part and others.setdefault(rest, leaf)!=leaf: raise ValueError(f"{others[rest]!r} and {leaf!r} look like sets without folders of classes")
+        if part and others.setdefault(rest, leaf)!=leaf:
+            raise ValueError(f"{others[rest]!r} and {leaf!r} look like sets without folders of classes")
 
 # %% ../../nbs/10a_vision.readers.ipynb #b2bac095
 def _classes_by_set(names):
@@ -424,7 +430,8 @@ def _classes_by_set(names):
     found = _by_set(names)
     outside = first(name for name,(part,_) in found.items() if part is None)
     if outside and _says(PurePosixPath(outside).parts[-2])[0]: raise ValueError(_stray(outside))
-    if outside: raise ValueError(f"{outside} lies in none of the folders that say train, valid or test, as others do: move it, or remove it")
+    if outside:
+        raise ValueError(f"{outside} lies in none of the folders that say train, valid or test, as others do: move it, or remove it")
     folders = {PurePosixPath(name).parent: name for name in names}
     above = {parent for folder in folders for parent in folder.parents}
     if beside := first(folder for folder in folders if folder in above): raise ValueError(_stray(folders[beside]))
@@ -432,7 +439,8 @@ def _classes_by_set(names):
     for name,(part,(*place,label)) in found.items():
         known = places.setdefault(label.casefold(), place)
         if known!=place:
-            raise ValueError(f"class {label!r} lies in {'/'.join(known) or 'the folder itself'} and in {'/'.join(place) or 'the folder itself'}: "
+            here,there = ('/'.join(folders) or 'the folder itself' for folders in (known, place))
+            raise ValueError(f"class {label!r} lies in {here} and in {there}: "
                              "call sets of images train, valid and test; classes need names of their own")
         classes.setdefault(part, {})[name] = label
     return classes
@@ -616,7 +624,8 @@ def _solution(folder, top):
     path = first(file for file in (place/'LOC_val_solution.csv' for place in places) if file.is_file())
     if path is None: return {}
     check_room(str(path), path.stat().st_size, _most['list'])
-    with open(path, encoding='utf-8', errors='replace', newline='') as f: rows = [row for row in csv.reader(f) if len(row)>1 and row[1].split()]
+    with open(path, encoding='utf-8', errors='replace', newline='') as f:
+        rows = [row for row in csv.reader(f) if len(row)>1 and row[1].split()]
     return {image: boxes.split()[0] for image,boxes,*_ in rows}
 
 def _file_records(folder, number, class_of=None):
