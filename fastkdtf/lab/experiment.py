@@ -32,7 +32,7 @@ from ..fingerprint import settings_digest
 from .measure import keep_freed_memory
 from .recipes import Recipe, recipe as recipe_of
 from .reproduction import Reproduction
-from .runs import Ledger, Run, ray_work, run_environment, tried, work
+from .runs import Ledger, Run, check_run, ray_work, run_environment, tried, work
 from .training import *
 
 # %% ../../nbs/47b_lab.experiment.ipynb #8a2311a0
@@ -361,7 +361,8 @@ def run_recipes(
     planned = [RecipeRuns(replace(plan, id=id), loaders, learner) for id in dict.fromkeys(L(ids))]
     runs,owners = _runs_of(planned)
     failed = _train_runs(runs.values(), owners, engine, retries, gpus, device)
-    known = {record['key']: record for record in Ledger(out/'results.jsonl')}
+    ledger = Ledger(out/'results.jsonl', check_run)
+    known = {key: record for key in runs if (record := ledger.find(key))}
     records = [record for recipe_runs in planned if (record := recipe_runs.record(known))]
     if not rank_distrib():
         for record in records: Ledger(out/'recipes.jsonl').append(record)

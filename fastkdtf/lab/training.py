@@ -38,7 +38,7 @@ from ..fingerprint import fingerprint
 from .interpret import evaluate
 from .page import write_report
 from .report import Comparison
-from .runs import Ledger, Run, run_environment, work
+from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
 from ..teachers.network import NetworkTeacher
 
@@ -353,8 +353,8 @@ class FolderStore(MemoryStore):
         folder:str|Path, # made if needed
     ):
         self.folder = make_folder(folder)
-        self.ledger = Ledger(self.folder/'results.jsonl')
-        self.ledger.records()   # a damaged ledger is reported before anything is trained
+        self.ledger = Ledger(self.folder/'results.jsonl', check_run)
+        len(self.ledger)   # a damaged ledger is reported before anything is trained
 
     def _checkpoint_file(self, run): return self.folder/'unfinished'/f'{run.digits}.pt'
     def _weights_file(self, run): return self.folder/'weights'/run.keep/f'{run.digits}.pt'
@@ -436,6 +436,7 @@ class Campaign:
         for seed in seeds:
             for name in arms: self._plan_run(name, seed)
         self.store = self._open_store(out)
+        for run in self.runs.values(): self.store.find(run)   # so is a record that is none of a run
         run_environment()   # notes the commit before a long training sees others
 
     def _open_store(self, out): return MemoryStore() if out is None else FolderStore(out)
