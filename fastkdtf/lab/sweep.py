@@ -15,6 +15,7 @@ from copy import copy
 from html import escape
 from itertools import chain
 from pathlib import Path
+from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -159,12 +160,23 @@ class _Suggested:
         return kind(low, high, log=bool(log))
 
 # %% ../../nbs/48_lab.sweep.ipynb #5944e6c3
+@contextmanager
+def _database(optuna, file):
+    "Say which file it is that cannot be read or written"
+    from sqlalchemy.exc import SQLAlchemyError   # which Optuna needs
+    try: yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as e:
+        why = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) and e.__cause__ else e
+        why = str(getattr(why, 'orig', None) or why).splitlines()[0]
+        raise ValueError(f'{file} cannot be used ({why}). If it is damaged or from elsewhere, move it away: finished runs are kept') from e
+
 class _Trials:
     "The trials of one sweep, in an Optuna study; at any time each belongs to one process"
     def __init__(self, optuna, out, name, propose, pruner):
         self.optuna,self.out,self.name,self.propose = optuna,out,name,propose
         with self._lock('sweep', -1):
-            storage = optuna.storages.RDBStorage(f"sqlite:///{out/'sweep.db'}", engine_kwargs=dict(connect_args=dict(timeout=100)))
+            url = f"sqlite:///file:{quote((out/'sweep.db').resolve().as_posix())}?uri=true"   # ? and {} in the path are letters
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=dict(connect_args=dict(timeout=100)))
             sampler = optuna.samplers.RandomSampler()
             self.study = optuna.create_study(storage=storage, sampler=sampler, pruner=pruner, study_name=name, load_if_exists=True)
 
@@ -416,7 +428,7 @@ def sweep(
     identity = fingerprint(dict(recipe=r.id, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=n_epoch//3) if prune else optuna.pruners.NopPruner()
     baseline = [first.train(first.baseline, s) for s in seeds]
-    with _quiet(optuna):
+    with _quiet(optuna), _database(optuna, out/'sweep.db'):
         trials = _Trials(optuna, out, f'{r.id} {settings_digest(identity)}', propose, pruner)
         bar = progress_bar(range(len(propose)*len(seeds)*n_epoch))
         bar.update(0)

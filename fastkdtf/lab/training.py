@@ -312,6 +312,7 @@ def make_folder(
     out:str|Path,
 )->Path:
     "Return `out` as a folder that exists. Raises `ValueError` if it is a file"
+    if out == '': raise ValueError("out must name a folder, got '': '.' is the one you are in")
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'out must be a folder, but {out} is a file')
     out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 import numpy as np
 from fastai.data.all import *
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core import check_choice, check_whole
 from ..files import check_room
 from ..pickles import as_array, read_pickle
@@ -282,11 +282,13 @@ def _idx_array(data, name):
         with gzip.open(io.BytesIO(data)) if data[:2]==b'\x1f\x8b' else io.BytesIO(data) as f:
             head = f.read(4)
             if head[:3]!=b'\0\0\x08' or len(head)<4: raise ValueError(f"{name} is no idx file of bytes")
-            shape = np.frombuffer(f.read(4*head[3]), '>u4').astype(int).tolist()   # the fourth byte is the number of axes
+            lengths = f.read(4*head[3])   # the fourth byte is the number of axes
+            if not 1<=head[3]<=4 or len(lengths)<4*head[3]: raise ValueError(f"{name} is truncated, or no idx file of bytes")
+            shape = np.frombuffer(lengths, '>u4').astype(int).tolist()
             check_room(name, math.prod(shape))
             data = f.read(math.prod(shape)+1)
     except (OSError, EOFError, zlib.error) as e: raise ValueError(f"{name} is truncated or damaged ({e})") from e
-    if len(shape)!=head[3] or len(data)!=math.prod(shape):
+    if len(data)!=math.prod(shape):
         raise ValueError(f"{name} is truncated: {len(data)} bytes for an array of {shape}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
@@ -329,6 +331,7 @@ def _opened(files, name):
     "An image whose size is known and whose pixels are not yet decoded"
     data,most = _content(files, name, 'image'),Image.MAX_IMAGE_PIXELS
     try: im = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError: raise ValueError(f"{name} is damaged or no image") from None
     except Exception as e: raise ValueError(f"{name} is damaged or no image ({e})") from e
     if most and im.width*im.height>most:
         raise ValueError(f"{name} has {im.width}×{im.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
