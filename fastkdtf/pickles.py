@@ -214,8 +214,10 @@ class _Storages:
         return self.known[key]
 
     def _read(self, key, dtype, n):
-        data = bytearray(self.archive.read(f'{self.prefix}data/{key}'))
-        if len(data) != n*dtype.itemsize: raise ValueError(f'storage {key} has {len(data)} bytes for {n} numbers')
+        info = self.archive.getinfo(f'{self.prefix}data/{key}')
+        if info.file_size != n*dtype.itemsize: raise ValueError(f'storage {key} has {info.file_size} bytes for {n} numbers')
+        data = bytearray(self.archive.read(info))
+        if len(data) != info.file_size: raise ValueError(f'storage {key} is cut short')
         if not n: return torch.empty(0, dtype=dtype)
         if dtype is torch.bool and max(data) > 1: raise ValueError(f'storage {key} is not of truth values')
         return torch.frombuffer(data, dtype=dtype)
