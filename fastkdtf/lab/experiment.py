@@ -143,8 +143,15 @@ class SharedStore(FolderStore):
         torch.distributed.barrier()
         return self.find(run)
 
+@cache
+def _planned_size(make, *args, **kwargs):
+    "Return class and number of parameters of a network, made on the device `meta`, which holds no weights"
+    with torch.random.fork_rng(), torch.device('meta'): model = make(*args, **kwargs)
+    return type(model).__name__,sum(p.numel() for p in model.parameters())
+
 class RecipeCampaign(Campaign):
-    "A `Campaign` that several processes of one run can share"
+    "A `Campaign` that several processes of one run can share. Planning makes each network once, without weights"
+    def _class_and_size(self, model_fn): return _planned_size(model_fn.func, *model_fn.args, **model_fn.keywords)
     def _open_store(self, out): return super()._open_store(out) if out is None or num_distrib() < 2 else SharedStore(out)
 
 # %% ../../nbs/47b_lab.experiment.ipynb #a6e3cae0

@@ -422,6 +422,7 @@ def check_failure(
     _check_shape(record, 'failed run', dict.fromkeys(('run', 'error'), _is_text), dict(recipe=_is_text, name=_is_text, seed=_is_whole))
 
 # %% ../../nbs/40_lab.runs.ipynb #2bbc77dd
+@cache
 def _version(name):
     "Return a package's version, or None if it is not installed"
     try: return version(name)
