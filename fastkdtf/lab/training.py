@@ -39,11 +39,12 @@ from ..callback.distill import Distill, describe_sum, matched_controls, scaled_l
 from ..callback.stages import OneHistory, Stage, with_batch_size
 from ..callback.term import LossTerm, is_fit
 from ..files import replacing, run_lock
+from ..pickles import read_saved
 from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
 from .report import Comparison, Score
-from .runs import Ledger, Run, run_environment, work
+from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
 from ..teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher
 
@@ -512,6 +513,7 @@ def make_folder(
     out:str|Path,
 )->Path:
     "Return `out` as a folder that exists. Raises `ValueError` if it is a file"
+    if out == '': raise ValueError("out must name a folder, got '': '.' is the one you are in")
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'out must be a folder, but {out} is a file')
     out.mkdir(parents=True, exist_ok=True)
@@ -553,8 +555,8 @@ class FolderStore(MemoryStore):
         folder:str|Path, # made if needed
     ):
         self.folder = make_folder(folder)
-        self.ledger = Ledger(self.folder/'results.jsonl')
-        self.ledger.records()   # a damaged ledger is reported before anything is trained
+        self.ledger = Ledger(self.folder/'results.jsonl', check_run)
+        len(self.ledger)   # a damaged ledger is reported before anything is trained
 
     def _checkpoint_file(self, run): return self.folder/'unfinished'/f'{run.digits}.pt'
     def _weights_file(self, run): return self.folder/'weights'/run.keep/f'{run.digits}.pt'
@@ -585,9 +587,8 @@ class FolderStore(MemoryStore):
     def weights(self, run:Run)->dict:
         "Read the kept weights of a finished run. Raises `ValueError` if the file is damaged"
         file = self._weights_file(run)
-        try: return torch.load(file, map_location='cpu', weights_only=True)
-        except FileNotFoundError: raise
-        except Exception as e:
+        try: return read_saved(file)
+        except ValueError as e:
             raise ValueError(f'{file}, the weights of {run.arm}, is damaged: delete it, and the same call trains them again') from e
 
 # %% ../../nbs/40a_lab.training.ipynb #314840fa
@@ -648,6 +649,7 @@ class Campaign:
         for seed in seeds:
             for name in arms: self._plan_run(name, seed)
         self.store = self._open_store(out)
+        for run in self.runs.values(): self.store.find(run)   # so is a record that is none of a run
         run_environment()   # notes the commit before a long training sees others
 
     def _open_store(self, out): return MemoryStore() if out is None else FolderStore(out)
