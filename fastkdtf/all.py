@@ -13,6 +13,7 @@ from fastkdtf.vision.models import *
 
 from fastkdtf.teachers.base import *
 from fastkdtf.teachers.cache import CachedTeacher
+from fastkdtf.teachers.inputs import check_inputs, class_names, class_order, input_names, input_stats, renormalise
 from fastkdtf.teachers.memory import MemoryTeacher
 from fastkdtf.teachers.network import *
 
