@@ -58,9 +58,10 @@ class ByEpoch:
         return float(self.function(min(int(100*pct + 1e-6), 99), 100))
 
     def in_fit(self, learn:Learner, pct:float)->float:
-        "Return the weight of the epoch under way, or, for another `pct`, of the epoch that it lies in"
-        n = learn.n_epoch
-        return float(self.function(learn.epoch if pct == learn.pct_train else min(int(n*pct + 1e-6), n-1), n))
+        "Return the weight of the learner's epoch, or, where `pct` lies in another one, of that"
+        n,epoch = learn.n_epoch,learn.epoch
+        under_way = abs(n*pct - epoch - .5) < 1   # `pct_train` is a sum of roundings, and near enough to tell
+        return float(self.function(epoch if under_way else min(int(n*pct + 1e-6), n-1), n))
 
     def __repr__(self): return f'ByEpoch({getattr(self.function, "__name__", None) or self.function!r})'
 
@@ -134,8 +135,8 @@ class Distill(LossTerm):
         return 1-alpha, alpha
 
     def _now(self, value, pct):
-        if isinstance(value, ByEpoch) and hasattr(self.learn, 'pct_train'): return value.in_fit(self.learn, pct)
-        return _at(value, pct)
+        has_epochs = isinstance(value, ByEpoch) and self.learn is not None and {'epoch', 'n_epoch'} <= vars(self.learn).keys()
+        return value.in_fit(self.learn, pct) if has_epochs else _at(value, pct)
 
     def temperatures(self, pct:float)->tuple:
         "Return the teacher's temperature and the student's"
