@@ -382,10 +382,6 @@ class Distill(LossTerm):
         notes = self._notes(n_classes, pct, target)
         return Description(type(self).__name__, self.settings, n_classes, hard, soft, self.temperatures(pct)[1], target, notes, gradient, loss, adds)
 
-    def own_controls(self, n_classes:int)->dict:
-        "Return further controls, as `{name: callback}`, for a method that knows some beside those of `describe`"
-        return {}
-
     def _label_target(self, n_classes, pct):
         "The softened target `(on the label, elsewhere)`; None where it does not depend on the label alone"
         if not isinstance(self.teacher, LabelTeacher) or len(self.teachers) > 1: return None
@@ -520,7 +516,7 @@ def matched_controls(
 )->dict: # name → callback, or a list of them
     """Make the controls of a method: cross-entropy of the same scale, and label smoothing of the equivalent ε and scale
 
-    Callbacks that are no `LossTerm` are part of the controls too. A method may name further ones as `other_controls`."""
+    Callbacks that are no `LossTerm` are part of the controls too. A method may name further ones as `own_controls`."""
     cbs = list(L(method))
     terms,others = [cb for cb in cbs if isinstance(cb, LossTerm)],[cb for cb in cbs if not isinstance(cb, LossTerm)]
     if not terms: return {}
@@ -530,7 +526,6 @@ def matched_controls(
     parts = {name: [scaled_loss(*weights)] for name,weights in losses.items()}
     for term in terms:
         rest = [other for other in terms if other is not term]
-        further = {**getattr(term, 'other_controls', {}), **getattr(term, 'own_controls', lambda n_classes: {})(n_classes)}
-        for name,cb in further.items(): parts[' + '.join([name, *(o.name for o in rest)])] = [cb, *rest]
+        for name,cb in term.own_controls(n_classes).items(): parts[' + '.join([name, *(o.name for o in rest)])] = [cb, *rest]
     named = {' + '.join([name, *(cb.name for cb in others)]): [*others, *own] for name,own in parts.items()}
     return {name: own[0] if len(own) == 1 else own for name,own in named.items()}
