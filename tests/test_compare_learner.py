@@ -25,7 +25,7 @@ from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.distill import LsrKD, MemoryReplay
 from fastkdtf.lab.compare import compare
 from fastkdtf.lab.learners import LearnerFrom, LearnerLike, check_learner, copy_learner
-from fastkdtf.lab.training import Score, judged_by
+from fastkdtf.lab.training import BatchDraws, Score, StepDraws, judged_by
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +64,18 @@ def history(learn): return [list(map(float, row)) for row in learn.recorder.valu
 
 # ---------------------------------------------------------------- a learner
 
+def draws(seed):
+    "What a run draws for each batch and step"
+    images = BatchDraws(seed)
+    return [images, StepDraws(images)]
+
 def test_a_run_is_the_training_that_fastai_makes_from_the_same_weights():
     learn = pretrained()
     c = compare({'LsrKD': LsrKD}, learn, 2, seeds=[3], fit='fit_one_cycle', lr=.05, controls=False)
     for name,cbs in (('baseline', []), ('LsrKD', [LsrKD()])):
         own = learner(deepcopy(learn.model))
         seed_run(3, own.dls)
-        with own.no_bar(), own.no_logging(): own.fit_one_cycle(2, .05, cbs=cbs)
+        with own.no_bar(), own.no_logging(): own.fit_one_cycle(2, .05, cbs=[*cbs, *draws(3)])
         names = list(own.recorder.metric_names[1:-1])
         got = c.runs(name)[0]['history']
         assert list(got) == names and [list(row) for row in zip(*got.values())] == history(own), name
@@ -84,7 +89,7 @@ def test_fine_tune_is_fastais_with_its_frozen_epoch():
             order = 52
             def after_epoch(self): rows.append(list(map(float, self.recorder.values[-1])))
         seed_run(3, own.dls)
-        with own.no_bar(), own.no_logging(): own.fine_tune(2, .05, cbs=[*cbs, Rows()])
+        with own.no_bar(), own.no_logging(): own.fine_tune(2, .05, cbs=[*cbs, *draws(3), Rows()])
         got = c.runs(name)[0]['history']
         assert len(rows) == 3 and [list(row) for row in zip(*got.values())] == rows, name
 
