@@ -249,6 +249,12 @@ class LossTerm(OneLearner):
         "Return the loader of an epoch of training: `dl`, or one that gives its samples in another arrangement"
         return dl
 
+    def own_controls(self,
+        n_classes:int,
+    )->dict: # name → callback
+        "Return controls that the method knows beside those that follow from its description"
+        return {}
+
     @property
     def columns(self)->dict:
         "The columns of this method: name → function"

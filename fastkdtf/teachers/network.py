@@ -142,7 +142,7 @@ class NetworkTeacher(Teacher):
     def _still_good(self):
         "True if the copy has no state of its own, and its network is what it was"
         same = self.copy.steady and self.copy.remainder == remainder(self.model)
-        return same and self.weights == weights_of(self.model)
+        return same and self.copied == weights_of(self.model)
 
     def before_batch(self):
         "Begin a batch: at the first of an epoch, reset the state of a recurrent network, as the student's is"
@@ -155,7 +155,7 @@ class NetworkTeacher(Teacher):
         "Return the logits of the student's classes"
         xb = self._read(batch.xb)
         if self.copy is not None and not self.copy.suits(xb): self.copy = None
-        if self.copy is None: self.copy,self.weights = FrozenCopy(self.model, self.fast),self.fast and weights_of(self.model)
+        if self.copy is None: self.copy,self.copied = FrozenCopy(self.model, self.fast),self.fast and weights_of(self.model)
         if self.reset_due: self.copy.reset()
         self.reset_due = False
         out = self._ask(xb)
