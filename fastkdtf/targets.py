@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/targets.html.md"""
 
 # %% auto #0
 __all__ = ['Regularization', 'log_odds', 'Subset', 'Correct', 'StudentAhead', 'WSLWeight', 'softened_logits', 'Rewrite',
-           'TeacherCorrection', 'SmoothTo', 'Amplify', 'Replace']
+           'TeacherCorrection', 'SmoothTo', 'Amplify', 'Replace', 'LogitStandardisation']
 
 # %% ../nbs/04_targets.ipynb #52f9ea6e
 import math
@@ -286,3 +286,35 @@ class Replace(Rewrite):
         strong_confidence = softened.gather(axis, index)
         logits,tau = softened_logits(target, batch)
         return put_confidence(logits, batch.y, strong_confidence, tau)
+
+# %% ../nbs/04_targets.ipynb #62d0c335
+class LogitStandardisation(Rewrite):
+    """Standardise the logits of teacher and student, `Z(z) = (z-mean)/(σ+ε)`, before they are softened. Sun et al. 2024
+
+    The gradient goes through mean and deviation. It is 0 for logits that are all alike, and grows as 1/σ where they are nearly so."""
+    asks_label = False
+    def __init__(self,
+        ddof:int=1, # 1: σ with K-1, as the authors' code has it; 0: with K
+        eps:float=1e-7, # beside σ
+    ):
+        super().__init__()
+        self.ddof,self.eps = check_choice('ddof', ddof, (0, 1)),check_number('eps', eps, '[0,inf)')
+
+    def prepare(self,
+        logits:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
+        axis:int=1, # the classes' axis
+    )->Tensor: # in float32 at least
+        "Return standardised logits"
+        z = at_least_float32(logits)
+        z = z - z.mean(axis, keepdim=True)
+        variance = z.square().sum(axis, keepdim=True)/(z.shape[axis]-self.ddof)
+        varies = variance > 0
+        return torch.where(varies, z, 0.)/(torch.where(varies, variance, 1.).sqrt() + self.eps)
+
+    def rewrite(self, target:Tensor|TwoValued, batch:Batch)->Tensor|TwoValued:
+        "Return the target, which is made of standardised logits already"
+        return target
+
+    def notes(self, n_classes:int)->list:
+        "Return what `describe` says of it"
+        return ["logits are standardised first, so the soft gradient is divided by each sample's own deviation"]

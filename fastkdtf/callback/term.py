@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.data.load import DataLoader
 from fastai.layers import NoneReduce
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelStepException, CancelTrainException, CancelValidException)
@@ -243,6 +244,10 @@ class LossTerm(OneLearner):
         "The learner's own loss function, under MixUp too"
         mixing = self.mixing
         return mixing.old_lf if mixing else self.learn.loss_func
+
+    def arrange(self, dl:DataLoader)->DataLoader:
+        "Return the loader of an epoch of training: `dl`, or one that gives its samples in another arrangement"
+        return dl
 
     @property
     def columns(self)->dict:

@@ -10,6 +10,7 @@ __all__ = ['is_due', 'MemoryTeacher']
 # %% ../../nbs/23_teachers.memory.ipynb #15bce598
 import math
 import warnings
+from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
@@ -18,11 +19,12 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..core import *
-from .frozen import FrozenCopy, copy_model
-from .base import Teacher
+from .base import Teacher, resets_state
+from .copying import check_has_weights, copy_model
+from .frozen import FrozenCopy
+from .inputs import map_tensors, tensors_in
 
 # %% ../../nbs/23_teachers.memory.ipynb #8a98d045
 def is_due(
@@ -106,21 +108,31 @@ class MemoryTeacher(Teacher):
 
     def attach(self, learn:Learner):
         self.detach()
+        check_has_weights(learn.model)
         self.learn = learn
 
     def detach(self):
+        self.epoch = None
         self.learn,self.copies,self.resumed,self.kappa,self.steps = None,None,None,None,None
         self.done,self.checked,self.made = 0,0,0   # steps; the step whose refresh was looked at; networks
 
     def before_batch(self):
         "Make the copies at the first batch, and move them at the first one of each step that is due"
         if self.copies is None: self._begin()
+        self._reset_at_epoch()
         t = self.done+1
         if t == self.checked: return
         self.checked = t
         if self.kappa < self.steps and is_due(t, self.kappa): self._refresh()
 
     def after_step(self): self.done += 1
+
+    def _reset_at_epoch(self):
+        "Reset the state of recurrent copies when that of the student is reset"
+        epoch,began = getattr(self.learn, 'epoch', None),self.epoch
+        self.epoch = epoch
+        if epoch == began or not resets_state(self.learn): return
+        for net in set(self.copies): net.reset()
 
     def _begin(self):
         "Make the initial copies, or those of the checkpoint that is continued"
@@ -162,10 +174,19 @@ class MemoryTeacher(Teacher):
         return torch.stack([said[net] for net in self.copies])
 
     def _ask(self, net, xb):
-        if net.place is None and self.copy_dtype is None: return first_output(net(*xb))
-        device = first_tensor(xb).device
-        moved = lambda x: x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None)
-        with torch.autocast(device.type, enabled=False): return first_output(net(*tree_map_only(Tensor, moved, xb))).to(device, torch.float32)
+        device = tensors_in(xb)[0].device
+        place = net.place or device
+        if place != device or self.copy_dtype is not None:
+            xb = map_tensors(lambda x: x.to(place, self.copy_dtype if x.is_floating_point() else None), xb)
+        with self._precision(device, place): logits = first_output(net(*xb))
+        logits = logits.to(device, None if self.copy_dtype is None else torch.float32)
+        return logits.clone() if logits.is_inference() else logits
+
+    def _precision(self, device, place):
+        "Return the autocast of a copy: that of the student, wherever the copy lives; none where `copy_dtype` says the precision"
+        if self.copy_dtype is not None: return torch.autocast(place.type, enabled=False)
+        if place.type == device.type: return nullcontext()
+        return torch.autocast(place.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type))
 
     def state_dict(self)->dict:
         if self.copies is None: return self.resumed or dict(done=self.done, checked=self.checked, copies=None)
