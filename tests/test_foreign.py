@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import DataLoaders, L, Learner, SGD, load_learner
+from fastai.basics import DataLoaders, Learner, SGD, load_learner
 from fastai.callback.all import CSVLogger, GradientAccumulation, MixUp
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.schedule import lr_find as _   # Learner.lr_find
@@ -390,7 +390,7 @@ class Average(Callback):
     def __init__(self, decay=.8): self.decay,self.steps = decay,0
     def before_fit(self):
         self.net,self.plain = ModelEmaV3(self.learn.model, decay=self.decay),{k: v.clone() for k,v in self.learn.model.state_dict().items()}
-        self.losses,self.means,self.total = [],L(),np.zeros(2)
+        self.losses,self.last,self.total = [],{},np.zeros(2)
     def after_step(self):
         self.net.update(self.learn.model)
         for k,v in self.learn.model.state_dict().items(): self.plain[k] = torch.lerp(v, self.plain[k], self.decay)
@@ -398,7 +398,7 @@ class Average(Callback):
     def after_batch(self):
         if not self.training: return
         self.losses.append(self.learn.loss.item())
-        self.means.append((np.float32(len(self.losses)), {'last': self.losses[-1]}))
+        self.last = {'loss': (np.float32(self.losses[-1]), self.learn.loss.detach()), 3: None}
         self.total += self.steps
 
 class StopAt(Callback):
@@ -411,14 +411,14 @@ class StopAt(Callback):
 def test_a_callback_without_a_state_dict_goes_on_as_if_nothing_had_happened(fit, tmp_path, capsys):
     expected = resumable(tmp_path/'undisturbed', [LsrKD(), Average()], fit=fit).average
     with pytest.raises(KeyboardInterrupt): resumable(tmp_path/'a', [LsrKD(), Average(), StopAt(5)], fit=fit)
-    again = resumable(tmp_path/'a', [LsrKD(), Average()], seed=7, fit=fit).average
-    assert 'average has no state_dict; what it held was loaded: steps, net, plain, losses, means, total' in capsys.readouterr().out
+    with pytest.warns(UserWarning, match='average goes on without its losses'): again = resumable(tmp_path/'a', [LsrKD(), Average()], seed=7, fit=fit).average
+    assert 'average has no state_dict; what it held was loaded: steps, net, plain, last, total' in capsys.readouterr().out
     for a,b in ((again.net.state_dict(), expected.net.state_dict()), (again.plain, expected.plain)):
         assert a.keys() == b.keys() and len(a) == 2
         for k in a: assert torch.equal(a[k], b[k]), k
-    assert again.losses == expected.losses and len(again.losses) == 8 and again.steps == expected.steps
-    assert list(again.means) == list(expected.means) and type(again.means) is L and type(again.means[0][0]) is np.float32
+    assert again.last == expected.last and type(again.last['loss'][0]) is np.float32 and again.steps == expected.steps
     assert (again.total == expected.total).all() and again.total.dtype == float
+    assert again.losses == expected.losses[-len(again.losses):] and 0 < len(again.losses) < 8   # a log is not kept, and named
 
 def test_settings_of_a_callback_are_those_of_the_call_and_not_of_the_file(tmp_path):
     with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [Average(.8), StopAt(5)])

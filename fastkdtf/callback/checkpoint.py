@@ -90,7 +90,6 @@ def _coded(value):
     if isinstance(value, Tensor):     return {'tensor': value.detach().as_subclass(Tensor), 'beside the model': not value.is_cpu}
     if isinstance(value, np.ndarray): return {'array': torch.from_numpy(value.copy())}
     if isinstance(value, np.generic): return {'number': [value.dtype.str, value.item()]}
-    if type(value) in (L, list):      return {type(value).__name__: [_coded(v) for v in value]}
     if type(value) is tuple:          return tuple(map(_coded, value))
     if type(value) is dict:           return {'dict': [(_coded(k), _coded(v)) for k,v in value.items()]}
     if type(value) in _plain:         return value
@@ -103,9 +102,7 @@ def _decoded(value, device):
     if kind == 'tensor': return kept.to(device) if value['beside the model'] else kept
     if kind == 'array':  return kept.numpy()
     if kind == 'number': return np.dtype(kept[0]).type(kept[1])
-    if kind == 'dict':   return {_decoded(k, device): _decoded(v, device) for k,v in kept}
-    kept = [_decoded(v, device) for v in kept]
-    return L(kept) if kind == 'L' else kept
+    return {_decoded(k, device): _decoded(v, device) for k,v in kept}
 
 def _held(cb):
     "What a callback holds that may be its state"
@@ -124,7 +121,8 @@ def _foreign_state(cb, before, model):
             continue
         try: state[name] = {'value': _coded(value)}
         except TypeError:
-            if not (is_old or callable(value) or isinstance(value, IOBase)): lost.append(name)
+            is_log = isinstance(value, list) and len(value)
+            if is_log or not (is_old or value == [] or callable(value) or isinstance(value, IOBase)): lost.append(name)
     return state,lost
 
 def _load_foreign(cb, state, device):

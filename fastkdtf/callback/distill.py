@@ -187,6 +187,7 @@ class Distill(LossTerm):
         return dl
 
     def after_epoch(self):
+        super().after_epoch()
         if not self.fitting: return
         for teacher in self.owned: teacher.after_epoch()
 
