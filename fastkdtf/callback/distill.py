@@ -109,6 +109,10 @@ class Distill(LossTerm):
             if getattr(rewrite, 'teacher', None) is None: continue
             rewrite.teacher = as_teacher(rewrite.teacher)
             self.teachers[rewrite] = rewrite.teacher
+        self.look_after_all()
+
+    def look_after_all(self):
+        "Look after every teacher of this method, also those that others have"
         self.owned = _unique(self.teachers.values())
 
     def _share_teachers(self):
