@@ -25,6 +25,7 @@ from fastkdtf.callback.schedules import Schedule, fit_schedule
 from fastkdtf.callback.selfguide import *
 from fastkdtf.callback.memories import *
 from fastkdtf.callback.relatives import *
+from fastkdtf.callback.precision import HalfPrecision, fast_precision
 from fastkdtf.callback.methods import find_method, register_method, teacher_free
 from fastkdtf.callback.stages import Stage, scale_epochs
 from fastkdtf.callback.survival import fold, register_block, subnetwork, survival, survival_probs

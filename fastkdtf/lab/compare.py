@@ -176,6 +176,7 @@ def compare(
     metric:str|None=None, # what runs are judged by; None: accuracy if the learner has it, else its first metric
     higher:bool|None=None, # is a larger value of the metric better? None: known from its name
     splits:int=1, # so many splits of the data, for the seeds in turn, so that the intervals cover the split too; see `with_splits`
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Comparison:
     """Train a learner with each method and its matched controls over several seeds, from the same weights on the same batches
 
@@ -185,7 +186,7 @@ def compare(
     check_learner(probe, fit)
     check_no_method(probe)
     arms = planned_arms(methods, probe, check_whole('n_epoch', n_epoch), baseline, controls, teacher)
-    return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher).compare()
+    return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher, precision).compare()
 
 # %% ../../nbs/41_lab.compare.ipynb #e53d3f19
 _of_a_fit = 'dl','xb','yb','pred','loss','loss_grad','pct_train','epoch','n_epoch','n_iter','train_iter','scaler'   # what a fit leaves on the learner

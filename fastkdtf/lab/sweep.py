@@ -11,6 +11,7 @@ __all__ = ['paper_grid', 'Sweep', 'sweep']
 from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from fastai.data.core import DataLoaders
@@ -100,6 +101,7 @@ def sweep(
     data:str|None=None, # another data set than the recipe's
     train_subset:int|None=None, # train on so many images
     device:str|torch.device|None=None, # None: fastai's default device
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Sweep:
     """Train a recipe with other settings, and compare errors on images held out from training
 
@@ -115,14 +117,14 @@ def sweep(
     dls = _held_out(r.dataloaders(path, data, train_subset, None, device=device, seed=seed) if dls is None else dls)
     def campaign(point):
         "Return the runs of a trial with these settings"
-        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data)
+        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data, precision=precision)
         except (TypeError, ValueError) as e: raise ValueError(f'{r.id} with {point}: {e}') from e
     first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
     keys = [first.runs[first.baseline, s].key for s in seeds]
     identity = fingerprint(dict(recipe=r.id, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=n_epoch//3) if prune else optuna.pruners.NopPruner()
     baseline = [first.train(first.baseline, s) for s in seeds]
-    with quiet_optuna():
+    with quiet_optuna(out/'sweep.db'):
         trials = Trials(out, f'{r.id} {settings_digest(identity)}', propose, pruner)
         run_trials(trials, campaign, len(seeds)*n_epoch)
     words = (f"{n_epoch:,} of {epochs:,} epochs, {len(seeds)} seed{'s'*(len(seeds) > 1)}, "

@@ -13,6 +13,7 @@ __all__ = ['make_callbacks', 'controls_of', 'with_controls', 'weights_on_cpu', '
 # %% ../../nbs/40a_lab.training.ipynb #10167232
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
@@ -36,14 +38,16 @@ from torch import nn
 from ..core import *
 from ..callback.checkpoint import Checkpoint, seed_run
 from ..callback.distill import Distill, describe_sum, matched_controls, scaled_loss
+from ..callback.precision import check_precision, convolves, fast_precision
 from ..callback.stages import OneHistory, Stage, with_batch_size
 from ..callback.term import LossTerm, is_fit
 from ..files import replacing, run_lock
+from ..pickles import read_saved
 from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
 from .report import Comparison, Score
-from .runs import Ledger, Run, run_environment, work
+from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
 from ..teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher
 
@@ -356,7 +360,7 @@ def train_run(
     if start is not None: get_model(learn.model).load_state_dict(start)
     method = make_callbacks(method)
     best,timer = KeepBest(score),EpochTimer()
-    if precision != '32': learn.to_fast(precision)
+    if precision != '32' or not learn._grab_cbs(MixedPrecision): learn.to_fast(precision)   # a learner's own half precision stays
     seed = seed if start is None else seed+2**31
     seed_run(seed, learn.dls)
     draws = BatchDraws(seed)
@@ -512,6 +516,7 @@ def make_folder(
     out:str|Path,
 )->Path:
     "Return `out` as a folder that exists. Raises `ValueError` if it is a file"
+    if out == '': raise ValueError("out must name a folder, got '': '.' is the one you are in")
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'out must be a folder, but {out} is a file')
     out.mkdir(parents=True, exist_ok=True)
@@ -553,8 +558,8 @@ class FolderStore(MemoryStore):
         folder:str|Path, # made if needed
     ):
         self.folder = make_folder(folder)
-        self.ledger = Ledger(self.folder/'results.jsonl')
-        self.ledger.records()   # a damaged ledger is reported before anything is trained
+        self.ledger = Ledger(self.folder/'results.jsonl', check_run)
+        len(self.ledger)   # a damaged ledger is reported before anything is trained
 
     def _checkpoint_file(self, run): return self.folder/'unfinished'/f'{run.digits}.pt'
     def _weights_file(self, run): return self.folder/'weights'/run.keep/f'{run.digits}.pt'
@@ -585,9 +590,8 @@ class FolderStore(MemoryStore):
     def weights(self, run:Run)->dict:
         "Read the kept weights of a finished run. Raises `ValueError` if the file is damaged"
         file = self._weights_file(run)
-        try: return torch.load(file, map_location='cpu', weights_only=True)
-        except FileNotFoundError: raise
-        except Exception as e:
+        try: return read_saved(file)
+        except ValueError as e:
             raise ValueError(f'{file}, the weights of {run.arm}, is damaged: delete it, and the same call trains them again') from e
 
 # %% ../../nbs/40a_lab.training.ipynb #314840fa
@@ -604,6 +608,12 @@ def _describe_run(run, callbacks, n_classes, controls):
     rows += [('teacher from', repr(Awaited(teacher.arm, teacher.keep))) for teacher in run.teachers]
     if run.start is not None: rows.append(('start from', repr(Awaited(run.start.arm, run.start.keep))))
     return [list(row) for row in rows]
+
+def _faster_hint(precision, learn):
+    "Return a line that names a faster precision, where there is one that was not asked for"
+    faster = fast_precision(getattr(learn.dls, 'device', None))
+    if precision != '32' or faster == '32' or not convolves(learn.model) or learn._grab_cbs(MixedPrecision): return None
+    return f"precision='{faster}' would train this network faster here, with other last digits"
 
 _format = 2   # raised when the numbers of a method change, so that runs of before are not taken for today's
 _said_by_the_campaign = 'rank','control_for','named','baseline','setting','description','split'   # parts of a record that decide no number
@@ -635,8 +645,10 @@ class Campaign:
         _check_arms(arms)
         self.splits = getattr(make_learner, 'splits', [None])
         self.make_learner = make_learner.for_seeds(seeds) if hasattr(make_learner, 'for_seeds') else make_learner
-        store_attr('n_epoch,seeds,fit,lr,out,baseline,precision')
+        store_attr('n_epoch,seeds,fit,lr,out,baseline')
         learn = self.make_learner(seeds[0])
+        self.precision = check_precision(precision, getattr(learn.dls, 'device', None))
+        self.hint = _faster_hint(self.precision, learn)
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
         self.arms = {}
@@ -648,6 +660,7 @@ class Campaign:
         for seed in seeds:
             for name in arms: self._plan_run(name, seed)
         self.store = self._open_store(out)
+        for run in self.runs.values(): self.store.find(run)   # so is a record that is none of a run
         run_environment()   # notes the commit before a long training sees others
 
     def _open_store(self, out): return MemoryStore() if out is None else FolderStore(out)
@@ -796,6 +809,7 @@ class Campaign:
 
     def run(self)->list:
         "Train what is not finished yet, and return all records"
+        if self.hint and any(self.record(run) is None for run in self.runs.values()): print(self.hint, file=sys.stderr)
         work(self.runs.values(), lambda run, wait, cbs: self.train(run.arm, run.seed, wait, cbs))
         return [self.record(run) for run in self.runs.values()]
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from ..core import *
 from ..fingerprint import fingerprint, settings_digest
 from ..vision.identity import loader_identity
-from ..files import replacing
+from ..files import read_json, replacing
 from .network import EnsembleTeacher, as_teacher, class_names
 from .base import Teacher
 
@@ -88,11 +88,11 @@ _about = dict(format='the format', teacher='the teacher (its weights, classes, n
 def _is_manifest(m):
     if not isinstance(m, dict) or not isinstance(m.get('about'), dict): return False
     counts = [m.get(name) for name in ('n_classes', 'rows', 'crc32')]
-    return all(isinstance(n, int) and n >= 0 for n in counts)
+    return all(isinstance(n, int) and 0 <= n < 2**48 for n in counts) and m['n_classes'] < 2**24
 
 def _read_manifest(path):
     "Return `path`'s content, or None where there is none"
-    try: m = json.loads(path.read_text(encoding='utf-8'))
+    try: m = read_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete its folder, and the cache fills anew') from e
     if _is_manifest(m): return m

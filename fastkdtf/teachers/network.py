@@ -77,6 +77,7 @@ class NetworkTeacher(Teacher):
         teacher_norm:str|tuple|list|None='auto', # (mean, std) of its inputs, a number a channel; 'auto': as known; None: the student's
         teacher_size:int|tuple|None=None, # side of its images in pixels, or (height, width); None: as the student sees them
         fast:bool=True, # fold batch norms into convolutions
+        trust:bool=False, # read the path of an exported learner, which runs the code in it
         **kwargs # to `timm.create_model`, with a name
     ):
         self.norm = teacher_norm if teacher_norm in ('auto', None) else _check_stats(teacher_norm)
@@ -84,9 +85,9 @@ class NetworkTeacher(Teacher):
         self.source,self.fast = model if isinstance(model, str) else type(model).__name__,fast
         self.vocab = None if vocab is None else [str(name) for name in vocab]
         self.order,self.rescale,self.axis,self.copy = None,None,1,None
-        self.waits_for = (model, arch) if comes_later(model) and not kwargs else None
+        self.waits_for = (model, arch, trust) if comes_later(model) and not kwargs else None
         if self.waits_for: self.model,self.origin,self.stats = None,None,None
-        else: self._take(find_network(model, arch, **kwargs))
+        else: self._take(find_network(model, arch, trust, **kwargs))
 
     def _take(self, origin):
         self.waits_for,self.model,self.origin = None,get_model(origin.network),origin._replace(network=None)
@@ -112,8 +113,8 @@ class NetworkTeacher(Teacher):
 
     def _find_below(self, learn):
         if not self.waits_for: return
-        model,arch = self.waits_for
-        self._take(find_network(look_below(learn, model), arch))
+        model,*how = self.waits_for
+        self._take(find_network(look_below(learn, model), *how))
 
     def _check_not_student(self, student):
         own = {id(p) for p in student.parameters()}
