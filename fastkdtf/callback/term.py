@@ -69,7 +69,7 @@ def own_autocast(
 )->AbstractContextManager:
     "Return the context of the learner's half precision; one that does nothing without it"
     for cb in learn.cbs:
-        if isinstance(cb, MixedPrecision): return cb.autocast
+        if isinstance(cb, MixedPrecision): return getattr(cb, 'autocast', None) or nullcontext()
     return nullcontext()
 
 def check_mixer(

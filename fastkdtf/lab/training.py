@@ -58,7 +58,7 @@ def make_callbacks(
     "Return fresh callbacks of a method, or its stages with theirs"
     if method is None: return []
     if isinstance(method, (list, tuple)): return [cb for part in method for cb in make_callbacks(part)]
-    if isinstance(method, Callback): return [deepcopy(method)]
+    if isinstance(method, Callback): return [deepcopy(method, {id(method.learn): None})]   # without the learner that it may be attached to
     if isinstance(method, Stage): return [replace(method, cbs=make_callbacks(list(L(method.cbs))))]
     if callable(method): return make_callbacks(method())
     raise TypeError(f'a method must be None, a callback, stages, or a function that makes one, got {method!r}')
