@@ -10,21 +10,26 @@ from fastkdtf.vision.augment import Augment
 from fastkdtf.vision.data import *
 from fastkdtf.vision.loader import batch_info, with_index
 from fastkdtf.vision.models import *
+from fastkdtf.vision.samplers import Overlap, Pairs, arranged
 
 from fastkdtf.teachers.base import *
 from fastkdtf.teachers.cache import CachedTeacher
 from fastkdtf.teachers.memory import MemoryTeacher
 from fastkdtf.teachers.network import *
+from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable
 
 from fastkdtf.callback.checkpoint import *
 from fastkdtf.callback.distill import *
 from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.callback.schedules import Schedule, fit_schedule
 from fastkdtf.callback.selfguide import *
+from fastkdtf.callback.memories import *
+from fastkdtf.callback.relatives import *
 from fastkdtf.callback.methods import find_method, register_method, teacher_free
 from fastkdtf.callback.stages import Stage, scale_epochs
 from fastkdtf.callback.survival import fold, register_block, subnetwork, survival, survival_probs
 from fastkdtf.callback.term import LossTerm
+from fastkdtf.callback.views import *
 from fastkdtf.callback.twostage import effdstl_stages
 
 from fastkdtf.lab.compare import *

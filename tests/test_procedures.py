@@ -25,7 +25,7 @@ from fastkdtf.files import run_lock
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
 from fastkdtf.teachers.base import UniformTeacher
-from fastkdtf.lab.training import Campaign, Arm, LearnerParts
+from fastkdtf.lab.training import Arm, BatchDraws, Campaign, LearnerParts, StepDraws
 
 torch.set_num_threads(1)
 K,N_BATCH = 3,3
@@ -187,7 +187,8 @@ def test_the_learners_own_settings():
     dls = tiny_dls()
     learn = learner(dls, metrics=accuracy, cbs=[GradientClip(.1), MixUp(.4)], **args)
     seed_run(0, dls)
-    with learn.no_logging(): learn.fit_one_cycle(2)
+    draws = BatchDraws(0)
+    with learn.no_logging(): learn.fit_one_cycle(2, cbs=[draws, StepDraws(draws)])
     assert [float(v[1]) for v in learn.recorder.values] == c.runs('baseline')[0]['history']['valid_loss']
     keys = {learner(**{**args, **kw}).reversed_kd(weak_net(), 1, controls=False).records[0]['key'] for kw in ({}, dict(wd=.2), dict(moms=(.8, .7, .8)), dict(cbs=GradientClip(.1)), dict(cbs=GradientClip(.2)), dict(loss_func=CrossEntropyLossFlat()), dict(seed=4))}
     assert len(keys) == 7

@@ -256,7 +256,9 @@ def describe_kd(self:Learner,
     with _on_a_copy(self, pct) as device:
         try:
             for term in terms: term.before_fit()
-            batches = [(b, LastBatch(batch_info(self.dls.train), b)) for b in (to_device(b, device) for b in islice(self.dls.train, n_batches))]
+            dl = self.dls.train
+            for term in terms: dl = term.arrange(dl)
+            batches = [(b, LastBatch(batch_info(dl), b)) for b in (to_device(b, device) for b in islice(dl, n_batches))]
             return pd.DataFrame([_measured(self, term, batches, device) for term in terms]).set_index('method').round(3)
         finally:
             for term in terms: term.after_fit()

@@ -32,7 +32,7 @@ from ..fingerprint import settings_digest
 from .measure import keep_freed_memory
 from .recipes import Recipe, recipe as recipe_of
 from .reproduction import Reproduction
-from .runs import Ledger, Run, ray_work, run_environment, tried, work
+from .runs import Ledger, Run, check_run, ray_work, run_environment, tried, work
 from .training import *
 
 # %% ../../nbs/47b_lab.experiment.ipynb #8a2311a0
@@ -159,8 +159,15 @@ class SharedStore(FolderStore):
         torch.distributed.barrier()
         return self.find(run)
 
+@cache
+def _planned_size(make, *args, **kwargs):
+    "Return class and number of parameters of a network, made on the device `meta`, which holds no weights"
+    with torch.random.fork_rng(), torch.device('meta'): model = make(*args, **kwargs)
+    return type(model).__name__,sum(p.numel() for p in model.parameters())
+
 class RecipeCampaign(Campaign):
-    "A `Campaign` that several processes of one run can share"
+    "A `Campaign` that several processes of one run can share. Planning makes each network once, without weights"
+    def _class_and_size(self, model_fn): return _planned_size(model_fn.func, *model_fn.args, **model_fn.keywords)
     def _open_store(self, out): return super()._open_store(out) if out is None or num_distrib() < 2 else SharedStore(out)
 
 # %% ../../nbs/47b_lab.experiment.ipynb #a6e3cae0
@@ -381,7 +388,8 @@ def run_recipes(
     planned = [RecipeRuns(replace(plan, id=id), loaders, learner) for id in dict.fromkeys(L(ids))]
     runs,owners = _runs_of(planned)
     failed = _train_runs(runs.values(), owners, engine, retries, gpus, device)
-    known = {record['key']: record for record in Ledger(out/'results.jsonl')}
+    ledger = Ledger(out/'results.jsonl', check_run)
+    known = {key: record for key in runs if (record := ledger.find(key))}
     records = [record for recipe_runs in planned if (record := recipe_runs.record(known))]
     if not rank_distrib():
         for record in records: Ledger(out/'recipes.jsonl').append(record)

@@ -24,7 +24,7 @@ from fastai.callback.core import Callback
 from scipy import optimize, stats
 
 from .draw import *
-from .runs import Ledger
+from .runs import Ledger, check_run
 
 # %% ../../nbs/45_lab.report.ipynb #2e2e34f3
 def number_or_nan(
@@ -630,7 +630,7 @@ def read_runs(
         found = sorted(path.rglob('results.jsonl')) if path.is_dir() else [path]
         if not found: raise ValueError(f'{path} holds no results.jsonl: give the folder that compare(out=…) wrote')
         files += found
-    records = {r['key']: r for file in files for r in Ledger(file).records()}
+    records = {r['key']: r for file in files for r in Ledger(file, check_run)}
     if not records: raise ValueError(f"{', '.join(map(str, files)) or 'paths'}: no finished run in there")
     return list(records.values())
 

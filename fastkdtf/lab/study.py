@@ -110,12 +110,18 @@ def import_optuna(
     return optuna
 
 @contextmanager
-def quiet_optuna():
-    "Keep Optuna from writing a line for each study and trial"
+def quiet_optuna(
+    file:str|Path, # of the trials, named in an error
+):
+    "Keep Optuna from writing a line for each study and trial. Raises `ValueError` naming `file` if it cannot be used"
     optuna = import_optuna()
+    from sqlalchemy.exc import SQLAlchemyError   # which Optuna needs
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try: yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as e:
+        why = str(getattr(e.__cause__ or e, 'orig', None) or e.__cause__ or e).splitlines()[0]
+        raise ValueError(f'{file} cannot be used ({why}). If it is damaged or from elsewhere, move it away: finished runs are kept') from e
     finally: optuna.logging.set_verbosity(level)
 
 # %% ../../nbs/40c_lab.study.ipynb #521ff955

@@ -11,6 +11,7 @@ __all__ = ['paper_grid', 'Sweep', 'sweep']
 from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from fastai.data.core import DataLoaders
@@ -122,7 +123,7 @@ def sweep(
     identity = fingerprint(dict(recipe=r.id, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=n_epoch//3) if prune else optuna.pruners.NopPruner()
     baseline = [first.train(first.baseline, s) for s in seeds]
-    with quiet_optuna():
+    with quiet_optuna(out/'sweep.db'):
         trials = Trials(out, f'{r.id} {settings_digest(identity)}', propose, pruner)
         run_trials(trials, campaign, len(seeds)*n_epoch)
     words = (f"{n_epoch:,} of {epochs:,} epochs, {len(seeds)} seed{'s'*(len(seeds) > 1)}, "

@@ -6,12 +6,13 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.training.html.md"""
 
 # %% auto #0
 __all__ = ['make_callbacks', 'controls_of', 'with_controls', 'weights_on_cpu', 'judged_by', 'KeepBest', 'EpochTimer',
-           'evaluation_set', 'GatherScores', 'reported_scores', 'LearnerParts', 'teacher_accuracy', 'train_run',
-           'method_identity', 'Arm', 'Awaited', 'check_seeds', 'split_loaders', 'setting_in_words', 'make_folder',
-           'MemoryStore', 'FolderStore', 'Campaign']
+           'BatchDraws', 'StepDraws', 'evaluation_set', 'GatherScores', 'reported_scores', 'LearnerParts',
+           'teacher_accuracy', 'train_run', 'method_identity', 'Arm', 'Awaited', 'check_seeds', 'split_loaders',
+           'setting_in_words', 'make_folder', 'MemoryStore', 'FolderStore', 'Campaign']
 
 # %% ../../nbs/40a_lab.training.ipynb #10167232
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.metrics import accuracy
-from fastai.torch_core import get_model
+from fastai.torch_core import default_device, get_model, set_seed
 from fastcore.basics import first, store_attr
 from fastcore.foundation import L
 from torch import nn
@@ -38,11 +39,12 @@ from ..callback.distill import Distill, describe_sum, matched_controls, scaled_l
 from ..callback.stages import OneHistory, Stage, with_batch_size
 from ..callback.term import LossTerm, is_fit
 from ..files import replacing, run_lock
-from ..fingerprint import fingerprint, settings_digest
+from ..pickles import read_saved
+from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
 from .report import Comparison, Score
-from .runs import Ledger, Run, run_environment, work
+from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
 from ..teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher
 
@@ -186,6 +188,44 @@ class EpochTimer(Callback):
         "Go on from `state`"
         vars(self).update(state)
 
+# %% ../../nbs/40a_lab.training.ipynb #248376c3
+def _draw_anew(seed, part, n):
+    "Seed Python, NumPy and PyTorch for a part of batch `n`"
+    set_seed(random.Random(f'{seed}/{part}/{n}').getrandbits(32))
+
+class BatchDraws(Callback):
+    "Make the images of each batch depend on the seed and the batch's number alone"
+    order = 10_000   # after everything that draws behind a batch
+
+    def __init__(self,
+        seed:int, # of the run
+    ): self.seed,self.n = seed,0
+
+    def _for_batch(self): _draw_anew(self.seed, 'images' if self.training else 'validation', self.n)
+    def before_train(self): self._for_batch()
+    def before_validate(self): self._for_batch()
+    def after_batch(self):
+        "Go on to the next batch"
+        if self.training: self.n += 1
+        self._for_batch()
+
+    def state_dict(self)->dict:
+        "Return the number of batches so far, for `Checkpoint`"
+        return dict(n=self.n)
+    def load_state_dict(self, state:dict):
+        "Go on from `state`"
+        self.n = state['n']
+
+class StepDraws(Callback):
+    "Make what a step draws depend on the seed and the batch's number alone, whatever was drawn for its images"
+    order,run_valid = 4.9,False   # after MixUp, before teachers and students
+
+    def __init__(self,
+        batches:BatchDraws, # counts the batches
+    ): self.batches = batches
+
+    def before_batch(self): _draw_anew(self.batches.seed, 'step', self.batches.n)
+
 # %% ../../nbs/40a_lab.training.ipynb #e13a7fa9
 def evaluation_set(
     dls:DataLoaders,
@@ -310,14 +350,18 @@ def train_run(
     start:dict|None=None, # weights to start from, for a second schedule: its batches are others than the first one's
     keep:str|None=None, # return these `weights` too: 'last' | 'best'
     score:Score=Score(), # by which the best epoch is picked
+    precision:str='32', # as `Learner.to_fast` takes it
 )->dict: # scores of `last` and `best`, the history of each epoch, and times
     "Train once and evaluate the last weights and the best on validation"
     learn = make_learner(seed)
     if start is not None: get_model(learn.model).load_state_dict(start)
     method = make_callbacks(method)
     best,timer = KeepBest(score),EpochTimer()
-    seed_run(seed if start is None else seed+2**31, learn.dls)
-    with learn.no_bar(), learn.no_logging(): _fit(learn, method, n_epoch, fit, lr, [best, timer, *cbs])
+    if precision != '32': learn.to_fast(precision)
+    seed = seed if start is None else seed+2**31
+    seed_run(seed, learn.dls)
+    draws = BatchDraws(seed)
+    with learn.no_bar(), learn.no_logging(): _fit(learn, method, n_epoch, fit, lr, [best, timer, draws, StepDraws(draws), *cbs])
     history = _history(learn.recorder)   # before the recorder records predictions
 
     weights = dict(last=weights_on_cpu(learn.model), best=best.weights or weights_on_cpu(learn.model))
@@ -332,17 +376,20 @@ def train_run(
 # %% ../../nbs/40a_lab.training.ipynb #b3f2b85e
 def method_identity(
     method:Callback|Stage|Callable|list|tuple|None, # as `make_callbacks` takes it
+    refuse:bool=True, # as `fingerprint` takes it
 )->list: # a dict for each callback or stage
     "Return a method's settings in words"
-    return [_part_identity(part) for part in make_callbacks(method)]
+    return [_part_identity(part, refuse) for part in make_callbacks(method)]
 
-def _part_identity(part):
+def _part_identity(part, refuse):
     "Return the settings of a callback or a stage in words"
     if isinstance(part, Stage):
-        settings = {f.name: fingerprint(getattr(part, f.name)) for f in fields(part)}
-        return {**settings, 'callback': 'Stage', 'cbs': [_part_identity(cb) for cb in part.cbs]}
-    settings = getattr(part, 'settings', None) or {name: value for name,value in vars(part).items() if name[0] != '_'}
-    return dict(callback=type(part).__name__, **fingerprint(settings))
+        settings = {f.name: fingerprint(getattr(part, f.name), refuse) for f in fields(part) if f.name != 'cbs'}
+        return {**settings, 'callback': 'Stage', 'cbs': [_part_identity(cb, refuse) for cb in part.cbs]}
+    settings,attributes = getattr(part, 'settings', None),{name: value for name,value in vars(part).items() if name != 'learn'}
+    words = dict(callback=type(part).__name__, **fingerprint(settings or attributes, refuse))
+    if is_of_library(type(part)): return words
+    return {**words, 'code': fingerprint([type(part), attributes], refuse)}
 
 # %% ../../nbs/40a_lab.training.ipynb #3f40a86b
 @dataclass
@@ -445,10 +492,10 @@ def _check_fit(fit):
 def _fit_in_words(fit):
     "Return a training method with its arguments, such as 'fit_constant(lr=0.003)'"
     if isinstance(fit, str): return fit
-    if not isinstance(fit, partial): return fingerprint(fit)
+    if not isinstance(fit, partial): return getattr(fit, '__qualname__', type(fit).__qualname__)
     arguments = [repr(fingerprint(value)) for value in fit.args]
     arguments += [f'{name}={fingerprint(value)!r}' for name,value in fit.keywords.items()]
-    return f"{fingerprint(fit.func)}({', '.join(arguments)})"
+    return f"{_fit_in_words(fit.func)}({', '.join(arguments)})"
 
 def setting_in_words(
     settings:dict, # of a `Run`
@@ -466,6 +513,7 @@ def make_folder(
     out:str|Path,
 )->Path:
     "Return `out` as a folder that exists. Raises `ValueError` if it is a file"
+    if out == '': raise ValueError("out must name a folder, got '': '.' is the one you are in")
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f'out must be a folder, but {out} is a file')
     out.mkdir(parents=True, exist_ok=True)
@@ -507,8 +555,8 @@ class FolderStore(MemoryStore):
         folder:str|Path, # made if needed
     ):
         self.folder = make_folder(folder)
-        self.ledger = Ledger(self.folder/'results.jsonl')
-        self.ledger.records()   # a damaged ledger is reported before anything is trained
+        self.ledger = Ledger(self.folder/'results.jsonl', check_run)
+        len(self.ledger)   # a damaged ledger is reported before anything is trained
 
     def _checkpoint_file(self, run): return self.folder/'unfinished'/f'{run.digits}.pt'
     def _weights_file(self, run): return self.folder/'weights'/run.keep/f'{run.digits}.pt'
@@ -539,9 +587,8 @@ class FolderStore(MemoryStore):
     def weights(self, run:Run)->dict:
         "Read the kept weights of a finished run. Raises `ValueError` if the file is damaged"
         file = self._weights_file(run)
-        try: return torch.load(file, map_location='cpu', weights_only=True)
-        except FileNotFoundError: raise
-        except Exception as e:
+        try: return read_saved(file)
+        except ValueError as e:
             raise ValueError(f'{file}, the weights of {run.arm}, is damaged: delete it, and the same call trains them again') from e
 
 # %% ../../nbs/40a_lab.training.ipynb #314840fa
@@ -559,10 +606,7 @@ def _describe_run(run, callbacks, n_classes, controls):
     if run.start is not None: rows.append(('start from', repr(Awaited(run.start.arm, run.start.keep))))
     return [list(row) for row in rows]
 
-def _class_and_size(model):
-    "Return a network's class and number of parameters"
-    return type(model).__name__,sum(p.numel() for p in model.parameters())
-
+_format = 2   # raised when the numbers of a method change, so that runs of before are not taken for today's
 _said_by_the_campaign = 'rank','control_for','named','baseline','setting','description','split'   # parts of a record that decide no number
 
 # %% ../../nbs/40a_lab.training.ipynb #5650e84e
@@ -583,6 +627,7 @@ class Campaign:
         settings:dict|None=None, # anything else that identifies these runs, in words and numbers
         metric:str|None=None, # what runs are judged by; None: accuracy if samples are classified, else the learner's first metric
         higher:bool|None=None, # is a larger value better? None: known from the metric's name
+        precision:str='32', # as `Learner.to_fast` takes it
     ):
         seeds = check_seeds(seeds)
         check_whole('n_epoch', n_epoch)
@@ -591,7 +636,7 @@ class Campaign:
         _check_arms(arms)
         self.splits = getattr(make_learner, 'splits', [None])
         self.make_learner = make_learner.for_seeds(seeds) if hasattr(make_learner, 'for_seeds') else make_learner
-        store_attr('n_epoch,seeds,fit,lr,out,baseline')
+        store_attr('n_epoch,seeds,fit,lr,out,baseline,precision')
         learn = self.make_learner(seeds[0])
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
@@ -599,14 +644,22 @@ class Campaign:
         for name,arm in arms.items():
             said = getattr(arm.make_learner or make_learner, 'settings', {})
             self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings={**said, **(settings or {})})
-        self.sizes,self.measured = {(None, None): _class_and_size(learn.model)},{}   # of networks, by what makes them; of teachers, by arm and split
+        self.networks,self.told,self.measured = {(None, None): self._network_words(learn.model)},{},{}   # by what makes a network; loaders; teachers by arm and split
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
         for seed in seeds:
             for name in arms: self._plan_run(name, seed)
         self.store = self._open_store(out)
+        for run in self.runs.values(): self.store.find(run)   # so is a record that is none of a run
         run_environment()   # notes the commit before a long training sees others
 
     def _open_store(self, out): return MemoryStore() if out is None else FolderStore(out)
+
+    def _told(self, x): return fingerprint(x, refuse=self.out is not None)
+
+    def _network_words(self, model):
+        "Return class, number of parameters and fingerprint of a network, with the weights of the first seed"
+        n_params = sum(p.numel() for p in model.parameters())
+        return dict(model=type(model).__name__, n_params=n_params, network=self._told(model))
 
     def _maker(self, arm):
         "Return what makes the learner of an arm for a seed"
@@ -614,20 +667,32 @@ class Campaign:
         make = arm.make_learner or self.make_learner
         return partial(make, **own) if own else make
 
-    def _size_of(self, arm):
-        "Return class and number of parameters of an arm's network"
+    def _network_of(self, arm):
+        "Return what is known of an arm's network"
         maker = arm.make_learner,arm.model_fn
-        if maker not in self.sizes: self.sizes[maker] = _class_and_size(self._maker(arm)(self.seeds[0]).model)
-        return self.sizes[maker]
+        if maker not in self.networks: self.networks[maker] = self._network_words(self._maker(arm)(self.seeds[0]).model)
+        return self.networks[maker]
+
+    def _loaders_of(self, dls, bs):
+        "Return the fingerprint of loaders with batches of `bs` samples. Raises `ValueError` if they hold no batch"
+        if (id(dls), bs) not in self.told:
+            ours = with_batch_size(dls, bs)
+            n,which = len(ours.train.dataset),evaluation_set(ours)
+            if not len(ours.train): raise ValueError(f'dls: {n} training samples make no batch of {bs}: give a smaller bs, or drop_last=False')
+            if not len(ours[which]): raise ValueError(f'dls: loader {which}, on which runs are evaluated, holds no sample')
+            self.told[id(dls), bs] = settings_digest(self._told(ours)),dls   # which keeps its id
+        return self.told[id(dls), bs][0]
 
     def _settings_of(self, arm, dls):
         "Return network, data and schedule of an arm's runs on some loaders, in words and numbers"
-        model,n_params = self._size_of(arm)
-        settings = {**arm.settings, 'n_epoch': arm.n_epoch, 'fit': _fit_in_words(arm.fit), 'lr': self.lr, 'bs': arm.bs or dls.bs,
-                    'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds), 'n_classes': self.n_classes, 'model': model,
-                    'n_params': n_params, 'evaluated_on': ('validation', 'test')[evaluation_set(dls)-1]}
+        bs,device = arm.bs or dls.bs,getattr(dls, 'device', None) or default_device()
+        settings = {**arm.settings, 'n_epoch': arm.n_epoch, 'fit': _fit_in_words(arm.fit), 'lr': self.lr, 'bs': bs,
+                    'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds), 'n_classes': self.n_classes, **self._network_of(arm),
+                    'loaders': self._loaders_of(dls, bs), 'evaluated_on': ('validation', 'test')[evaluation_set(dls)-1],
+                    'precision': self.precision, 'device': torch.device(device).type, 'format': _format}
         if self.score.metric != 'accuracy': settings['metric'] = self.score.metric
         split,augment = getattr(dls, 'split', None),getattr(dls.train, 'augment', None)
+        if callable(arm.fit): settings['fit_code'] = self._told(arm.fit)
         if isinstance(split, dict): settings['split'] = fingerprint(split)
         if augment: settings['augment'] = repr(augment)
         if isinstance(split, dict) and split.get('valid_pct') == 0: settings['picked_on'] = 'test'
@@ -640,7 +705,7 @@ class Campaign:
         start = None if arm.start is None else self.runs[arm.start, seed]
         awaited = [Awaited(teacher.arm, teacher.keep) for teacher in teachers]
         callbacks = make_callbacks(arm.method(*awaited) if awaited else arm.method)
-        run = Run(name, seed, self._settings_of(arm, self.loaders[seed]), method_identity(callbacks), teachers, start, arm.keep)
+        run = Run(name, seed, self._settings_of(arm, self.loaders[seed]), method_identity(callbacks, self.out is not None), teachers, start, arm.keep)
         controls = [other for other,one in self.arms.items() if name in one.control_for]
         self.runs[name, seed],self.descriptions[run.key] = run,_describe_run(run, callbacks, self.n_classes, controls)
 
@@ -706,11 +771,11 @@ class Campaign:
         arm = self.arms[run.arm]
         method = arm.method(*map(self._teacher, run.teachers)) if run.teachers else arm.method
         start = None if run.start is None else self.store.weights(run.start)
-        scores = train_run(method, run.seed, self._maker(arm), arm.n_epoch, arm.fit, self.lr, cbs, start, run.keep, self.score)
+        scores = train_run(method, run.seed, self._maker(arm), arm.n_epoch, arm.fit, self.lr, cbs, start, run.keep, self.score, self.precision)
         if run.keep: self.store.keep(run, scores.pop('weights'))
         taught_by = self._teacher_accuracy(run)
         if taught_by is not None: scores['teacher_accuracy'] = taught_by
-        return {**self._head(run), **scores, **run_environment()}
+        return {**self._head(run), **scores, **run_environment(getattr(self.dls, 'device', None))}
 
     def _missing(self, run): return first(need for need in run.needs if self.record(need) is None)
     def _todo(self, run): return 'later' if self._missing(run) else 'nothing' if self.record(run) else 'train'

@@ -215,7 +215,7 @@ def _tried(out, study, propose, prune, n_epoch, campaign, first):
     optuna,seeds = import_optuna('tune'),first.seeds
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=n_epoch//3) if prune else optuna.pruners.NopPruner()
     for s in seeds: first.train(first.baseline, s)
-    with quiet_optuna():
+    with quiet_optuna(out/'tune.db'):
         trials = Trials(out, study, propose, pruner, 'tune.db')
         run_trials(trials, campaign, len(seeds)*n_epoch)
         return trials.all()
