@@ -40,7 +40,8 @@ from .measure import interleaved_times, median_ratio, peak_memory
 from .report import Comparison
 from .runs import RunsBar
 from ..callback.distill import Distill, KnowledgeDistillation
-from ..callback.methods import find_method
+from ..callback.methods import find_method, methods
+from ..callback.survival import survival
 from ..callback.term import LossTerm, own_autocast
 from ..callback.twostage import effdstl_stages
 from .learners import *
@@ -108,6 +109,14 @@ def _planned_method(arm):
     "Return an arm's method as it can be made before its teachers exist"
     return partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]) if arm.teachers else arm.method
 
+def _check_blocks(planned, model):
+    "Check that a network has residual blocks where a method drops some"
+    droppers = tuple(m.make for m in methods.values() if 'residual blocks' in m.needs and isinstance(m.make, type))
+    for name,method in planned.items():
+        if not any(isinstance(cb, droppers) for cb in make_callbacks(method)): continue
+        try: survival(copy_model(get_model(model)))
+        except ValueError as e: raise ValueError(f'{name}: {e}') from e
+
 def planned_arms(
     methods:dict|Sequence, # as `compare` takes them
     learn:Learner, # as the runs have it
@@ -123,6 +132,7 @@ def planned_arms(
     if baseline not in arms or baseline in needed: arms = {baseline: Arm(), **arms}
     if 'teacher' in needed and 'teacher' not in arms: arms = {'teacher': Arm(named=False, make_learner=teacher), **arms}
     plain = {name: _planned_method(arm) for name,arm in arms.items()}
+    _check_blocks(plain, learn.model)
     for name,(method,control_for,named) in with_controls(plain, get_c(learn.dls), controls).items():
         arms[name] = replace(arms[name], control_for=control_for) if name in arms else Arm(method, control_for, named)
     self_taught = [name for name,arm in arms.items() if arm.teacher == baseline]
@@ -139,7 +149,8 @@ def takes_parts(
     "Let a function of methods and a learner also take loaders and a function that makes the network in the learner's place"
     @wraps(f)
     def wrapper(methods, *args, **kwargs):
-        in_parts = 'model_fn' in kwargs or isinstance(args[0], (DataLoaders, list)) or len(args) > 1 and callable(args[1])
+        first = args[0] if args else kwargs.get('dls')
+        in_parts = 'model_fn' in kwargs or isinstance(first, (DataLoaders, list)) or len(args) > 1 and callable(args[1])
         if not in_parts: return f(methods, *args, **kwargs)
         names = [name for name in ('dls', 'model_fn') if name not in kwargs]
         parts = {**dict(zip(names, args)), **{name: kwargs.pop(name) for name in ('dls', 'model_fn') if name in kwargs}}
@@ -185,6 +196,7 @@ def compare(
     probe = make(seeds[0])
     check_learner(probe, fit)
     check_no_method(probe)
+    check_step(probe)
     arms = planned_arms(methods, probe, check_whole('n_epoch', n_epoch), baseline, controls, teacher)
     return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher, precision).compare()
 
