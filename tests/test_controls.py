@@ -17,7 +17,7 @@ from fastkdtf.callback.twostage import effdstl_stages
 from fastkdtf.lab.compare import compare
 from fastkdtf.lab.page import headline, report_html
 from fastkdtf.lab.report import comparisons, read_runs
-from fastkdtf.lab.training import Arm, Campaign, controls_of, make_callbacks, split_loaders, with_controls
+from fastkdtf.lab.training import Arm, Campaign, LearnerParts, controls_of, make_callbacks, split_loaders, with_controls
 from fastkdtf.teachers.base import UniformTeacher
 from fastkdtf.vision.data import kd_dataloaders
 
@@ -137,7 +137,7 @@ def test_a_function_of_the_split_makes_loaders_and_what_cannot_be_split_is_refus
 
 def test_a_campaign_takes_loaders_of_each_split_in_turn():
     several = [kd_dataloaders('digits', bs=32, seed=s, train_subset=96, device='cpu') for s in range(2)]
-    c = Campaign({'baseline': Arm()}, several, net, 1, seeds=[5, 3, 9])
+    c = Campaign({'baseline': Arm()}, LearnerParts(several, net), 1, seeds=[5, 3, 9])
     assert [c.loaders[s] for s in (5, 3, 9)] == [several[0], several[1], several[0]]
-    with pytest.raises(TypeError, match='dls must be DataLoaders'): Campaign({'baseline': Arm()}, None, net, 1)
-    with pytest.raises(ValueError, match='dls is empty'): Campaign({'baseline': Arm()}, [], net, 1)
+    with pytest.raises(TypeError, match='dls must be DataLoaders'): Campaign({'baseline': Arm()}, LearnerParts(None, net), 1)
+    with pytest.raises(ValueError, match='dls is empty'): Campaign({'baseline': Arm()}, LearnerParts([], net), 1)

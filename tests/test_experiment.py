@@ -16,7 +16,7 @@ from fastkdtf.lab.experiment import *
 from fastkdtf.lab.recipes import Recipe, recipe
 from fastkdtf.lab.reproduction import Reproduction
 from fastkdtf.callback.checkpoint import Checkpoint
-from fastkdtf.lab.training import Campaign, Arm, train_run
+from fastkdtf.lab.training import Campaign, Arm, LearnerParts, train_run
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -120,7 +120,7 @@ def test_steps_scale_too(small_networks):
         def before_step(self): rates.append(self.opt.hypers[0]['lr'])
     r = recipe(REG)
     dls = r.dataloaders(data='digits', train_subset=256, device='cpu')
-    train_run(None, 0, dls, r.model_fn(10), 10, r.fit, cbs=[Rates()])
+    train_run(None, 0, LearnerParts(dls, r.model_fn(10)), 10, r.fit, cbs=[Rates()])
     lr = r.schedule.lr*np.array([1]*3 + [.2]*3 + [.04]*2 + [.008]*2)
     assert np.allclose(np.array(rates).reshape(10, 2), lr[:,None], rtol=1e-12)
 
@@ -178,9 +178,9 @@ def test_batch_sizes_of_networks(tmp_path):
     "A network with another batch size is trained as in a campaign of its own, under the same key"
     dls = lambda bs: kd_dataloaders('digits', bs, train_subset=256, device='cpu', valid_pct=0)
     arm = dict(keep='best', settings=dict(data='digits'))
-    mixed = Campaign({'a': Arm(bs=64, **arm), 'b': Arm(**arm)}, dls(128), partial(small, 'net', 10), 2, 1, out=tmp_path/'mixed')
+    mixed = Campaign({'a': Arm(bs=64, **arm), 'b': Arm(**arm)}, LearnerParts(dls(128), partial(small, 'net', 10)), 2, 1, out=tmp_path/'mixed')
     for name,bs in (('a', 64), ('b', 128)):
-        own = Campaign({name: Arm(**arm)}, dls(bs), partial(small, 'net', 10), 2, 1, out=tmp_path/name)
+        own = Campaign({name: Arm(**arm)}, LearnerParts(dls(bs), partial(small, 'net', 10)), 2, 1, out=tmp_path/name)
         assert mixed.runs[name, 0].key == own.runs[name, 0].key
         ours,theirs = (c.train(name, 0)['history'] for c in (mixed, own))
         assert ours['train_loss'] == theirs['train_loss'] and ours['accuracy'] == theirs['accuracy']
@@ -198,7 +198,7 @@ def test_poor_teacher(small_networks, tmp_path):
     class Keep(Callback):
         def after_epoch(self): kept.append({k: v.clone() for k,v in self.model.state_dict().items()})
     dls = r.dataloaders(data='digits', train_subset=144, device='cpu')
-    whole = train_run(None, 0, dls, partial(small, 'resnet50_4stage', 10), 8, r.schedule_of('ResNet50').fit, cbs=[Keep()])
+    whole = train_run(None, 0, LearnerParts(dls, partial(small, 'resnet50_4stage', 10)), 8, r.schedule_of('ResNet50').fit, cbs=[Keep()])
     assert whole['history']['train_loss'][:2] == poor['history']['train_loss']
     saved = torch.load(tmp_path/'weights'/'last'/f"{poor['key'].rsplit('/', 1)[1]}.pt")
     assert all(torch.equal(saved[k], v) for k,v in kept[1].items())

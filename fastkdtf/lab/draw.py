@@ -291,25 +291,29 @@ def draw_accuracies(
     accuracies:dict, # name → (seed, accuracy in per cent) of each run
     look:Look,
     at:float=math.nan, # a line at the baseline's mean
+    unit:str=' %', # of the values
 ):
     "Draw a row for each method: a mark for each seed and a bar at their mean"
     for i,(name,runs) in enumerate(accuracies.items()):
         values = [value for _,value in runs]
-        _seeds(ax, i, name, values, look, .65, [f'{name}, seed {seed}: {value:.2f} %' for seed,value in runs])
+        _seeds(ax, i, name, values, look, .65, [f'{name}, seed {seed}: {f"{value:.2f}" if unit else f"{value:.4g}"}{unit}' for seed,value in runs])
         note(ax.plot([np.mean(values)]*2, [i-.35, i+.35], color=look.colour(name), linewidth=3)[0], row=i)
     if math.isfinite(at): ax.axvline(at, color=palette()['zero'], linewidth=1.25, zorder=1)
     _rows(ax, list(accuracies))
+
+def _difference(value, points): return f'{value:+.2f}{points}' if points else f'{value:+.3g}'
 
 def draw_differences(
     ax:plt.Axes,
     rows:Sequence, # of (name, label, (mean, low, high), difference of each seed), in points
     look:Look,
+    points:str=' points', # behind a difference
 ):
     "Draw a row for each pair of methods: the mean of the difference with its interval, and faint marks for the seeds"
     for i,(name,label,(mean,low,high),seeds) in enumerate(rows):
-        _seeds(ax, i, name, seeds, look, .35, [f'{value:+.2f} points' for value in seeds])
+        _seeds(ax, i, name, seeds, look, .35, [f'{_difference(value, points)}' for value in seeds])
         note(ax.plot([low, high], [i, i], color=look.colour(name), linewidth=2.5)[0], row=i)
-        note(ax.plot([mean], [i], **look.mark(name))[0], f'{label}: {mean:+.2f} points', row=i)
+        note(ax.plot([mean], [i], **look.mark(name))[0], f'{label}: {_difference(mean, points)}', row=i)
     ax.axvline(0, color=palette()['zero'], linewidth=1.25, zorder=1)
     _rows(ax, [label for _,label,*_ in rows])
 

@@ -29,7 +29,7 @@ from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .draw import save_png
 from .report import Comparison, csv_safe, last_accuracy
-from .training import Arm, Campaign
+from .training import Arm, Campaign, LearnerParts
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
 
@@ -169,7 +169,7 @@ def explore(
     arms = {Exploration.weak: Arm(SoftOnly(weak)), Exploration.strong: Arm(SoftOnly(strong))}
     for scheme,make in schemes.items():
         for subset,on in subsets.items(): arms[f'{scheme} | {subset}'] = Arm(SoftOnly(weak, make(on)))
-    return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
+    return Campaign(arms, LearnerParts(dls, model_fn), n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
 
 # %% ../../nbs/43_lab.explore.ipynb #9c3332bd
 @contextmanager

@@ -19,12 +19,12 @@ from fastcore.xml import A, Body, Br, Dd, Div, Dl, Dt, Footer, H1, H2, H3, H4, H
 from fastcore.xml import Safe, Section, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml
 
 from .draw import *
-from .report import Comparison, column_names, comparisons, last_accuracy, mean_sd, number_or_nan, t_interval, verdict
+from .report import Comparison, comparisons, last_score, mean_sd, number_or_nan, t_interval, verdict
 
 # %% ../../nbs/45b_lab.page.ipynb #8e2ea040
-def _points(mean, low, high):
+def _points(score, mean, low, high):
     if math.isnan(mean): return 'not known'
-    return f'{100*mean:+.2f} points' + ('' if math.isnan(low) else f' [{100*low:+.2f}, {100*high:+.2f}]')
+    return score.signed(mean) + score.points + ('' if math.isnan(low) else f' [{score.signed(low)}, {score.signed(high)}]')
 
 def _sentence(c, name, verdicts):
     "Say how a method stands to its rivals; return 'ahead' | 'mixed' | 'open' and the sentence"
@@ -34,8 +34,8 @@ def _sentence(c, name, verdicts):
     def listed(said):
         "Name the rivals with this verdict, and the differences to them"
         def words(rival, difference):
-            by_chance = verdict(difference) != said   # alone it would be shown
-            return f"{rival} ({_points(*difference)}{', which may be chance among so many' if by_chance else ''})"
+            by_chance = c.alone(name, rival) != said   # alone it would be shown
+            return f"{rival} ({_points(c.score, *difference)}{', which may be chance among so many' if by_chance else ''})"
         return ' and '.join(words(*pair) for pair in found.items() if verdicts[name, pair[0]] == said)
     ahead,behind,rest = map(listed, ('ahead', 'behind', 'open'))
     said = [f'ahead of {ahead}']*bool(ahead) + [f'behind {behind}']*bool(behind)
@@ -82,7 +82,7 @@ def _diverged(record):
     "True if the last loss or accuracy of a run is not a number"
     history = record['history']
     losses = [history[column][-1] for column in ('train_loss', 'valid_loss') if history.get(column)]
-    return any(math.isnan(number_or_nan(value)) for value in (record['last']['accuracy'], record['last']['nll'], *losses))
+    return any(math.isnan(number_or_nan(value)) for value in (last_score(record), *[record['last']['nll']]*('nll' in record['last']), *losses))
 
 def failures(
     c:Comparison, # finished runs of one setting
@@ -91,8 +91,8 @@ def failures(
     out,seeds = [],{r['seed'] for r in c.records}
     for name in c.names:
         for r in filter(_diverged, c.runs(name)):
-            accuracy = last_accuracy(r)
-            counted = '' if math.isnan(accuracy) else f' (accuracy {100*accuracy:.2f} %, which the table counts)'
+            value,score = last_score(r),c.score
+            counted = '' if math.isnan(value) else f' ({score.metric} {score.text(value)}{score.unit}, which the table counts)'
             out.append(f"{name}, seed {r['seed']}: diverged, its loss is not a number{counted}.")
         lacks = sorted(seeds - {r['seed'] for r in c.runs(name)})
         if lacks: out.append(f"{name}: no run with seed {', '.join(map(str, lacks))}.")
@@ -101,26 +101,26 @@ def failures(
 # %% ../../nbs/45b_lab.page.ipynb #73dd9481
 def _accuracy(c, look):
     def row(name):
-        values = [100*accuracy for accuracy in c.scores(name)]
+        values = c.scores(name)
         mean = mean_sd(values)[0]
-        shown = f'{mean:.2f} %' if math.isfinite(mean) else 'not a number'
-        return look.named(name), shown, f"{name}: mean {shown}; seeds {', '.join(f'{value:.2f}' for value in values)}"
+        shown = c.score.text(mean) + c.score.unit if math.isfinite(mean) else 'not a number'
+        return look.named(name), shown, f"{name}: mean {shown}; seeds {', '.join(map(c.score.text, values))}"
     how = 'A mark for each seed, a bar at their mean' + ('; the line is the mean of the baseline.' if c.baseline in c.names else '.')
-    return figure('Accuracy', how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
+    return figure('Accuracy' if c.score.metric == 'accuracy' else c.score.metric, how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
 
 def _differences(c, look):
     pairs = c.pairs
     if not pairs: return None
     def numbers(name, rival):
         "Return what `draw_differences` draws in a row"
-        seeds = 100*np.subtract(*c.paired(name, rival))
-        return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), 100), seeds
+        seeds = c.score.factor*np.subtract(*c.paired(name, rival))
+        return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), c.score.factor), seeds
     def draw(ax):
-        draw_differences(ax, [numbers(*pair) for pair in pairs], look)
-        ax.set_xlabel('difference in accuracy after the last epoch, points')
+        draw_differences(ax, [numbers(*pair) for pair in pairs], look, c.score.points)
+        ax.set_xlabel(plain(f"difference in {c.score.metric} after the last epoch{',' if c.score.points else ''}{c.score.points}"))
     def row(name, rival):
         "Return name, value and words of a row"
-        said,control = _points(*c.difference(name, rival)),name in c.control_for(rival)
+        said,control = _points(c.score, *c.difference(name, rival)),name in c.control_for(rival)
         shown = Span(look.named(name), ' ', Span(f'− {rival}', ' (control)' if control else None, cls='less'))
         return shown, said.replace(' points', ''), f"{name} minus {rival}, {'its matched control' if control else 'baseline'}: {said}"
     how = ('Differences within a seed: mean with its 95 % interval (Student t), faint marks for the seeds. '
@@ -132,11 +132,11 @@ def _curves(c, look):
         "Draw a column of the histories, None where no run has it"
         curves = {name: c.curves(name, column) for name in c.names}
         if not any(np.isfinite(values).any() for values in curves.values()): return None
-        factor = 100 if column == 'accuracy' else 1
+        factor = c.score.factor if column == c.judged_column else 1
         ends = '; '.join(f'{name} {factor*values[:,-1].mean():.4g}' for name,values in curves.items() if values.size)
-        said = f'{column_names[column]} by epoch, mean over seeds at the end: {ends}'
+        said = f'{c.column_name(column)} by epoch, mean over seeds at the end: {ends}'
         return panel(partial(c.draw_column, column=column, look=look), said)
-    plots = [plot(column) for column in column_names]
+    plots = [plot(column) for column in c.columns]
     if not any(plots): return None
     band = '; the bands reach from the lowest seed to the highest' if len(c.names) <= 8 else ''
     how = f"Means over seeds{band}. Training losses contain each method's own terms and are not comparable between methods."
@@ -175,7 +175,7 @@ def _costs(c):
         if name == c.baseline or not ratios or math.isnan(c.difference(name)[0]): continue
         mean,sd = mean_sd(ratios)
         ratio = mean,*t_interval(mean, sd, len(ratios))
-        out.append((name, ratio, np.multiply(c.difference(name), 100)))
+        out.append((name, ratio, np.multiply(c.difference(name), c.score.factor)))
     return out
 
 def _label_points(ax, points):
@@ -188,20 +188,20 @@ def _label_points(ax, points):
         ax.annotate(plain(short), (ratio[0], gain[0]), (side, apart-height+3), textcoords='offset points', ha=align)
 
 def _cost(c, look):
-    points = _costs(c)
+    points,score = _costs(c),c.score
     if not points: return None
     def draw(ax):
         zero = dict(color=palette()['zero'], linewidth=1.25, zorder=1)
         ax.axhline(0, **zero)
         ax.axvline(1, **zero)
         for name,ratio,gain in points:
-            draw_point(ax, ratio, gain, f'{name}: {ratio[0]:.2f} times the baseline per epoch, {_points(*gain/100)}', **look.mark(name))
+            draw_point(ax, ratio, gain, f'{name}: {ratio[0]:.2f} times the baseline per epoch, {_points(score, *gain/score.factor)}', **look.mark(name))
         for axis in (ax.xaxis, ax.yaxis): round_ticks(axis)
-        ax.set(xlabel='time per epoch, ratio to the baseline', ylabel='difference in accuracy to the baseline, points')
+        ax.set(xlabel='time per epoch, ratio to the baseline', ylabel=plain(f"difference in {score.metric} to the baseline{',' if score.points else ''}{score.points}"))
         if len(points) <= 12: _label_points(ax, points)
-    said = 'Cost against gain: ' + '; '.join(f'{name} {ratio[0]:.2f} times the time, {gain[0]:+.2f} points' for name,ratio,gain in points)
-    how = ('Time of a training epoch as a ratio to the baseline, and the paired difference in accuracy to it, '
-           'both with 95 % intervals over seeds. Better is up and to the left.')
+    said = 'Cost against gain: ' + '; '.join(f'{name} {ratio[0]:.2f} times the time, {score.signed(gain[0]/score.factor)}{score.points}' for name,ratio,gain in points)
+    how = (f'Time of a training epoch as a ratio to the baseline, and the paired difference in {score.metric} to it, '
+           f'both with 95 % intervals over seeds. Better is {"up" if score.higher else "down"} and to the left.')
     return figure('Cost against gain', how, look.legend([name for name,*_ in points]), panel(draw, said, 400, 290), cls='cost')
 
 # %% ../../nbs/45b_lab.page.ipynb #3c3896a6

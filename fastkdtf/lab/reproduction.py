@@ -23,7 +23,7 @@ from .draw import *
 from .page import report_html, write_whole
 from .recipes import Recipe, paper_table, recipe
 from .report import Comparison, csv_safe, mean_sd, number_or_nan, paired_difference, t_interval, welch_interval
-from .runs import Ledger
+from .runs import Ledger, check_failure, check_recipe_record, check_run
 
 # %% ../../nbs/47a_lab.reproduction.ipynb #a4ac018a
 def from_paper(
@@ -102,7 +102,8 @@ def _read(out):
     "Read records of recipes, those of their runs, and failures that were not mended since"
     files = _files(out)
     if not files: raise ValueError(f'no recipes.jsonl in {out}: give the folder that run_recipes(out=…) wrote')
-    def records(name): return [r for file in files for r in Ledger(file.with_name(name)).records()]
+    checks = {'results.jsonl': check_run, 'failures.jsonl': check_failure, 'recipes.jsonl': check_recipe_record}
+    def records(name): return [r for file in files for r in Ledger(file.with_name(name), checks[name])]
     runs,failures = {r['key']: r for r in records('results.jsonl')},{r['run']: r for r in records('failures.jsonl')}
     return records('recipes.jsonl'),list(runs.values()),[r for r in failures.values() if r['run'] not in runs]
 
