@@ -66,6 +66,7 @@ def compare(
     learner:Callable=Learner, # makes the learner from loaders, model, `metrics`, `loss_func` and `opt_func`
 )->Comparison:
     "Train a network with each method and its matched controls over several seeds, from the same weights on the same batches"
+    check_types(compare, locals())
     methods = _by_name(methods, dls.c, baseline)
     if baseline not in methods: methods = {baseline: None, **methods}
     arms = {name: Arm(*o) for name,o in with_controls(methods, dls.c, controls).items()}

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..core import check_types
 from .draw import *
 from .runs import Ledger, check_run
 
@@ -341,6 +342,7 @@ def read_runs(
     """Read the finished runs in folders and files
 
     Raises `FileNotFoundError` for a path that does not exist, `ValueError` where there is no run."""
+    check_types(read_runs, locals())
     files = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)

@@ -55,6 +55,7 @@ def paper_grid(
 
     Wang et al. 2020, §4.3; label smoothing: the supplement of Yuan et al. 2020, §2; λ: Zheng et al. 2022;
     temperature of stage 2: Song et al. 2023, Tab. 4d"""
+    check_types(paper_grid, locals())
     r = _as_recipe(recipe)
     if r.method_name not in _grids:
         known = ', '.join(_grids)
@@ -70,6 +71,7 @@ def search_space(
     grid:dict, # name → values, as `paper_grid` returns them
 )->dict: # name → (low, high), or (low, high, 'log') where the values span a factor of ten
     "Return the ranges that the values of a grid lie in. Values that are no numbers remain a list"
+    check_types(search_space, locals())
     def span(values):
         "Return the range of some values"
         if not all(map(_real, values)): return list(values)
@@ -412,6 +414,7 @@ def sweep(
     Parameters are the recipe's, in its own units: with fewer epochs, the interval of memory replay shrinks with the schedule.
     With one process, a sweep that was killed and started again ends as one that was not.
     With several, what is suggested and pruned depends on which trials have ended."""
+    check_types(sweep, locals())
     optuna,r,out,seeds = _optuna(),_as_recipe(recipe),make_folder(out),check_seeds(seeds)
     epochs = int(r.schedule.epochs)
     n_epoch = check_whole('n_epoch', epochs if n_epoch is None else n_epoch)

@@ -423,6 +423,7 @@ class Campaign:
         settings:dict|None=None, # anything else that identifies these runs, in words and numbers
         learner:Callable=Learner, # makes a learner from loaders, model and `metrics`
     ):
+        check_types(Campaign.__init__, locals())
         seeds = check_seeds(seeds)
         check_whole('n_epoch', n_epoch)
         _check_model_fn(model_fn)
