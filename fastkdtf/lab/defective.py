@@ -198,8 +198,8 @@ def _check_checkpoints(n_epoch, at_epochs, at_accuracies, fit):
 
 def _train_teachers(student, campaign, keep, key, cbs=()):
     "Train once, and return the weights that `keep` kept as teachers"
-    dls,(run,) = student.dls,campaign.runs.values()
-    train_run(None, run.seed, dls, student.model_fn, run.n_epoch, campaign.fit, campaign.lr, [keep, *cbs], student.learner)
+    run, = campaign.runs.values()
+    train_run(None, run.seed, student, run.n_epoch, campaign.fit, campaign.lr, [keep, *cbs])
     teachers = [_poor_teacher(student, **kept) for kept in keep.kept]
     if keep.missing:
         never = ', '.join(f'{100*accuracy:g} %' for accuracy in keep.missing)
@@ -208,7 +208,7 @@ def _train_teachers(student, campaign, keep, key, cbs=()):
 
 def _poor_teacher(student, epoch, valid_accuracy, asked, weights):
     "Return weights that were kept as a teacher, with its accuracy on the test set"
-    learn = student.learner(student.dls, student.model_fn())
+    learn = student(0)
     learn.model.load_state_dict(weights)
     test = reported_scores(learn)['accuracy'] if evaluation_set(student.dls) == 2 else None
     stats = input_stats(student.dls.train) or ([0.], [1.])

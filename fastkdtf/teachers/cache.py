@@ -21,6 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from ..core import *
+from ..fingerprint import fingerprint, settings_digest
 from ..vision.identity import loader_identity
 from ..files import read_json, replacing
 from .network import EnsembleTeacher, as_teacher, class_names
@@ -262,6 +263,11 @@ def _n_views(dl):
                          'limit them, as in kd_dataloaders(augment=Augment(..., views=8)), or use the live teacher')
     return dl.augment.views
 
+def _identity_of(teacher):
+    "Return what identifies a teacher. Raises `ValueError` if another process could not tell"
+    words = fingerprint(teacher)
+    return words if isinstance(words, str) else settings_digest(words)
+
 def _data_identity(learn):
     "Return what identifies the training data and the classes. Raises `ValueError` where an image cannot be known again"
     dl = learn.dls.train
@@ -308,7 +314,7 @@ class CachedTeacher(Teacher):
         except ValueError: self.store = None   # its folder was deleted or changed since
         data = _data_identity(learn)
         self.teacher.attach(learn)
-        try: self.store = LogitStore(self.path, self.teacher.identity, data, self.top_k, self.dtype)
+        try: self.store = LogitStore(self.path, _identity_of(self.teacher), data, self.top_k, self.dtype)
         except BaseException:
             self.teacher.detach()
             raise
@@ -416,7 +422,7 @@ class CachedTeacher(Teacher):
     def settings(self)->dict: return dict(teacher=self.teacher, path=str(self.path), top_k=self.top_k, dtype=self.dtype)
 
     @property
-    def identity(self)->str: return f'{self.teacher.identity}, cached with top_k={self.top_k}, {self.dtype}'
+    def identity(self)->str: return f'{_identity_of(self.teacher)}, cached with top_k={self.top_k}, {self.dtype}'
 
     def __getstate__(self): return {**vars(self), 'learn': None, 'store': None}
     def __repr__(self): return f'CachedTeacher({self.teacher!r}, {str(self.path)!r}, top_k={self.top_k}, dtype={self.dtype!r})'

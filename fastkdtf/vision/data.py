@@ -134,6 +134,7 @@ def _of_test(test, n, seed):
 class KDDataLoaders(DataLoaders):
     "fastai's `DataLoaders` with a third loader, `test`, which is also `dls[2]` (`learn.get_preds(ds_idx=2)`), and how it was `split`."
     split = None # for a run's record, see `kd_dataloaders`
+    split_again = None # a function `seed → KDDataLoaders` of the same data
     @property
     def test(self) -> DataLoader:
         "The loader of the test set"
@@ -240,6 +241,8 @@ def kd_dataloaders(
     bs,seed,files = check_whole('bs', bs),check_whole('seed', seed, 0),source=='imagenet'
     if valid_pct is not None: valid_pct = check_number('valid_pct', valid_pct, '[0,1)')
     _check_augment(augment, files)
+    again = partial(kd_dataloaders, source, bs, valid_pct=valid_pct, train_subset=train_subset, device=device, num_workers=num_workers,
+                    augment=augment, path=path, size=size)
     sets,names,default_pct = _read(source, path, size)
     if 'valid' in sets and valid_pct:
         raise ValueError(f"valid_pct={valid_pct} can't be used: {source} has a validation set of its own; use None, or 0 to leave it out")
@@ -257,6 +260,7 @@ def kd_dataloaders(
     else:     loaders = _record_loaders(parts, names, augment, bs, device, num_workers or 0)
     dls = with_index(KDDataLoaders(*loaders, device=device))
     digest = hashlib.blake2b(keep.astype('<i8').tobytes(), digest_size=8).hexdigest()
+    dls.split_again = again
     dls.split = dict(seed=seed, valid_pct=pct, n_train=len(train), n_valid=len(valid), n_test=len(test), train_digest=digest)
     if pct==0: dls.split['validated_on'] = 'the test set' if len(valid)==len(test) else f'{len(valid):,} images of the test set'
     return dls
