@@ -27,6 +27,7 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import Tensor, nn
 
+from ..core import check_types
 from ..files import replacing
 from ..pickles import read_saved
 from .term import is_fit
@@ -46,7 +47,8 @@ def seed_run(
     dls:DataLoaders|None=None, # of this run
 ):
     "Seed Python, NumPy, PyTorch and the loaders of `dls`. Raises `TypeError` if `seed` is no whole number"
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)): raise TypeError(f'seed must be a whole number, got {seed!r}')
+    check_types(seed_run, locals())
+    if not -2**63 <= seed < 2**63: raise ValueError('seed must be in [-2**63,2**63)')
     set_seed(int(seed))
     for i,rng in enumerate(_generators(dls) if dls is not None else []):
         if isinstance(rng, random.Random): rng.seed(f'{seed}/{i}')
@@ -182,7 +184,8 @@ class Checkpoint(Callback):
         path:str|Path, # the file; one training and one process per file
         every:int=1, # epochs between two saves; the start and the end of a fit are always saved
     ):
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        check_types(Checkpoint.__init__, dict(path=path))
+        if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
             raise ValueError(f'every must be a whole number of epochs, at least 1, got {every!r}')
         self.path,self.every = Path(path),every
         if self.path.is_dir(): raise ValueError(f'path must be a file, but {self.path} is a folder: give a file in it')

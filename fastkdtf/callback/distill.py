@@ -86,6 +86,7 @@ class Distill(LossTerm):
         multiplier:float=1., # that multiplier
         name:str|None=None, # needed for a second callback of the same class
     ):
+        check_types(Distill.__init__, locals())
         super().__init__(name)
         if isinstance(alpha, tuple): self.alpha = tuple(check_schedule('alpha', weight, '[0,inf)') for weight in alpha)
         else:                        self.alpha = check_schedule('alpha', alpha, '[0,1]')

@@ -223,7 +223,9 @@ class LossTerm(OneLearner):
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
-    ): self._name = name
+    ):
+        check_types(LossTerm.__init__, dict(name=name))
+        self._name = name
 
     @property
     def name(self)->str: return self._name or super().name

@@ -192,6 +192,7 @@ def compare(
     """Train a learner with each method and its matched controls over several seeds, from the same weights on the same batches
 
     If the loaders have a third one, `.test`, that is what is reported; else the validation set."""
+    check_types(compare, locals())
     make,seeds = with_splits(learner_maker(learn), splits),check_seeds(seeds)
     probe = make(seeds[0])
     check_learner(probe, fit)
