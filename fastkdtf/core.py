@@ -8,17 +8,18 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 __all__ = ['Step', 'check_number', 'check_whole', 'check_choice', 'check_scale', 'soft_scale', 'check_variant', 'plain_tensors',
            'at_least_float32', 'shifted', 'TwoValued', 'virtual_logits', 'soften', 'soft_target_loss', 'first_output',
            'first_tensor', 'check_labels', 'looks_like_probabilities', 'classification_batch', 'check_teacher_logits',
-           'reduce_samples', 'at_label', 'put_confidence', 'Batch']
+           'kept', 'reduce_samples', 'at_label', 'put_confidence', 'Batch']
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -96,6 +97,8 @@ def plain_tensors(
     o:object, # a tensor, or tuples, lists and dicts of tensors and other things, nested as they like
 )->object: # the same structure
     "Return `o` with every tensor in it as a plain `torch.Tensor`; all else stays as it is"
+    if isinstance(o, Tensor): return o if type(o) is Tensor else o.as_subclass(Tensor)
+    if type(o) is tuple: return tuple(map(plain_tensors, o))   # what a batch is; the way below takes five times as long
     return tree_map_only(Tensor, lambda t: t if type(t) is Tensor else t.as_subclass(Tensor), o)
 
 # %% ../nbs/00_core.ipynb #0b6dcbb7
@@ -115,8 +118,8 @@ def shifted(
 )->Tensor: # in float32 at least
     "Return `(logits - max logits)/tau`, whose softmax is that of `logits/tau`"
     z = at_least_float32(logits)
-    largest = (z.detach() if detach else z).amax(axis, keepdim=True)
-    return (z - largest)/tau
+    z = z - (z.detach() if detach else z).amax(axis, keepdim=True)
+    return z if tau == 1 else z/tau
 
 # %% ../nbs/00_core.ipynb #2d57f8af
 class TwoValued(NamedTuple):
@@ -170,11 +173,11 @@ def soft_target_loss(
     "Return `D_KL(t, p_τ)` of each sample; a zero in the target contributes 0"
     logp = torch.log_softmax(shifted(z, tau, detach=True), 1)
     several = target.ndim > z.ndim
+    if entropy and not several: return F.kl_div(logp, target, reduction='none').sum(1)
     mean = target.mean(0) if several else target
     loss = -(mean*logp).sum(1)
     if not entropy: return loss
-    negative_entropy = torch.xlogy(target, target).sum(2 if several else 1)
-    return loss + (negative_entropy.mean(0) if several else negative_entropy)
+    return loss + torch.xlogy(target, target).sum(2).mean(0)
 
 # %% ../nbs/00_core.ipynb #fbe21c72
 def first_output(
@@ -267,6 +270,15 @@ def check_teacher_logits(
     return zt.detach().to(at_least_float32(z).dtype)
 
 # %% ../nbs/00_core.ipynb #ebdf4c3e
+def kept(
+    y:Tensor, # labels
+    ignore_index:int=-100, # positions with this label do not count
+)->Tensor|None: # bool `[N,…]`
+    "Return which positions count; None if all do, as far as that is known without waiting for a GPU"
+    if y.is_floating_point(): return None
+    keep = y != ignore_index
+    return None if keep.is_cpu and keep.all() else keep
+
 def reduce_samples(
     loss:Tensor, # `[N,…]`, one number a sample or position
     y:Tensor, # the labels
@@ -274,8 +286,8 @@ def reduce_samples(
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor:
     "Return the mean (the sum, or each loss) of the samples and positions that count"
-    if not y.is_floating_point():
-        keep = y != ignore_index
+    keep = kept(y, ignore_index)
+    if keep is not None:
         loss = torch.where(keep, loss, 0.)
         if reduction == 'mean': return loss.sum()/keep.sum()
     return loss.mean() if reduction == 'mean' else loss.sum() if reduction == 'sum' else loss
@@ -324,10 +336,19 @@ class Batch:
     reduction:str='mean' # of the base loss
     answers:dict=field(default_factory=dict) # what was asked of the teachers so far, keyed by rewrite, and by None for the method's own
     sample_weight:Tensor|None=None # factors of the samples' soft losses, where the method weighs them
-    finite:Tensor|None=None # False where a teacher returned no numbers; stays on the device until it is read
+    finite:Tensor|None=None # False if a teacher returned no numbers; on the device until it is read; None: it is known to be true
+    facts:dict=field(default_factory=dict, init=False, repr=False, compare=False) # what parts found out: a changed copy begins without
 
     @property
     def n_classes(self)->int: return self.z.shape[1]
+
+    def once(self,
+        fact:Hashable, # its name
+        find:Callable, # without arguments
+    ):
+        "Return what `find()` returns, and find it for the first part that asks only"
+        if fact not in self.facts: self.facts[fact] = find()
+        return self.facts[fact]
 
     @cached_property
     def p(self)->Tensor:
@@ -346,6 +367,14 @@ class Batch:
     )->'Batch':
         "Return this batch with labels and the student's logits, as often as it has labels"
         return replace(self, y=y, z=z, answers=dict(self.answers), extra_logits={})
+
+    def see(self,
+        y:Tensor, # labels `[N,…]`, or probabilities
+        z:Tensor, # the student's logits `[N,K,…]`
+    )->'Batch':
+        "Return this batch, with labels and the student's logits put in"
+        self.y,self.z = y,z
+        return self
 
     def release(self):
         "Let go of inputs and answers, which nothing needs after the loss"

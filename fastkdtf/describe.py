@@ -26,6 +26,7 @@ class Description:
     notes:list=field(default_factory=list) # anything else to know
     gradient:float|None=1. # factor of the soft loss's gradient beside the divergence's; None: not known
     loss:str='D_KL' # the soft loss
+    adds:float|None=None # what the soft loss adds to the scale for a weight and a temperature of 1; None: `gradient`
 
     @property
     def soft_gradient(self)->float|None:
@@ -36,12 +37,14 @@ class Description:
     @property
     def scale(self)->float|None:
         "Total scale `W` of the loss; None where it is not known"
-        return None if self.soft_gradient is None else self.hard + self.soft_gradient
+        adds = self.gradient if self.adds is None else self.adds
+        if not self.soft: return self.hard
+        return None if adds is None else self.hard + adds*self.soft/self.tau
 
     @property
     def epsilon(self)->float|None:
         "Label smoothing it is equivalent to; None where the target does not depend on the label alone"
-        if self.target is None or not self.scale: return None
+        if self.target is None or not self.scale or self.soft_gradient is None: return None
         on,off = self.target
         return 1 - (self.hard + self.soft_gradient*(on-off))/self.scale
 
@@ -76,18 +79,23 @@ class Description:
     @property
     def as_control(self)->str|None:
         "The name of the control that this method itself is: it is one if its target is uniform and the student not softened; else None"
-        if self.soft and not (self.exact and self.target and math.isclose(*self.target)): return None
-        return self._named(self.hard, self.soft) if self.scale else None
+        soft = self.soft_gradient
+        if soft != 0 and not (soft and self.exact and self.target and math.isclose(*self.target)): return None
+        return self._named(self.hard, soft) if self.scale else None
 
     @property
-    def controls(self)->dict:
-        "Matched controls, as `{name: (weight of H(q,p), weight of D_KL(u,p))}`; plain cross-entropy and the method itself are left out"
+    def matched(self)->dict:
+        "Cross-entropy of the same scale and, where there is one, the equivalent label smoothing: `{name: (weight of H(q,p), weight of D_KL(u,p))}`"
         scale,epsilon = self.scale,self.epsilon
         if not scale: return {}
         weights = [(scale, 0.)]
         if epsilon is not None and 1e-6 < epsilon < 1: weights.append((scale*(1-epsilon), scale*epsilon))
-        named = {self._named(hard, soft): (hard, soft) for hard,soft in weights}
-        return {name: weights for name,weights in named.items() if name not in ('CE', self.as_control)}
+        return {self._named(hard, soft): (hard, soft) for hard,soft in weights}
+
+    @property
+    def controls(self)->dict:
+        "Matched controls, as `matched` has them; plain cross-entropy and the method itself are left out"
+        return {name: weights for name,weights in self.matched.items() if name not in ('CE', self.as_control)}
 
     def rows(self)->list:
         "Return what the table shows, as pairs"
@@ -95,8 +103,9 @@ class Description:
         tau,at_tau = ('', '') if self.tau == 1 else ('_τ', f', τ = {n(self.tau)}')
         rows = [('hard term', f'{n(self.hard)} · H(q, p)'), ('soft term', f'{n(self.soft)} · {self.loss}(t, p{tau}){at_tau}')]
         if self.target: rows.append(('target t', f'{self.target[0]:.6f} on the label, {self.target[1]:.6f} elsewhere'))
-        if self.scale is None: rows += [('soft gradient', 'not known'), ('scale of the loss', 'not known')]
-        else:                  rows += [('soft gradient', f'{n(self.soft_gradient)} · (p{tau} - t)'), ('scale of the loss', n(self.scale))]
+        known = self.soft_gradient is not None
+        rows.append(('soft gradient', f'{n(self.soft_gradient)} · (p{tau} - t)' if known else 'not known'))
+        rows.append(('scale of the loss', 'not known' if self.scale is None else n(self.scale)))
         if self.epsilon is not None: rows.append(('label smoothing ε', f'{self.epsilon:.3f} ' + ('(exact)' if self.exact else '(first order)')))
         ratios = self._ratios()
         if None not in ratios: rows.append(('soft/hard gradient', f'{n(ratios[0])} at uniform predictions, {n(ratios[1])} at 90 % confidence'))

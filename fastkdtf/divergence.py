@@ -32,6 +32,12 @@ class SoftLoss(ABC):
     def gradient(self, n_classes:int)->float|None:
         "Return the factor of its gradient beside the divergence's; None where it is not known"
 
+    def scale(self, n_classes:int)->float|None:
+        "Return what it adds to the scale of the whole loss, for a weight and a temperature of 1; None where it is not known"
+        return self.gradient(n_classes)
+
+    def check(self, batch:Batch): "Look at the first batch of a fit, with logits and labels; raise or warn"
+
     def notes(self, n_classes:int)->list:
         "Return sentences for `describe`"
         return []

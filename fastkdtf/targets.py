@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/targets.html.md"""
 
 # %% auto #0
 __all__ = ['Regularization', 'log_odds', 'Subset', 'Correct', 'StudentAhead', 'WSLWeight', 'softened_logits', 'Rewrite',
-           'TeacherCorrection', 'SmoothTo', 'Amplify', 'Replace']
+           'TeacherCorrection', 'SmoothTo', 'Amplify', 'Replace', 'LogitStandardisation']
 
 # %% ../nbs/04_targets.ipynb #52f9ea6e
 import math
@@ -32,9 +32,13 @@ def log_odds(
     others = z.scatter(axis, index, -math.inf).logsumexp(axis)
     return z.gather(axis, index).squeeze(axis) - others
 
-def _log_odds(logits, batch, tau):
+def _log_odds(batch, who, tau):
+    "Return the log odds of the label as the student's logits `z` or the teacher's `zt` have it; found once a batch"
+    return batch.once(('log odds', who, tau), lambda: _find_log_odds(getattr(batch, who), batch, tau))
+
+def _find_log_odds(logits, batch, tau):
     "Return the log odds of the label, also of `TwoValued` logits"
-    if not isinstance(logits, TwoValued): return log_odds(logits, batch.y, tau)
+    if not isinstance(logits, TwoValued): return log_odds(logits.detach(), batch.y, tau)
     odds = (logits.on-logits.off)/tau - math.log(batch.n_classes-1)
     return torch.full(batch.y.shape, odds, device=batch.y.device)
 
@@ -76,7 +80,9 @@ class Correct(Subset):
     inside_correct = True
     def __call__(self, batch:Batch)->Tensor:
         _check_integers(batch, self)
-        zt,y = batch.zt,batch.y
+        return batch.once('correct', lambda: self._find(batch.zt, batch.y))
+
+    def _find(self, zt, y):
         if isinstance(zt, TwoValued): return torch.full(y.shape, zt.on > zt.off, device=y.device)
         index,axis = at_label(zt, y)
         return (zt >= zt.gather(axis, index)).sum(axis) == 1
@@ -86,7 +92,7 @@ class StudentAhead(Subset):
     def __call__(self, batch:Batch)->Tensor:
         _check_integers(batch, self)
         tau_teacher,tau_student = batch.tau
-        return log_odds(batch.z.detach(), batch.y, tau_student) > _log_odds(batch.zt, batch, tau_teacher)
+        return batch.once(('student ahead', batch.tau), lambda: _log_odds(batch, 'z', tau_student) > _log_odds(batch, 'zt', tau_teacher))
 
 Regularization = StudentAhead   # the paper's name
 
@@ -102,20 +108,21 @@ class WSLWeight:
 
     def __call__(self, batch:Batch)->Tensor: # `[N,…]`, in [0,1]
         "Return the weight of each sample"
-        student,teacher = self._entropies(batch.z.detach(), batch),self._entropies(batch.zt, batch)
+        student,teacher = self._entropies(batch, 'z'),self._entropies(batch, 'zt')
         if teacher.ndim > student.ndim:   # that of the teachers' mean distribution
             teacher = math.log(len(teacher)) - torch.logsumexp(-teacher, 0)
         w = -torch.expm1(-student/(teacher+self.eps))
         return (batch.y*w).sum(1) if batch.y.is_floating_point() else w
 
-    def _entropies(self, logits, batch):
+    def _entropies(self, batch, who):
         "Return the cross-entropies on the label; on each class for labels that are probabilities"
-        if not batch.y.is_floating_point(): return F.softplus(-_log_odds(logits, batch, self.tau))
+        if not batch.y.is_floating_point(): return F.softplus(-_log_odds(batch, who, self.tau))
+        logits = getattr(batch, who)
         if isinstance(logits, TwoValued):
             on = logits.soften(self.tau, batch.n_classes).on
             return -torch.tensor(on, device=batch.y.device).log()
         axis = 1+logits.ndim-batch.z.ndim
-        return -torch.log_softmax(shifted(logits, self.tau, axis), axis)
+        return -torch.log_softmax(shifted(logits.detach(), self.tau, axis), axis)
 
     def __repr__(self): return f'WSLWeight(tau={self.tau!r}, eps={self.eps!r})'
 
@@ -279,3 +286,35 @@ class Replace(Rewrite):
         strong_confidence = softened.gather(axis, index)
         logits,tau = softened_logits(target, batch)
         return put_confidence(logits, batch.y, strong_confidence, tau)
+
+# %% ../nbs/04_targets.ipynb #62d0c335
+class LogitStandardisation(Rewrite):
+    """Standardise the logits of teacher and student, `Z(z) = (z-mean)/(σ+ε)`, before they are softened. Sun et al. 2024
+
+    The gradient goes through mean and deviation. It is 0 for logits that are all alike, and grows as 1/σ where they are nearly so."""
+    asks_label = False
+    def __init__(self,
+        ddof:int=1, # 1: σ with K-1, as the authors' code has it; 0: with K
+        eps:float=1e-7, # beside σ
+    ):
+        super().__init__()
+        self.ddof,self.eps = check_choice('ddof', ddof, (0, 1)),check_number('eps', eps, '[0,inf)')
+
+    def prepare(self,
+        logits:Tensor, # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
+        axis:int=1, # the classes' axis
+    )->Tensor: # in float32 at least
+        "Return standardised logits"
+        z = at_least_float32(logits)
+        z = z - z.mean(axis, keepdim=True)
+        variance = z.square().sum(axis, keepdim=True)/(z.shape[axis]-self.ddof)
+        varies = variance > 0
+        return torch.where(varies, z, 0.)/(torch.where(varies, variance, 1.).sqrt() + self.eps)
+
+    def rewrite(self, target:Tensor|TwoValued, batch:Batch)->Tensor|TwoValued:
+        "Return the target, which is made of standardised logits already"
+        return target
+
+    def notes(self, n_classes:int)->list:
+        "Return what `describe` says of it"
+        return ["logits are standardised first, so the soft gradient is divided by each sample's own deviation"]

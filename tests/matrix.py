@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from networks import lively, norms
 from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.vision.loader import batch_info
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from fastkdtf.callback.effdstl import CKM, WSL
+from fastkdtf.callback.memories import DLB, MeanTeacher, OnlineLabelSmoothing, PSKD
+from fastkdtf.callback.relatives import DIST, DKD, MaxSup, NKD, StandardisedKD
+from fastkdtf.callback.views import CSKD, RDrop
 from fastkdtf.vision.models import create_model
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
@@ -38,11 +42,16 @@ def convolutions():
     return lively(nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
                                 nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, K)))
 
+def dropping():
+    net = convolutions()
+    return net.insert(7, nn.Dropout(.3))
+
 def residual(): return lively(create_model('resnet8', K))
 
 def per_sample(model):
-    "Batch norms replaced, so that no sample's output depends on the rest of its batch"
+    "Batch norms replaced and dropout gone, so that no sample's output depends on the rest of its batch"
     for name,m in list(model.named_modules()):
+        if isinstance(m, nn.Dropout): m.p = 0.
         if isinstance(m, norms): model.get_submodule(name.rpartition('.')[0]).register_module(name.rpartition('.')[2], nn.GroupNorm(1, m.num_features))
     return model
 
@@ -72,13 +81,17 @@ class Spy(Callback):
     def before_batch(self):
         self.now = SimpleNamespace(x=plain(self.learn.xb[0]), student=copy.deepcopy(self.learn.model).cpu())
         self.now.students,self.now.total = [o.student for o in self.steps] + [self.now.student],self.learn.n_iter*self.learn.n_epoch
+        info = batch_info(self.learn.dl)
+        self.now.idx,self.now.partners = info and info.idx.tolist(),[plain(x) for x in getattr(info, 'beside', ())]
+        self.now.before,self.now.epoch,self.now.n_epoch = list(self.steps),self.learn.epoch,self.learn.n_epoch
     def after_pred(self):
-        self.now.z,self.now.sub,self.now.bits = plain(self.learn.pred),None,None
+        self.now.z,self.now.sub,self.now.bits,self.now.subs = plain(self.learn.pred),None,None,{}
         self.pred = self.learn.pred   # half precision replaces it
         self.pred.retain_grad()
         for cb in self.learn.cbs:
             if isinstance(cb, (SelfGuidance, StochasticDepth)): self.now.bits = cb.bits
-            if isinstance(cb, SelfGuidance): self.now.sub = plain(cb.batch.z)
+            if isinstance(cb, (SelfGuidance, RDrop)): self.now.subs[type(cb).__name__] = plain(cb.batch.z)
+        self.now.sub = self.now.subs.get('SelfGuidance')
     def after_loss(self):
         mix,y = getattr(self.learn.loss_func, '__self__', None),plain(self.learn.y)
         lam = None if mix is None else plain(torch.as_tensor(mix.lam))
@@ -136,6 +149,77 @@ def amplified(z, y, o):
 def replaced(z, y, o):
     return .5*4*kl(with_label_at(softened(network(7), o.x, 2.), y, at(softened(network(8), o.x, 2.), y)), z, 2.)
 
+# what a training remembers
+
+def pskd_weight(o): return .3*(o.epoch+1)/o.n_epoch
+def pskd(z, y, o):
+    last = {i: row.double() for b in o.before for i,row in zip(b.idx, b.z)}
+    target = torch.stack([last[i].softmax(0) if i in last else q for i,q in zip(o.idx, one_hot(y))])
+    return pskd_weight(o)*entropy(target, z)
+
+def ols(z, y, o):
+    means = torch.full((K, K), 1/K, dtype=torch.double)
+    last = [(row.double().softmax(0), c) for b in o.before if b.epoch == o.epoch-1 for row,c in zip(b.z, b.labels[0][0])]
+    for k in range(K):
+        right = [p for p,c in last if c == k == p.argmax()]
+        if right: means[k] = torch.stack(right).mean(0)
+    return .5*entropy(means[y], z)
+
+def dlb(z, y, o):
+    n = len(z)//2
+    if not o.before: return 0*z.sum(1)
+    assert o.before[-1].idx[n:] == o.idx[:n]
+    known = (o.before[-1].z[n:].double()/3).softmax(1)
+    return torch.cat([2*9*kl(known, z[:n], 3.), 0*z[n:].sum(1)])
+
+def cskd(z, y, o):
+    if o.bits is not None and o.sub is None: target = subnetwork_by_hand(o, *o.partners)   # the branches that StochasticDepth has dropped
+    else:
+        with torch.no_grad(): target = copy.deepcopy(o.student).train()(*o.partners)
+    target = target.double()
+    return 16*kl((target/4).softmax(1), z, 4.)
+
+def rdrop(z, y, o):
+    other = o.subs['RDrop'].double()
+    return .6*.5*(kl(z.softmax(1), other, 1.) + kl(other.softmax(1), z, 1.))
+
+def average(o, decay=.9):
+    "The running average of the weights before this step"
+    mean = copy.deepcopy(o.students[0])
+    for t,student in enumerate(o.students[1:], 1):
+        keep = min(1-1/(t+1), decay)
+        for ours,theirs in zip(mean.state_dict().values(), student.state_dict().values()):
+            ours.copy_(keep*ours + (1-keep)*theirs if ours.is_floating_point() else theirs)
+    return mean
+def mean_teacher(z, y, o): return kl(softened(average(o), o.x, 1.), z, 1.)
+
+# the divergence taken apart
+
+def max_sup(z, y, o): return .3*(z.max(1)[0] - z.mean(1))
+def among_others(z, y, tau):
+    "The distribution of the other classes among themselves, without the label's column"
+    return (z[~one_hot(y).bool()].view(len(y), K-1)/tau).softmax(1)
+def dkd(z, y, o):
+    zt = says(network(7), o.x)
+    b,bt = at((z/4).softmax(1), y),at((zt/4).softmax(1), y)
+    pair = bt*(bt/b).log() + (1-bt)*((1-bt)/(1-b)).log()
+    n,nt = among_others(z, y, 4.),among_others(zt, y, 4.)
+    return 16*(pair + 8*(nt*(nt/n).log()).sum(1))
+def nkd(z, y, o):
+    zt = says(network(7), o.x)
+    n,nt = among_others(z, y, 2.),among_others(zt, y, 2.)
+    return -at(zt.softmax(1), y)*at(z.log_softmax(1), y) - 1.5*4*(nt*n.log()).sum(1)
+def correlation(a, b):
+    a,b = a-a.mean(1, keepdim=True),b-b.mean(1, keepdim=True)
+    return F.cosine_similarity(a, b, dim=1, eps=0.)
+def dist(z, y, o):
+    p,t = z.softmax(1),softened(network(7), o.x, 1.)
+    value = 2*(1-correlation(p, t).mean()) + 2*(1-correlation(p.T, t.T).mean())
+    return value.expand(len(z))
+def standardised_kd(z, y, o):
+    standard = lambda z: (z-z.mean(1, keepdim=True))/z.std(1, keepdim=True)
+    return 9*4*kl((standard(says(network(7), o.x))/2).softmax(1), standard(z), 2.)
+
 def cached(): return CachedTeacher(network(7), 'cache', dtype='float32')   # in the working directory
 
 @dataclass
@@ -146,6 +230,8 @@ class Method:
     hard:float=1. # weight of the learner's own loss
     off:dict|None=None # arguments that leave it without weight
     net:object=convolutions # makes the student
+    steps:int=1 # of the optimizer, for each batch of the loader
+    hard_at:object=None # step → weight of the learner's own loss, where it changes
 
 def smoothing(z, y, o): return .3*kl(torch.full_like(z, 1/K), z, 1.)
 
@@ -164,6 +250,17 @@ METHODS = {   # by the name in the list of methods; others are forms of these
     'SelfGuidance':     Method(SelfGuidance, self_guidance, 1., None, residual),
     'WSL':              Method(lambda beta=2.5, **kw: WSL(network(7), beta, **kw), wsl, 1., dict(beta=0.)),
     'CKM':              Method(lambda **kw: CKM(network(7), **kw), ckm, 0.),
+    'PSKD':             Method(lambda alpha_t=.3, **kw: PSKD(alpha_t, **kw), pskd, .7, dict(alpha_t=0.), hard_at=lambda o: 1-pskd_weight(o)),
+    'OnlineLabelSmoothing': Method(OnlineLabelSmoothing, ols, .5, dict(alpha=1.)),
+    'DLB':              Method(DLB, dlb, steps=2),
+    'CSKD':             Method(CSKD, cskd, off=dict(lam=0.)),
+    'RDrop':            Method(RDrop, rdrop, net=dropping),
+    'MeanTeacher':      Method(partial(MeanTeacher, .9, rampup=0), mean_teacher, off=dict(w=0.)),
+    'MaxSup':           Method(lambda alpha=.3, **kw: MaxSup(alpha, **kw), max_sup, off=dict(alpha=0.)),
+    'DKD':              Method(lambda **kw: DKD(network(7), warmup=1, **kw), dkd),
+    'NKD':              Method(lambda **kw: NKD(network(7), tau=2., **kw), nkd),
+    'DIST':             Method(lambda **kw: DIST(network(7), **kw), dist),
+    'StandardisedKD':   Method(lambda **kw: StandardisedKD(network(7), **kw), standardised_kd, .1, dict(hard=1., soft=0.)),
     'Distill Amplify':  Method(lambda alpha=.5, **kw: Distill(network(7), alpha, 2., rewrite=Amplify(.2), **kw), amplified, .5, dict(alpha=0.)),
     'Distill Replace':  Method(lambda alpha=.5, **kw: Distill(network(7), alpha, 2., rewrite=Replace(network(8), 'confidence'), **kw), replaced, .5, dict(alpha=0.)),
 }
@@ -176,16 +273,16 @@ def by_hand(
     base=cross_entropy, # the learner's own loss of logits and labels, which takes `reduction`
 ):
     "The whole loss of a training step, in float64: the terms of its one or two labels by their share"
-    z,hard = o.z.double(),1 + sum(m.hard-1 for m in methods)
+    z,hard = o.z.double(),1 + sum((m.hard_at(o) if m.hard_at else m.hard)-1 for m in methods)
     mean = lambda losses, share: (losses*torch.as_tensor(share, dtype=torch.double)).mean()
     total = 0.
     for y,share in o.labels:
         ce = lambda z: base(z, y) if len(o.labels) == 1 else mean(base(z, y, reduction='none'), share)
         total = total + hard*ce(z) + sum(mean(m.soft(z, y, o), share) for m in methods if m.soft)
-        if o.sub is not None: total = total + ce(o.sub.double())   # SelfGuidance's sub-network learns from the labels too
+        total = total + sum(ce(sub.double()) for sub in o.subs.values())   # the other pass learns from the labels too
     return total
 
-def subnetwork_by_hand(o):
+def subnetwork_by_hand(o, x=None):
     "What the student says without the branches that were dropped: their last norm returns nothing to add"
     class Nothing(nn.Module):
         def forward(self, x): return torch.zeros_like(x)
@@ -193,4 +290,4 @@ def subnetwork_by_hand(o):
     net.load_state_dict(o.student.state_dict())
     for stage,bit in zip(net.stages, o.bits, strict=True):
         if not bit: stage[0].bn2 = Nothing()
-    with torch.no_grad(): return net.train()(o.x)
+    with torch.no_grad(): return net.train()(o.x if x is None else x)

@@ -25,7 +25,7 @@ from fastkdtf.files import run_lock
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
 from fastkdtf.teachers.base import UniformTeacher
-from fastkdtf.lab.training import Campaign, Arm
+from fastkdtf.lab.training import Arm, BatchDraws, Campaign, LearnerParts, StepDraws
 
 torch.set_num_threads(1)
 K,N_BATCH = 3,3
@@ -187,7 +187,8 @@ def test_the_learners_own_settings():
     dls = tiny_dls()
     learn = learner(dls, metrics=accuracy, cbs=[GradientClip(.1), MixUp(.4)], **args)
     seed_run(0, dls)
-    with learn.no_logging(): learn.fit_one_cycle(2)
+    draws = BatchDraws(0)
+    with learn.no_logging(): learn.fit_one_cycle(2, cbs=[draws, StepDraws(draws)])
     assert [float(v[1]) for v in learn.recorder.values] == c.runs('baseline')[0]['history']['valid_loss']
     keys = {learner(**{**args, **kw}).reversed_kd(weak_net(), 1, controls=False).records[0]['key'] for kw in ({}, dict(wd=.2), dict(moms=(.8, .7, .8)), dict(cbs=GradientClip(.1)), dict(cbs=GradientClip(.2)), dict(loss_func=CrossEntropyLossFlat()), dict(seed=4))}
     assert len(keys) == 7
@@ -425,7 +426,7 @@ def test_keys_of_dependent_runs():
     "They change with the run that they depend on, and with which of its weights"
     def keys(method=None, keep='last', kd=KnowledgeDistillation):
         arms = {'baseline': Arm(method, keep=keep), 'taught': Arm(kd, teacher='baseline'), 'on': Arm(start='baseline')}
-        return {k[0]: r.key for k,r in Campaign(arms, tiny_dls(), net, 1, seeds=1, learner=partial(Learner, loss_func=CrossEntropyLossFlat())).runs.items()}
+        return {k[0]: r.key for k,r in Campaign(arms, LearnerParts(tiny_dls(), net, partial(Learner, loss_func=CrossEntropyLossFlat())), 1, seeds=1).runs.items()}
     plain,other,best = keys(),keys(LsrKD),keys(keep='best')
     assert keys() == plain and all(plain[k] != other[k] for k in plain)
     assert best['baseline'] == plain['baseline'] and best['taught'] != plain['taught'] and best['on'] != plain['on']

@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.checkpoint.html.md"""
 __all__ = ['seed_run', 'Checkpoint']
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #7b48d4cc
-import random, zipfile
+import random
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -26,6 +26,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..files import replacing
+from ..pickles import read_saved
 from .term import is_fit
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #fb15615c
@@ -82,7 +83,7 @@ def _load_cb(cb, state):
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #79f04a89
 def _storable(value):
-    "`value` in the types that `torch.load(weights_only=True)` reads"
+    "`value` in the types that `read_saved` reads"
     if isinstance(value, Tensor):    return value.detach().as_subclass(Tensor)
     if isinstance(value, (np.ndarray, np.generic)): return value.tolist()
     if isinstance(value, dict):      return {_storable(k): _storable(v) for k,v in value.items()}
@@ -175,9 +176,8 @@ class Checkpoint(Callback):
     def _read(self):
         if not self.path.exists(): return None
         try:
-            with zipfile.ZipFile(self.path) as z: damaged = z.testzip()
-            state = torch.load(self.path, map_location='cpu', weights_only=True)
-            if damaged or state['format'] != 'fastkdtf.Checkpoint 1': raise ValueError(damaged or state['format'])
+            state = read_saved(self.path)
+            if state['format'] != 'fastkdtf.Checkpoint 1': raise ValueError(state['format'])
         except Exception as e:
             raise ValueError(f'{self.path} is damaged or no Checkpoint file: {_instead}') from e
         return state

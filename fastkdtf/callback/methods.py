@@ -23,7 +23,10 @@ from ..describe import Description
 from ..teachers.base import Teacher
 from .distill import KnowledgeDistillation, LsrKD, MemoryReplay, ScaledCE, ScaledLS, TfKDReg
 from .effdstl import CKM, WSL
+from .memories import DLB, MeanTeacher, OnlineLabelSmoothing, PSKD
+from .relatives import DIST, DKD, NKD, MaxSup, StandardisedKD
 from .selfguide import SelfGuidance, StochasticDepth
+from .views import CSKD, RDrop
 
 # %% ../../nbs/39_callback.methods.ipynb #68400c6e
 class SomeTeacher(Teacher):
@@ -42,6 +45,7 @@ class Method:
     paper:str='' # who published it
     for_classes:Callable|None=None # number of classes → settings that depend on it
     control:bool=False # it is a control, and no method
+    beside:str='' # what a step runs beside the plain one: '' | 'eval' | 'train': a forward pass in that mode | 'step': forward and backward
 
     def maker(self,
         n_classes:int,
@@ -103,6 +107,17 @@ register_method(WSL, source='network', paper='Zhou et al. 2021')
 register_method(CKM, source='network', paper=_song)
 register_method(StochasticDepth, source='none', needs=('residual blocks',), paper='Huang et al. 2016')
 register_method(SelfGuidance, source='student', needs=('residual blocks',), paper=_zheng)
+register_method(PSKD, source='student', needs=('indices',), paper='Kim et al. 2021')
+register_method(OnlineLabelSmoothing, source='student', paper='Zhang et al. 2021')
+register_method(DLB, source='student', needs=('indices',), paper='Shen et al. 2022')
+register_method(CSKD, source='student', needs=('indices',), paper='Yun et al. 2020', beside='train')
+register_method(RDrop, source='student', paper='Liang et al. 2021', beside='step')
+register_method(MeanTeacher, source='student', paper='Tarvainen and Valpola 2017', beside='eval')
+register_method(MaxSup, source='student', paper='Zhou et al. 2025')
+register_method(DKD, source='network', paper='Zhao et al. 2022')
+register_method(NKD, source='network', paper='Yang et al. 2023')
+register_method(DIST, source='network', paper='Huang et al. 2022')
+register_method(StandardisedKD, source='network', paper='Sun et al. 2024')
 register_method(ScaledCE, source='none', control=True)
 register_method(ScaledLS, control=True);
 

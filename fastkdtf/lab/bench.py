@@ -39,7 +39,7 @@ from ..core import *
 from ..callback.distill import KnowledgeDistillation, MemoryReplay
 from ..callback.methods import methods as listed_methods
 from ..teachers.frozen import FrozenCopy, copy_model
-from ..vision.loader import with_index
+from ..vision.loader import LastBatch, batch_info, with_index
 from ..losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from .measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
 from ..vision.models import create_model
@@ -108,16 +108,20 @@ class StepBench:
         dl = DataLoader(TensorDataset(images, labels), bs=len(labels))
         dls = DataLoaders(dl, dl, device=images.device)
         dls.c = n_classes
-        self.batch = next(iter(with_index(dls).train))   # the loader goes on telling which samples these are
+        with_index(dls)
         self.learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=1e-3, cbs=cbs)
         learn = self.learn
         learn.create_opt()
         learn.dl,learn.n_epoch,learn.n_iter,learn.logger = dls.train,1,10**6,lambda *_: None
         learn.remove_cb(ProgressCallback)
         for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
+        self.kept,self.n,self.batch = [(b, LastBatch(batch_info(learn.dl), b)) for b in learn.dl],0,None   # as the methods arrange them
 
     def __call__(self)->torch.Tensor: # the loss
-        self.learn.one_batch(0, self.batch)
+        "Train on the next batch, or on `batch` where it was set"
+        batch,self.learn.dl = self.kept[self.n%len(self.kept)]
+        self.n += 1
+        self.learn.one_batch(0, batch if self.batch is None else self.batch)
         return self.learn.loss.detach()
 
 # %% ../../nbs/46a_lab.bench.ipynb #254bd2c7
@@ -163,16 +167,26 @@ def memory_candidates(
         return lambda x: [copy(x) for copy in copies]
     return {f'MrKD-{n}': Candidate(partial(MemoryReplay, n, interval_steps=1), forwards(n)) for n in ns}
 
+class _Passes:
+    "A forward pass in training mode, without a graph or with its backward pass"
+    def __init__(self, network, backward): self.network,self.backward = copy_model(network).train(),backward
+    def __call__(self, x):
+        if not self.backward:
+            with torch.no_grad(): return self.network(x)
+        self.network(x).sum().backward()
+        self.network.zero_grad()
+
 def listed_candidates(
     network:torch.nn.Module, # like the student; it teaches where a teacher is needed
     n_classes:int,
 )->dict: # name → `Candidate`
     "Make a candidate of every method of the list that such a network can train with"
     frozen,out = FrozenCopy(network),{}
+    beside = {'': None, 'eval': FrozenCopy(network, fast=False), 'train': _Passes(network, False), 'step': _Passes(network, True)}
     for m in listed_methods.values():
         if m.control or 'residual blocks' in m.needs and not _has_blocks(network): continue
         make = m.maker(n_classes)
-        out[m.name] = Candidate(partial(make, network), frozen) if m.needs_teacher else Candidate(make)
+        out[m.name] = Candidate(partial(make, network), frozen) if m.needs_teacher else Candidate(make, beside[m.beside])
     return out
 
 def _has_blocks(network):

@@ -334,6 +334,10 @@ class FrozenCopy:
         "True while some norms take the batch's statistics"
         return bool(self._norms)
 
+    def use_running_statistics(self):
+        "Let all norms use their own statistics from now on"
+        if self.untrained: self._use_batch_statistics([])
+
     def _use_batch_statistics(self, names):
         self._norms = names
         for name,m in self.model.named_modules():

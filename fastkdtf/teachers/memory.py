@@ -34,10 +34,23 @@ def is_due(
     "True if the copies move before step `t`. Wang et al. 2020, Algorithm 1"
     return math.floor(t/interval) != math.floor((t-1)/interval)
 
-def _steps_per_epoch(learn):
-    "Steps of the optimizer in an epoch"
-    accumulated = next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 1)
-    return Fraction(learn.n_iter, math.ceil(accumulated/find_bs(learn.yb)))
+def _batch_sizes(learn):
+    "Samples of each batch of an epoch, as far as the loader tells; the last one may be smaller"
+    loader,first = learn.dl,find_bs(learn.yb)
+    size = next((n for n in (getattr(loader, name, None) for name in ('bs', 'batch_size')) if n), first)
+    try: left = len(loader.dataset) - size*(learn.n_iter-1)
+    except (AttributeError, TypeError): left = size
+    return [size]*(learn.n_iter-1) + [left if 0 < left < size else size]
+
+def _steps_until(learn, epoch):
+    "Steps of the optimizer in the epochs before `epoch`: with `GradientAccumulation`, which counts samples and goes on counting over epochs"
+    n_acc = next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 0)
+    steps,gathered,sizes = 0,0,_batch_sizes(learn)
+    if min(sizes) >= n_acc: return epoch*len(sizes)
+    for n in sizes*epoch:
+        gathered += n
+        if gathered >= n_acc: steps,gathered = steps+1,0
+    return steps
 
 def _fraction(value): return value if isinstance(value, Fraction) else max(Fraction(value).limit_denominator(10**6), Fraction(1, 10**6))
 
@@ -75,7 +88,7 @@ class MemoryTeacher(Teacher):
     """Past copies of the student, refreshed every `interval`. Wang et al. 2020, Algorithm 1
 
     A new `fit` starts with new copies; `Checkpoint` keeps them, `learn.export` does not."""
-    before_student,asks_label = True,False
+    before_student,asks_label,asks_tau = True,False,False
     def __init__(self,
         n_copies:int=3, # how many, `n`
         interval:float|Fraction|None=None, # epochs between refreshes, `κ`; None: an eighth of the training
@@ -125,6 +138,7 @@ class MemoryTeacher(Teacher):
         "Make the initial copies, or those of the checkpoint that is continued"
         model,saved = get_model(self.learn.model),self.resumed
         if self.kappa is None: self._set_interval()
+        if saved is None and self.done == 0: self.done = _steps_until(self.learn, self.learn.epoch)   # with start_epoch, those that were not made here
         if saved is None or saved['copies'] is None: self.copies = [self._new(_synchronised(model))]*self.n_copies
         else:
             nets = [self._new(model) for _ in saved['copies']]
@@ -133,8 +147,9 @@ class MemoryTeacher(Teacher):
         self.resumed = None
 
     def _set_interval(self):
-        per_epoch,n_epoch = _steps_per_epoch(self.learn),self.learn.n_epoch
-        self.steps = per_epoch*n_epoch
+        n_epoch = self.learn.n_epoch
+        self.steps = Fraction(_steps_until(self.learn, n_epoch))
+        per_epoch = self.steps/n_epoch
         if self.interval_steps is not None: self.kappa = _fraction(self.interval_steps)
         else: self.kappa = per_epoch*(Fraction(n_epoch, 8) if self.interval is None else _fraction(self.interval))
         if self.kappa <= self.steps or hasattr(self.learn, 'lr_finder'): return

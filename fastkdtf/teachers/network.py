@@ -8,7 +8,6 @@ Docs: https://fastkdtf.github.io/fastkdtf/teachers.network.html.md"""
 __all__ = ['NetworkTeacher', 'as_teacher', 'EnsembleTeacher']
 
 # %% ../../nbs/21_teachers.network.ipynb #b914ab35
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from .copying import check_has_weights, remainder, weights_of
 from .frozen import FrozenCopy
 from .inputs import *
 from .sources import comes_later, find_network, look_below, n_outputs, pretrained_cfg
+from ..fingerprint import fingerprint, settings_digest
 
 # %% ../../nbs/21_teachers.network.ipynb #730dd58e
 def _check_stats(stats):
@@ -68,7 +68,7 @@ class NetworkTeacher(Teacher):
     It works on a private copy, in evaluation mode and without a graph: what is given here is neither moved nor changed, takes no part
     in the training, and is left out of `learn.export`. The copy is kept while the weights stay what they are. Its convolutions swallow
     their batch norms where that leaves the outputs what they are (to 1e-4)."""
-    before_student,asks_label = True,False
+    before_student,asks_label,asks_tau = True,False,False
     waits_for,origin,norm,translate,learn = None,None,'auto',None,None
     _n_student,_places,_epoch,_reset_due,_asked,_copied = None,None,None,False,True,None
     def __init__(self,
@@ -78,6 +78,7 @@ class NetworkTeacher(Teacher):
         teacher_norm:str|tuple|list|None='auto', # (mean, std) of its inputs, a number a channel; 'auto': as known; None: the student's
         teacher_size:int|tuple|None=None, # side of its images in pixels, or (height, width); None: as the student sees them
         fast:bool=True, # fold batch norms into convolutions
+        trust:bool=False, # read the path of an exported learner, which runs the code in it
         **kwargs # to `timm.create_model`, with a name
     ):
         self.norm = teacher_norm if teacher_norm in ('auto', None) else _check_stats(teacher_norm)
@@ -85,9 +86,9 @@ class NetworkTeacher(Teacher):
         self.source,self.fast = model if isinstance(model, str) else type(model).__name__,fast
         self.vocab = None if vocab is None else [str(name) for name in vocab]
         self.order,self.rescale,self.axis,self.copy = None,None,1,None
-        self.waits_for = (model, arch) if comes_later(model) and not kwargs else None
+        self.waits_for = (model, arch, trust) if comes_later(model) and not kwargs else None
         if self.waits_for: self.model,self.origin,self.stats = None,None,None
-        else: self._take(find_network(model, arch, **kwargs))
+        else: self._take(find_network(model, arch, trust, **kwargs))
 
     def _take(self, origin):
         self.waits_for,self.model,self.origin = None,get_model(origin.network),origin._replace(network=None)
@@ -113,8 +114,8 @@ class NetworkTeacher(Teacher):
 
     def _find_below(self, learn):
         if not self.waits_for: return
-        model,arch = self.waits_for
-        self._take(find_network(look_below(learn, model), arch))
+        model,*how = self.waits_for
+        self._take(find_network(look_below(learn, model), *how))
 
     def _check_not_student(self, student):
         own = {id(p) for p in student.parameters()}
@@ -216,11 +217,7 @@ class NetworkTeacher(Teacher):
     def identity(self)->str:
         "A digest of the network's structure and weights, of its classes, and of how it sees images"
         if self.waits_for: self._take(find_network(*self.waits_for))
-        digest = hashlib.sha1(repr((self.model, self.stats, self.vocab, self.size)).encode())
-        for name,value in self.model.state_dict().items():
-            digest.update(name.encode())
-            if isinstance(value, Tensor): digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return settings_digest(fingerprint([self.model, self.stats, self.vocab, self.size, self.origin.table]))
 
     def __getstate__(self): return {**vars(self), 'model': None, 'copy': None, 'learn': None}
     def __deepcopy__(self, memo):
@@ -255,6 +252,7 @@ class EnsembleTeacher(Teacher):
         for teacher in self.teachers: self._check_member(teacher)
         self.asks_label = any(teacher.reads_label for teacher in self.teachers)
         self.average = check_choice('average', average, ('probs', 'logits'))
+        self.asks_tau = average == 'probs' or any(teacher.asks_tau for teacher in self.teachers)
 
     def _check_member(self, teacher):
         changes = type(teacher).after_step is not Teacher.after_step
@@ -289,5 +287,5 @@ class EnsembleTeacher(Teacher):
     @property
     def identity(self)->str:
         "The members' identities, and which mean is taken"
-        return f'{self.average} of {[teacher.identity for teacher in self.teachers]}'
+        return f'{self.average} of {fingerprint(self.teachers)}'
     def __repr__(self): return f'EnsembleTeacher({self.teachers}, {self.average!r})'

@@ -27,29 +27,15 @@ from torch import Tensor, nn
 from .base import resets_state
 from .copying import copy_model
 from .inputs import TableScale, class_names, input_names, input_stats, table_scale
+from ..pickles import read_saved
 from ..vision.models import create_model
 
 # %% ../../nbs/20b_teachers.sources.ipynb #3ee7f4b3
 def _said(error): return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
-class _Inert:
-    "Stands for an object of a class that is not needed to read weights"
-    def __init__(self, *args, **kwargs): pass
-    def __setstate__(self, state): pass
-
-def _safe_types():
-    "Return the types that a file of `learn.save` may hold beside weights, in the state of fastai's optimizer"
-    arrays = getattr(np, '_core', None) or np.core
-    return [L, arrays.multiarray.scalar, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-
 def _read(path):
-    "Return what `torch.save` or safetensors has written, without running code"
-    if path.suffix == '.safetensors': return read_timm_weights(str(path))
-    with torch.serialization.safe_globals(_safe_types()):
-        try: others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception: others = []   # of an old format
-        stubs = [(type(name.rpartition('.')[2], (_Inert,), {}), name) for name in others]
-        with torch.serialization.safe_globals(stubs): return torch.load(path, map_location='cpu', weights_only=True)
+    "Return what `torch.save` or safetensors has written; nothing in it is called"
+    return read_timm_weights(str(path)) if path.suffix == '.safetensors' else read_saved(path)
 
 _usual = 'state_dict', 'model', 'model_state_dict', 'module', 'net', 'network', 'weights'
 
@@ -110,9 +96,17 @@ def _load_weights(path, arch):
     return model
 
 # %% ../../nbs/20b_teachers.sources.ipynb #841eb4a4
-def _load_learner(path):
-    "Return the exported learner in `path`"
+def _holds_weights(path):
+    try: return bool(find_weights(path))
+    except ValueError: return False
+
+def _load_learner(path, trust):
+    "Return the exported learner in `path`. Raises `ValueError` unless it is trusted: reading it runs what is in it"
     hint = 'for weights, say of which network with arch='
+    if not trust and _holds_weights(path): raise ValueError(f'{path} holds weights: say of which network with arch=')
+    if not trust:
+        raise ValueError(f'{path} is read like an exported learner, and reading one runs the code in it. If you know who wrote it, give '
+                         f'trust=True, or give load_learner({str(path)!r}); {hint}')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')   # fastai's word about pickle is in our docs
@@ -197,6 +191,7 @@ def _origin(found):
 def find_network(
     model:nn.Module|Learner|str|Path, # as `NetworkTeacher` takes it
     arch:nn.Module|str|None=None, # for weights: the network, or its name for `create_model`
+    trust:bool=False, # read an exported learner, which runs the code in it
     **kwargs # to `timm.create_model`, with a name
 )->Origin:
     "Return the network that `model` stands for, with what is known of it"
@@ -205,4 +200,4 @@ def find_network(
     if not isinstance(model, (str, Path)): return _origin(model)
     path = Path(model)
     if not path.is_file(): raise _missing(path)
-    return _origin(_load_learner(path) if arch is None else _load_weights(path, arch))
+    return _origin(_load_learner(path, trust) if arch is None else _load_weights(path, arch))
