@@ -16,7 +16,7 @@ from fastkdtf.teachers.base import *
 from fastkdtf.teachers.cache import CachedTeacher
 from fastkdtf.teachers.memory import MemoryTeacher
 from fastkdtf.teachers.network import *
-from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable
+from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable, label_logits
 
 from fastkdtf.callback.checkpoint import *
 from fastkdtf.callback.distill import *
