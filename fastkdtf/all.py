@@ -17,7 +17,7 @@ from fastkdtf.teachers.cache import CachedTeacher
 from fastkdtf.teachers.inputs import check_inputs, class_names, class_order, input_names, input_stats, renormalise
 from fastkdtf.teachers.memory import MemoryTeacher
 from fastkdtf.teachers.network import *
-from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable
+from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable, label_logits
 
 from fastkdtf.callback.checkpoint import *
 from fastkdtf.callback.distill import *
