@@ -86,6 +86,7 @@ class Distill(LossTerm):
         multiplier:float=1., # that multiplier
         name:str|None=None, # needed for a second callback of the same class
     ):
+        check_types(Distill.__init__, locals())
         super().__init__(name)
         if isinstance(alpha, tuple): self.alpha = tuple(check_schedule('alpha', weight, '[0,inf)') for weight in alpha)
         else:                        self.alpha = check_schedule('alpha', alpha, '[0,1]')
@@ -110,19 +111,22 @@ class Distill(LossTerm):
             if getattr(rewrite, 'teacher', None) is None: continue
             rewrite.teacher = as_teacher(rewrite.teacher)
             self.teachers[rewrite] = rewrite.teacher
+        self.look_after_all()
+
+    def look_after_all(self):
+        "Look after every teacher of this method, also those that others have"
         self.owned = _unique(self.teachers.values())
 
     def _share_teachers(self):
         "Leave a teacher that several methods have to the first of them that uses it, so that it counts each step once"
         methods = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, Distill) and cb.run]   # as fastai calls them
         for method in methods: method._find_teachers()
-        at_work = [method for method in methods if not method.idle] + [method for method in methods if method.idle]
-        held = [(teacher, method) for method in at_work for teacher in method.owned]
-        first = {}
-        for teacher,method in held: first.setdefault(id(teacher), method)
-        n_held = Counter(id(teacher) for teacher,_ in held)
-        self.shared = [teacher for teacher in self.owned if n_held[id(teacher)] > 1]
-        self.owned = [teacher for teacher in self.owned if first[id(teacher)] is self]
+        n_held = Counter(id(teacher) for method in methods for teacher in method.teachers.values())
+        taken = set()
+        for method in sorted(methods, key=lambda method: method.idle):
+            method.shared = [teacher for teacher in method.owned if n_held[id(teacher)] > 1]
+            method.owned = [teacher for teacher in method.owned if id(teacher) not in taken]
+            taken |= {id(teacher) for teacher in method.owned}
 
     # how much, and how soft
 
@@ -189,6 +193,7 @@ class Distill(LossTerm):
         return dl
 
     def after_epoch(self):
+        super().after_epoch()
         if not self.fitting: return
         for teacher in self.owned: teacher.after_epoch()
 

@@ -189,6 +189,7 @@ class SelfGuidance(DropsBranches, LossTerm):
         seed:int|None=None, # of the draws; None: the one that PyTorch was given
         name:str|None=None, # the learner's attribute
     ):
+        check_types(SelfGuidance.__init__, locals())
         super().__init__(name)
         self.lam,self.tau = check_number('lam', lam, '[0,inf)'),check_number('tau', tau, '(0,inf)')
         if not (detach or full_backward): raise ValueError('detach=False teaches the full network too, full_backward=False leaves it untaught: choose one')

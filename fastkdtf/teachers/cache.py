@@ -298,6 +298,7 @@ class CachedTeacher(Teacher):
         top_k:int|None=None, # keep so many classes, and spread the rest of the mass evenly; None: all
         dtype:str='float16', # 'float16', or 'float32': exactly the live teacher's targets
     ):
+        check_types(CachedTeacher.__init__, locals())
         self.teacher,self.path = as_teacher(teacher),Path(path)
         if not self.teacher.before_student or isinstance(self.teacher, CachedTeacher):
             raise TypeError(f'a cache takes a network, or an ensemble of networks, got {self.teacher!r}')
