@@ -179,6 +179,7 @@ def tune(
     metric:str|None=None, # what runs are judged by; None: accuracy if the learner has it, else its first metric
     higher:bool|None=None, # is a larger value of the metric better? None: known from its name
     settings:dict|None=None, # anything else that identifies these runs, written into their records
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Tuned:
     "Try settings of a method on held-out samples, and confirm the best on others, beside baseline and controls"
     import_optuna('tune')
@@ -196,7 +197,7 @@ def tune(
         "Return the runs of a method with these settings, itself the last"
         name,arm = _method_with(method, point, **named)
         arms = planned_arms({name: arm}, probe, n_epoch, baseline, controls, teacher)
-        return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher)
+        return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher, precision)
 
     first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
     name,prune = list(first.arms)[-1],tpe is not None if prune is None else prune
