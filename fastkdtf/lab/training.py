@@ -654,7 +654,7 @@ class Campaign:
         self.hint = _faster_hint(self.precision, learn)
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
-        self.arms = {}
+        self.arms,self.watch = {},{}   # `watch`: further callbacks of a run, by (name, seed), which change nothing
         for name,arm in arms.items():
             said = getattr(arm.make_learner or make_learner, 'settings', {})
             self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings={**said, **(settings or {})})
@@ -805,7 +805,7 @@ class Campaign:
         with self.store.claim(run, wait) as mine:
             todo = self.store.agree(self._todo(run) if mine else 'later')
             if todo == 'train':
-                record = self._train(run, [*self.store.checkpoint(run), *cbs])
+                record = self._train(run, [*self.store.checkpoint(run), *self.watch.get((name, seed), ()), *cbs])
                 self._remember(run, self.store.add(run, record))
         if todo == 'later' and wait: raise ValueError(f'{name!r}, seed {seed}, needs {self._missing(run).arm!r}, which is not finished')
         return None if todo == 'later' else self.record(run)
