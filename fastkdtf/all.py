@@ -14,9 +14,10 @@ from fastkdtf.vision.samplers import Overlap, Pairs, arranged
 
 from fastkdtf.teachers.base import *
 from fastkdtf.teachers.cache import CachedTeacher
+from fastkdtf.teachers.inputs import check_inputs, class_names, class_order, input_names, input_stats, renormalise
 from fastkdtf.teachers.memory import MemoryTeacher
 from fastkdtf.teachers.network import *
-from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable
+from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable, label_logits
 
 from fastkdtf.callback.checkpoint import *
 from fastkdtf.callback.distill import *

@@ -380,6 +380,7 @@ def run_recipes(
     """Train recipes and what they need, and hold the outcome against the papers
 
     In `out`: finished runs in `results.jsonl`, what they are for in `recipes.jsonl`, every failure in `failures.jsonl`."""
+    check_types(run_recipes, locals())
     check_choice('engine', engine, ('local', 'ray'))
     if gpus is not None: check_number('gpus', gpus, '[0,inf)')
     if gpus is not None and engine == 'local': raise ValueError("gpus is Ray's: give engine='ray' too, or device= for one process")

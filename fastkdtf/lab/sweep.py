@@ -42,6 +42,7 @@ def paper_grid(
 
     Wang et al. 2020, §4.3; label smoothing: the supplement of Yuan et al. 2020, §2; λ: Zheng et al. 2022;
     temperature of stage 2: Song et al. 2023, Tab. 4d"""
+    check_types(paper_grid, locals())
     r = _as_recipe(recipe)
     if r.method_name not in _grids:
         known = ', '.join(_grids)
@@ -108,6 +109,7 @@ def sweep(
     Parameters are the recipe's, in its own units: with fewer epochs, the interval of memory replay shrinks with the schedule.
     With one process, a sweep that was killed and started again ends as one that was not.
     With several, what is suggested and pruned depends on which trials have ended."""
+    check_types(sweep, locals())
     optuna,r,out,seeds = import_optuna('sweep'),_as_recipe(recipe),make_folder(out),check_seeds(seeds)
     epochs = int(r.schedule.epochs)
     n_epoch = check_whole('n_epoch', epochs if n_epoch is None else n_epoch)

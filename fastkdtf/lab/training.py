@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def make_callbacks(
     "Return fresh callbacks of a method, or its stages with theirs"
     if method is None: return []
     if isinstance(method, (list, tuple)): return [cb for part in method for cb in make_callbacks(part)]
-    if isinstance(method, Callback): return [deepcopy(method)]
+    if isinstance(method, Callback): return [deepcopy(method, {id(method.learn): None})]   # without the learner that it may be attached to
     if isinstance(method, Stage): return [replace(method, cbs=make_callbacks(list(L(method.cbs))))]
     if callable(method): return make_callbacks(method())
     raise TypeError(f'a method must be None, a callback, stages, or a function that makes one, got {method!r}')
@@ -441,7 +442,7 @@ class Awaited(Teacher):
     def __repr__(self): return f'{self.keep} weights of {self.arm}'
 
 # %% ../../nbs/40a_lab.training.ipynb #9af993ee
-def _is_whole(x): return isinstance(x, int) and not isinstance(x, bool)
+def _is_whole(x): return isinstance(x, Integral) and not isinstance(x, bool)
 
 def check_seeds(
     seeds:int|Sequence, # how many, or a list of them
@@ -449,11 +450,12 @@ def check_seeds(
     "Return `seeds` as a list. Raises `TypeError` or `ValueError` saying what they must be"
     if not _is_whole(seeds) and not isinstance(seeds, (list, tuple, range)):
         raise TypeError(f'seeds must be how many, or a list of them, got {seeds!r}')
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if (seeds if _is_whole(seeds) else len(seeds[:10**6+1])) > 10**6: raise ValueError('seeds must be at most 1,000,000')
+    seeds = list(range(seeds)) if _is_whole(seeds) else list(seeds)
     if not seeds: raise ValueError('seeds must be at least 1')
     if not all(map(_is_whole, seeds)): raise TypeError(f'seeds must be whole numbers, got {seeds!r}')
     if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {seeds!r}')
-    return seeds
+    return list(map(int, seeds))
 
 def _check_arms(arms):
     "Check that each arm comes after those it needs, and that these keep their weights"
@@ -638,6 +640,7 @@ class Campaign:
         higher:bool|None=None, # is a larger value better? None: known from the metric's name
         precision:str='32', # as `Learner.to_fast` takes it
     ):
+        check_types(Campaign.__init__, locals())
         seeds = check_seeds(seeds)
         check_whole('n_epoch', n_epoch)
         for method in [fit, *[arm.fit for arm in arms.values() if arm.fit is not None]]: _check_fit(method)
