@@ -180,6 +180,7 @@ def tune(
     settings:dict|None=None, # anything else that identifies these runs, written into their records
 )->Tuned:
     "Try settings of a method on held-out samples, and confirm the best on others, beside baseline and controls"
+    check_types(tune, locals())
     import_optuna('tune')
     make,seeds,n_epoch,baseline = learner_maker(learn),check_seeds(seeds),check_whole('n_epoch', n_epoch),'baseline'
     probe = make(seeds[0])
