@@ -35,7 +35,7 @@ def test_bad_arguments_are_named(tmp, record_property):
         elif not is_clear(said, arg): unclear.append((name, arg, repr(kwargs[arg])[:40], said))
     record_property('tried', n)
     assert unclear == [] and taken == []
-    assert n >= 1500
+    assert n >= 2000
 
 @pytest.mark.parametrize('kind', [np.int64, np.int32, np.uint8])
 def test_whole_numbers_of_numpy_are_whole_numbers(kind, tmp):
