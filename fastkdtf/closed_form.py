@@ -103,7 +103,7 @@ def _loss_and_gradient(z, y, grad, coefs, reduction, ignore_index):
         y = y.where(keep, 0)
         if reduction == 'mean': factor = keep.sum(dtype=z.dtype).reciprocal_()
         grad_scale = torch.where(keep, factor, 0.).to(z.dtype).unsqueeze(1)
-    cut = _piece_loss if z.nbytes <= 2**20 else _cut_loss
+    cut = _piece_loss if z.is_cuda or z.nbytes <= 2**20 else _cut_loss
     loss = cut(z, y, grad_scale, coefs, grad)
     if keep is not None: loss = loss.where(keep, 0.)
     return loss if reduction == 'none' else loss.sum()*factor

@@ -196,9 +196,8 @@ class SelfGuidance(DropsBranches, LossTerm):
         self.draws,self.detach,self.full_backward = Draws(p_last, seed),detach,full_backward
         self.settings = dict(lam=lam, tau=tau, p_last=p_last, detach=detach, full_backward=full_backward, seed=seed)
 
-    @property
-    def other_controls(self)->dict:
-        "Stochastic depth alone, which trains the same sub-networks without being taught"
+    def own_controls(self, n_classes:int)->dict:
+        "Return stochastic depth alone, which trains the same sub-networks without being taught"
         return {f'stochastic depth {self.draws.p_last:g}': StochasticDepth(self.draws.p_last, self.draws.seed)}
 
     def hard_weight(self, pct:float)->float:

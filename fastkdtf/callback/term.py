@@ -69,7 +69,7 @@ def own_autocast(
 )->AbstractContextManager:
     "Return the context of the learner's half precision; one that does nothing without it"
     for cb in learn.cbs:
-        if isinstance(cb, MixedPrecision): return cb.autocast
+        if isinstance(cb, MixedPrecision): return getattr(cb, 'autocast', None) or nullcontext()
     return nullcontext()
 
 def check_mixer(
@@ -250,6 +250,12 @@ class LossTerm(OneLearner):
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return the loader of an epoch of training: `dl`, or one that gives its samples in another arrangement"
         return dl
+
+    def own_controls(self,
+        n_classes:int,
+    )->dict: # name → callback
+        "Return controls that the method knows beside those that follow from its description"
+        return {}
 
     @property
     def columns(self)->dict:

@@ -447,7 +447,7 @@ class Recipe:
         for i,schedule in enumerate(stages, 1): yield f'stage {i}' if len(stages) > 1 else 'training', str(schedule)
         changed = {name: (value, source) for name,(value,source,*_) in self.overridden.items() if name not in self.settings}
         if changed: yield 'not as printed', _in_words(changed, self.overridden)
-        if self.batch_share != 1: yield 'batch', f'{self.batch_share:g} of the size above as it is stated; learning rates of SGD in proportion'
+        if self.batch_share != 1: yield 'batch', f"{self.batch_share:g} of the paper's size, and so the learning rates of SGD: both are shown as they are here"
         for sentence in self.missing: yield 'not stated', sentence
         if self.note: yield 'note', self.note
         if self.contradiction: yield 'contradiction', self.contradiction

@@ -102,6 +102,7 @@ def sweep(
     data:str|None=None, # another data set than the recipe's
     train_subset:int|None=None, # train on so many images
     device:str|torch.device|None=None, # None: fastai's default device
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Sweep:
     """Train a recipe with other settings, and compare errors on images held out from training
 
@@ -120,7 +121,7 @@ def sweep(
     dls = _held_out(r.dataloaders(path, data, train_subset, None, device=device, seed=seed) if dls is None else dls)
     def campaign(point):
         "Return the runs of a trial with these settings"
-        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data)
+        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data, precision=precision)
         except (TypeError, ValueError) as e: raise ValueError(f'{r.id} with {point}: {e}') from e
     first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
     keys = [first.runs[first.baseline, s].key for s in seeds]

@@ -24,7 +24,8 @@ from ..core import *
 from ..fingerprint import fingerprint, settings_digest
 from ..vision.identity import loader_identity
 from ..files import read_json, replacing
-from .network import EnsembleTeacher, as_teacher, class_names
+from .inputs import class_names
+from .network import EnsembleTeacher, as_teacher
 from .base import Teacher
 
 # %% ../../nbs/24_teachers.cache.ipynb #aee6e40e

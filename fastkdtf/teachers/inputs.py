@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/teachers.inputs.html.md"""
 __all__ = ['class_names', 'class_order', 'input_stats', 'renormalise', 'map_tensors', 'tensors_in', 'image_places', 'input_names',
            'check_inputs', 'TableScale', 'table_scale', 'translate_table']
 
-# %% ../../nbs/20a_teachers.inputs.ipynb #7888a5c0
+# %% ../../nbs/20a_teachers.inputs.ipynb #e07fc8d7
 import pickle
 import sys
 from collections.abc import Callable, Mapping
@@ -81,7 +81,7 @@ def _stat_tensors(stats):
     mean,std = stats or ([0.], [1.])
     return torch.tensor(mean),torch.tensor(std)
 
-# %% ../../nbs/20a_teachers.inputs.ipynb #5cdb43fe
+# %% ../../nbs/20a_teachers.inputs.ipynb #f7ee2c38
 def map_tensors(
     f:Callable, # tensor → anything
     o:object, # tensors in tuples, lists and dicts of any class, nested as they like
@@ -140,7 +140,7 @@ def check_inputs(
                      "both learners' data with the same vocabulary (text_vocab=), or with the same columns and categories in the same "
                      "order")
 
-# %% ../../nbs/20a_teachers.inputs.ipynb #b5c4f965
+# %% ../../nbs/20a_teachers.inputs.ipynb #f922e785
 class TableScale:
     "What the processors of a learner's table do to its columns of numbers"
     def __init__(self,
@@ -155,7 +155,9 @@ class TableScale:
             elif type(proc) is fill: self.fills = proc.na_dict
             elif type(proc) is not harmless and not _is_of_labels(proc): self.others.append(proc)
 
-    def flag(self, name):
+    def flag(self,
+        name:str, # of a column of numbers
+    )->tuple|None:
         "Return the place and the number that tell which rows of a column were filled; None where no column tells"
         if f'{name}_na' not in self.cats: return None
         numbers = {str(value): i for i,value in enumerate(self.classes[f'{name}_na'])}
@@ -173,7 +175,7 @@ def table_scale(
     "Return what the processors of a learner's table do"
     return TableScale(dls) if hasattr(getattr(dls, 'train_ds', None), 'cont_names') else None
 
-# %% ../../nbs/20a_teachers.inputs.ipynb #d6236aa6
+# %% ../../nbs/20a_teachers.inputs.ipynb #a27d3e6a
 def translate_table(
     student:TableScale|None, # from `table_scale`
     teacher:TableScale|None, # the same columns, see `check_inputs`

@@ -69,7 +69,8 @@ class NetworkTeacher(Teacher):
     in the training, and is left out of `learn.export`. The copy is kept while the weights stay what they are. Its convolutions swallow
     their batch norms where that leaves the outputs what they are (to 1e-4)."""
     before_student,asks_label,asks_tau = True,False,False
-    waits_for,origin,norm,translate,learn,n_student,places,epoch,reset_due,asked = None,None,'auto',None,None,None,None,None,False,True
+    waits_for,origin,norm,translate,learn = None,None,'auto',None,None
+    _n_student,_places,_epoch,_reset_due,_asked,_copied = None,None,None,False,True,None
     def __init__(self,
         model:nn.Module|Learner|str|Path, # the network; the path of an exported learner or of weights; or a name that timm knows
         arch:nn.Module|str|None=None, # for weights: the network, or its name for `create_model`
@@ -107,9 +108,9 @@ class NetworkTeacher(Teacher):
         self._compare_inputs(learn.dls)
         self.order = class_order(class_names(learn.dls), self.vocab)
         self.axis = getattr(learn.loss_func, 'axis', 1)
-        self.learn,self.n_student = learn,_known_outputs(learn)
+        self.learn,self._n_student = learn,_known_outputs(learn)
         if pretrained_cfg(self.model): self._check_outputs(self.model.num_classes)
-        self.asked,self.epoch,self.places,self.reset_due = False,None,None,False
+        self._asked,self._epoch,self._places,self._reset_due = False,None,None,False
         if self.copy is not None and not self._still_good(): self.copy = None
 
     def _find_below(self, learn):
@@ -136,36 +137,37 @@ class NetworkTeacher(Teacher):
 
     def _check_outputs(self, n):
         "Raise `ValueError` if the teacher has another number of outputs than the student, as far as both are known"
-        if self.vocab is not None or n is None or not self.n_student or n in self.n_student: return
-        raise ValueError(f'the teacher {self!r} has {n} outputs, and the student has {self.n_student[0]} classes. If the student\'s classes are among them, '
+        if self.vocab is not None or n is None or not self._n_student or n in self._n_student: return
+        raise ValueError(f'the teacher {self!r} has {n} outputs, and the student has {self._n_student[0]} classes. If the student\'s classes are among them, '
                          "say with vocab= what the teacher's outputs are called; if not, train it on these classes first, as a Learner on the same data")
 
     def _still_good(self):
         "True if the copy has no state of its own, and its network is what it was"
         same = self.copy.steady and self.copy.remainder == remainder(self.model)
-        return same and self.weights == weights_of(self.model)
+        return same and self._copied == weights_of(self.model)
 
     def before_batch(self):
         "Begin a batch: at the first of an epoch, reset the state of a recurrent network, as the student's is"
         if self.learn is None: return
-        if self.places is None: self.places = image_places(tuple(self.learn.xb), tuple(self.learn.xb))
-        if self.epoch == self.learn.epoch: return
-        self.epoch,self.reset_due = self.learn.epoch,self.origin.resets or resets_state(self.learn)
+        if self._places is None: self._places = image_places(tuple(self.learn.xb), tuple(self.learn.xb))
+        epoch,began = getattr(self.learn, 'epoch', 0),self._epoch
+        self._epoch = epoch
+        if epoch != began: self._reset_due = self.origin.resets or resets_state(self.learn)
 
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the logits of the student's classes"
         xb = self._read(batch.xb)
         if self.copy is not None and not self.copy.suits(xb): self.copy = None
-        if self.copy is None: self.copy,self.weights = FrozenCopy(self.model, self.fast),self.fast and weights_of(self.model)
-        if self.reset_due: self.copy.reset()
-        self.reset_due = False
+        if self.copy is None: self.copy,self._copied = FrozenCopy(self.model, self.fast),self.fast and weights_of(self.model)
+        if self._reset_due: self.copy.reset()
+        self._reset_due = False
         out = self._ask(xb)
         logits = first_output(out)
         if not isinstance(logits, Tensor) or logits.ndim < 2: raise TypeError(f'{self!r} must return logits [N,K], got {_shown(out)}')
         n = logits.shape[self.axis]
         if self.vocab is not None and n != len(self.vocab): raise ValueError(f'{self!r} returned {n} outputs for {len(self.vocab)} classes')
         self._check_outputs(n)
-        self.asked = True
+        self._asked = True
         if logits.is_inference(): logits = logits.clone()
         return logits if self.order is None else logits.index_select(self.axis, self._order_on(logits.device, batch))
 
@@ -176,7 +178,7 @@ class NetworkTeacher(Teacher):
         if self.translate is not None: xb = self.translate(xb)
         if self.rescale is None and self.size is None: return xb
         tensors = tensors_in(xb)
-        places = self.places if self.places is not None and len(self.places) == len(tensors) else image_places(xb)
+        places = self._places if self._places is not None and len(self._places) == len(tensors) else image_places(xb)
         images = iter(places)
         return map_tensors(lambda t: self._image(t) if next(images) else t, xb)
 
@@ -201,7 +203,7 @@ class NetworkTeacher(Teacher):
         try: return self.copy(*xb)
         except (RuntimeError, ValueError, AssertionError) as e:
             images = [t for t in tensors_in(xb) if t.is_floating_point() and t.ndim == 4]
-            if self.asked or not images: raise
+            if self._asked or not images: raise
             raise ValueError(f"the teacher {self!r} cannot read the student's images {tuple(images[0].shape)} ({type(e).__name__}: {e}). "
                              f'{_next_step(self.model, images[0])}') from e
 
