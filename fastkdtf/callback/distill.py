@@ -447,6 +447,7 @@ class KnowledgeDistillation(Distill):
         name:str|None=None, # needed for a second callback of the same class
     ):
         rewrite = LogitStandardisation() if standardise else ()
+        check_types(KnowledgeDistillation.__init__, locals())
         super().__init__(teacher, alpha, tau, scale, rewrite=rewrite, variant=variant, multiplier=multiplier, name=name)
 
 # %% ../../nbs/31_callback.distill.ipynb #8d262b0b
