@@ -17,7 +17,7 @@ from fastkdtf.teachers.cache import CachedTeacher
 from fastkdtf.teachers.inputs import check_inputs, class_names, class_order, input_names, input_stats, renormalise
 from fastkdtf.teachers.memory import MemoryTeacher
 from fastkdtf.teachers.network import *
-from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable
+from fastkdtf.teachers.remembered import ClassMeans, EMATeacher, LastPrediction, PreviousBatch, SampleTable, label_logits
 
 from fastkdtf.callback.checkpoint import *
 from fastkdtf.callback.distill import *
@@ -26,6 +26,7 @@ from fastkdtf.callback.schedules import Schedule, fit_schedule
 from fastkdtf.callback.selfguide import *
 from fastkdtf.callback.memories import *
 from fastkdtf.callback.relatives import *
+from fastkdtf.callback.precision import HalfPrecision, fast_precision
 from fastkdtf.callback.methods import find_method, register_method, teacher_free
 from fastkdtf.callback.stages import Stage, scale_epochs
 from fastkdtf.callback.survival import fold, register_block, subnetwork, survival, survival_probs

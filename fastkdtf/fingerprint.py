@@ -18,6 +18,7 @@ import re
 import site
 import sys
 import sysconfig
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -347,12 +348,12 @@ def _dict_words(tell, x):
 
 def _table_words(tell, x):
     try: values = _bytes_digest(pd.util.hash_pandas_object(x, categorize=False).values.tobytes())
-    except TypeError: values = tell(x.values.tolist())   # cells that hold lists
+    except (TypeError, ValueError): values = tell(x.values.tolist())   # cells that hold lists, or fastcore's `L`
     return ['table', tell([*getattr(x, 'columns', [x.name])] if isinstance(x, pd.Series) else [*x.columns]), values]
 
 _kinds = [(Mapping, _dict_words), ((set, frozenset), _set_words), ((list, L), _list_words), (torch.Tensor, lambda tell, x: _tensor_words(x)),
           (np.ndarray, lambda tell, x: tell(_array_words(np.asarray(x)))), ((pd.DataFrame, pd.Series), _table_words),
-          (PurePath, lambda tell, x: _path_words(x)), (partial, _partial_words), (type, _class_words), (FunctionType, _function_words),
+          (PurePath, lambda tell, x: _path_words(x)), (weakref.ref, lambda tell, x: tell(x())), (partial, _partial_words), (type, _class_words), (FunctionType, _function_words),
           (MethodType, _method_words), (BuiltinFunctionType, _builtin_words), (nn.Module, _network_words), (DataLoader, _loader_words),
           (DataLoaders, _loaders_words), (object, _object_words)]
 

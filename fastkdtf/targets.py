@@ -259,6 +259,7 @@ class Replace(Rewrite):
     ):
         super().__init__(on)
         if teacher is None: raise TypeError('teacher must be a strong teacher, such as a network, got None')
+        check_types(Replace.__init__, dict(teacher=teacher, on=on))
         self.teacher,self.what = teacher,check_choice('what', what, ('full', 'partial', 'confidence'))
 
     def _logits(self, target, batch):

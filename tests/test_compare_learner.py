@@ -10,22 +10,29 @@ matplotlib.use('agg')
 import numpy as np
 import pytest
 import torch
+import torchvision
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.callback.tracker import SaveModelCallback
-from fastai.data.core import DataLoader, DataLoaders
+from fastai.data.core import DataLoader, DataLoaders, Datasets
+from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import accuracy, error_rate, mae
+from fastai.metrics import DiceMulti, accuracy, error_rate, mae
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import params, set_seed
+from fastai.tabular.all import CategoryBlock, TabularDataLoaders, tabular_learner
+from fastai.vision.core import PILImage, PILMask, imagenet_stats
+from fastai.vision.learner import unet_learner, vision_learner
+from sklearn.datasets import load_wine
 from torch import nn
 
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.distill import LsrKD, MemoryReplay
 from fastkdtf.lab.compare import compare
 from fastkdtf.lab.learners import LearnerFrom, LearnerLike, check_learner, copy_learner
-from fastkdtf.lab.training import Score, judged_by
+from test_learners import text_learner
+from fastkdtf.lab.training import BatchDraws, Score, StepDraws, judged_by
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +64,11 @@ def pretrained():
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .05)
     return learn
 
+def draws(seed):
+    "What gives loaders and steps random states of their own, as in every run"
+    draws = BatchDraws(seed)
+    return [draws, StepDraws(draws)]
+
 def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
 def history(learn): return [list(map(float, row)) for row in learn.recorder.values]
@@ -70,7 +82,7 @@ def test_a_run_is_the_training_that_fastai_makes_from_the_same_weights():
     for name,cbs in (('baseline', []), ('LsrKD', [LsrKD()])):
         own = learner(deepcopy(learn.model))
         seed_run(3, own.dls)
-        with own.no_bar(), own.no_logging(): own.fit_one_cycle(2, .05, cbs=cbs)
+        with own.no_bar(), own.no_logging(): own.fit_one_cycle(2, .05, cbs=[*cbs, *draws(3)])
         names = list(own.recorder.metric_names[1:-1])
         got = c.runs(name)[0]['history']
         assert list(got) == names and [list(row) for row in zip(*got.values())] == history(own), name
@@ -80,11 +92,8 @@ def test_fine_tune_is_fastais_with_its_frozen_epoch():
     c = compare({'LsrKD': LsrKD}, learn, 2, seeds=[3], fit='fine_tune', lr=.05, controls=False)
     for name,cbs in (('baseline', []), ('LsrKD', [LsrKD()])):
         own,rows = learner(deepcopy(learn.model)),[]
-        class Rows(Callback):
-            order = 52
-            def after_epoch(self): rows.append(list(map(float, self.recorder.values[-1])))
         seed_run(3, own.dls)
-        with own.no_bar(), own.no_logging(): own.fine_tune(2, .05, cbs=[*cbs, Rows()])
+        with own.no_bar(), own.no_logging(): own.fine_tune(2, .05, cbs=[*cbs, *draws(3), Rows(rows)])
         got = c.runs(name)[0]['history']
         assert len(rows) == 3 and [list(row) for row in zip(*got.values())] == rows, name
 
@@ -308,3 +317,60 @@ def test_a_regression_is_compared_by_its_own_metric():
     c = compare({'clipped': lambda: GradientClip(.1)}, learn, 2, seeds=2)
     assert len(c.records) == 4 and all(r['last']['mae'] == pytest.approx(r['history']['mae'][-1], rel=1e-5) for r in c.records)
     assert c.records[0]['metric'] == 'mae' and c.records[0]['higher'] is False
+
+
+# ---------------------------------------------------------------- what people bring
+
+def colours(i, size=32):
+    "A picture in one of three colours, with noise"
+    g = np.random.default_rng(i)
+    return PILImage.create((g.integers(0, 60, (size, size, 3)) + 150*np.eye(3)[i % 3]).astype(np.uint8))
+def colour(i): return 'rgb'[i % 3]
+def bright(i): return PILMask.create((np.array(colours(i))[...,0] > 100).astype(np.uint8))
+
+def pictures(label=colour, n=24):
+    labels = [label, Categorize] if label is colour else [label]
+    dsets = Datasets(list(range(n+9)), [[colours], labels], splits=[list(range(n)), list(range(n, n+9))])
+    dls = dsets.dataloaders(bs=8, num_workers=0, device='cpu', after_item=[ToTensor], after_batch=[IntToFloatTensor, Normalize.from_stats(*imagenet_stats, cuda=False)])
+    if label is bright: dls.c = 2
+    return dls
+
+def a_torchvision_network(): return vision_learner(pictures(), torchvision.models.resnet18, pretrained=False, normalize=False, metrics=[error_rate, accuracy])
+def a_timm_network(): return vision_learner(pictures(), 'test_resnet', pretrained=False, normalize=False, metrics=accuracy)
+def a_unet(): return unet_learner(pictures(bright, 8), torchvision.models.resnet18, pretrained=False, normalize=False, n_out=2, loss_func=CrossEntropyLossFlat(axis=1), metrics=DiceMulti())
+def a_table():
+    df = load_wine(as_frame=True).frame
+    dls = TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=list(df.columns[:-1]), y_names='target', y_block=CategoryBlock(), bs=32, valid_idx=list(range(0, len(df), 4)), device='cpu')
+    return tabular_learner(dls, layers=[8], metrics=accuracy)
+def a_text(): return text_learner()
+
+@pytest.mark.parametrize('given', ['learner', 'function'])
+@pytest.mark.parametrize('make', [a_torchvision_network, a_timm_network, a_unet, a_table, a_text])
+def test_learners_of_every_kind_are_fine_tuned_as_fastai_does_it(make, given):
+    "Frozen and trained parameters of both phases, and the numbers of each epoch, are those of a plain fastai learner"
+    set_seed(2)
+    first = make()
+    seen,own = [],[]
+    def fit(learn, n_epoch, lr=1e-3, cbs=None): learn.fine_tune(n_epoch, lr, cbs=[*cbs, Trainable(seen)])
+    metric = 'dice_multi' if make is a_unet else 'accuracy'
+    c = compare({'baseline': None}, first if given == 'learner' else make, 1, seeds=[4], fit=fit, metric=metric)
+    if given == 'learner': plain = copy_learner(first)
+    else:
+        seed_run(4)
+        plain = make()
+    seed_run(4, plain.dls)
+    rows = []
+    with plain.no_bar(), plain.no_logging(): plain.fine_tune(1, 1e-3, cbs=[*draws(4), Trainable(own), Rows(rows)])
+    assert seen == own and len(own) == 2 and (make in (a_table,) or own[0] < own[1])
+    history = c.records[0]['history']
+    assert metric in history and [list(row) for row in zip(*history.values())] == rows
+
+class Trainable(Callback):
+    "How many parameters are trained in each fit"
+    def __init__(self, seen): self.seen = seen
+    def before_fit(self): self.seen.append(sum(p.numel() for p in self.model.parameters() if p.requires_grad))
+
+class Rows(Callback):
+    order = 52   # right behind the recorder
+    def __init__(self, rows): self.rows = rows
+    def after_epoch(self): self.rows.append(list(map(float, self.recorder.values[-1])))

@@ -4,14 +4,12 @@ from functools import partial
 
 import pytest, torch, torch.nn.functional as F
 from fastai.basics import Callback, DataLoaders, Learner, SGD
-from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.data.load import DataLoader
-from torch import Tensor, nn, tensor
+from torch import nn, tensor
 from torch.utils.data import TensorDataset
 
 from fastkdtf.all import *
-from fastkdtf.callback.methods import methods
 from fastkdtf.callback.relatives import LabelLogit
 
 double = partial(tensor, dtype=torch.double)

@@ -227,7 +227,7 @@ def test_shown(several):
     assert shown["paper's gain"].tolist() == ['+2.10', '-0.50 (computed)', '–', '+1.00 (computed)', '+1.50']
     assert shown['our gain'].tolist()[:3] == ['+2.00 [+1.50, +2.50]', '-10.00 [-12.24, -7.76]', '-9.00']
     assert shown['a full run'].tolist() == ['2.5 h (30.0 h)']*5 and shown.loading.tolist() == ['3.4 %']*5 and shown.scale.tolist()[3:] == ['10 of 200 epochs', '5 of 200 epochs']
-    assert several.headline == 'At full scale (3): 1 compatible, 1 apart, 1 not shown. Compatible means that a difference of 2.36 points would not have been seen. Shrunk (2), where only the sign of the gain is compared: 1 same sign, 1 opposite sign.'
+    assert several.headline == 'At full scale (3): 1 compatible, 1 apart, 1 not shown. Compatible means that a difference of 2.36 points would not have been seen. Shrunk (2), where only the sign of the gain is compared: 1 same sign, 1 opposite sign. Intervals cover what differs between seeds, not another split of the data.'
 
 def test_notes(several):
     assert several.notes[:3] == ['The paper contradicts itself: 72.00 - 70.00 is +2.00, printed +2.10.', 'Read | from a figure.', 'Not stated: The temperature is missing.']

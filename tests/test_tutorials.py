@@ -86,77 +86,56 @@ def same(ours, losses, weights):
     assert max(abs(a[-1]-b) for a,b in zip(steps, losses)) < 1e-9
     for k in weights: torch.testing.assert_close(own_weights[k], weights[k], rtol=1e-8, atol=1e-10)
 
-def test_ps_kd_is_the_papers(own):
-    "Kim et al. 2021: labels softened by the student of the last epoch, α_t = .8·t/T"
-    n_epoch = 4
-    ours = trained(loaders(), own['PSKD'](n_epoch), n_epoch)
-    past = {}
+def test_my_dkd_is_the_papers(own):
+    "Zhao et al. 2022: the pair (label, rest) and the other classes among themselves"
+    teacher,tau = net(),4.
+    teacher.load_state_dict({k: 2*v if v.is_floating_point() else v for k,v in teacher.state_dict().items()})
     def loss_of(model, step):
-        _,x,y,epoch,_ = step
-        if past.get('epoch') != epoch: past.update(epoch=epoch, teacher=deepcopy(model).eval())   # as the last epoch left it
-        target = F.one_hot(y, 10).double()
-        if epoch:
-            alpha = .8*(epoch+1)/n_epoch
-            with torch.no_grad(): target = (1-alpha)*target + alpha*past['teacher'](x).softmax(1)
-        return -(target*model(x).log_softmax(1)).sum(1).mean()
+        _,x,y,_,_ = step
+        with torch.no_grad(): zt = deepcopy(teacher).eval()(x)
+        z,rows = model(x),torch.arange(len(y))
+        p,t = (z/tau).softmax(1),(zt/tau).softmax(1)
+        def parts(p):
+            on = p[rows, y]
+            others = torch.stack([torch.cat([row[:i], row[i+1:]]) for row,i in zip(p, y)])
+            return torch.stack([on, 1-on], 1),others/others.sum(1, keepdim=True)
+        (b,n),(bt,nt) = parts(p),parts(t)
+        return F.cross_entropy(z, y) + tau**2*((bt*(bt/b).log()).sum(1) + 8*(nt*(nt/n).log()).sum(1)).mean()
+    ours = trained(loaders(), own['my_dkd'](deepcopy(teacher)), 4)
+    assert len(ours[0]) == 20
+    same(ours, *replay(ours[0], loss_of))
+
+def test_temporal_ensembling_is_the_papers(own):
+    "Laine and Aila 2017: the running mean of what the student said of each image"
+    ours = trained(loaders(), own['temporal_ensembling'](), 4)
+    mean = {}
+    def loss_of(model, step):
+        idx,x,y,_,_ = step
+        z = model(x)
+        p = z.softmax(1).detach()
+        target = torch.stack([mean.get(i, row) for i,row in zip(idx, p)])
+        loss = .5*F.cross_entropy(z, y) + .5*(target*(target.log() - z.log_softmax(1))).sum(1).mean()
+        mean.update({i: .6*mean[i] + .4*row if i in mean else row for i,row in zip(idx, p)})
+        return loss
     assert len(ours[0]) == 20
     same(ours, *replay(ours[0], loss_of))
     plain,_ = replay(ours[0], lambda model, s: F.cross_entropy(model(s[1]), s[2]))
     assert abs(plain[-1]-ours[0][-1][-1]) > 1e-3   # the teacher is not without effect
 
-def test_alpha_is_the_papers(own):
-    "By epoch, whatever rounding the sum of a training's shares has"
-    for n_epoch in (3, 7, 49, 300):
-        for epoch in range(n_epoch):
-            pct = epoch/n_epoch
-            for i in range(11):
-                assert own['alpha_t'](pct, n_epoch) == pytest.approx(.8*(epoch+1)/n_epoch if epoch else 0.)
-                pct += 1/(11*n_epoch)
-
-def test_batches_overlap_by_half(own):
-    dls = own['overlapping'](loaders())
-    for _ in range(2):
-        seen = [batch_info(dls.train).idx.tolist() for _ in dls.train]
-        assert len(seen) == len(dls.train) == 90//8-1
-        assert all(a[8:] == b[:8] for a,b in zip(seen, seen[1:]))
-        new = seen[0] + [i for o in seen[1:] for i in o[8:]]
-        assert len(set(new)) == len(new) == 88   # every image once as new but the two of an incomplete half
-
-@pytest.mark.parametrize('alpha,tau', [(1., 3.), (.5, 2.)])
-def test_dlb_is_the_papers(own, alpha, tau):
-    "Shen et al. 2022: the first half of a batch learns what the student said of it a step ago"
-    ours = trained(own['overlapping'](loaders()), own['DLB'](alpha, tau), 3)
-    last = {}
-    def loss_of(model, step):
-        idx,x,y,_,_ = step
-        z = model(x)
-        loss = F.cross_entropy(z, y)
-        taught = [(i, last[o]) for i,o in enumerate(idx) if o in last]
-        if taught:
-            log_p,t = (z[[i for i,_ in taught]]/tau).log_softmax(1),(torch.stack([o for _,o in taught])/tau).softmax(1)
-            loss = loss + alpha*tau**2*(t*(t.log()-log_p)).sum()/(len(idx)//2)
-        last.clear()
-        last.update(zip(idx, z.detach()))
-        return loss
-    assert len(ours[0]) == 30
-    same(ours, *replay(ours[0], loss_of))
-    plain,_ = replay(ours[0], lambda model, s: F.cross_entropy(model(s[1]), s[2]))
-    assert abs(plain[-1]-ours[0][-1][-1]) > 1e-3
-
-def test_dlb_resumes(own, tmp_path):
+def test_temporal_ensembling_resumes(own, tmp_path):
     "Interrupted between epochs, it goes on as if it had not been"
     class Stop(Callback):
         def before_epoch(self):
             if self.epoch == 2: raise KeyboardInterrupt
     def train(path, cbs=()):
         set_seed(1)
-        return trained(own['overlapping'](loaders()), own['DLB'](), 4, cbs=[Checkpoint(path), *cbs])
+        return trained(loaders(), own['temporal_ensembling'](), 4, cbs=[Checkpoint(path), *cbs])
     whole = train(tmp_path/'whole.pt')
     with pytest.raises(KeyboardInterrupt): train(tmp_path/'a.pt', [Stop()])
     resumed = train(tmp_path/'a.pt')
-    assert [o[-1] for o in resumed[0]] == [o[-1] for o in whole[0][20:]]
+    assert [o[-1] for o in resumed[0]] == [o[-1] for o in whole[0][10:]]
     for k,v in whole[1].items(): assert torch.equal(v, resumed[1][k])
 
-def test_dlb_needs_indices(own):
-    from fastkdtf.core import Step
-    with pytest.raises(ValueError, match='with_index'): own['LastBatch']()(Step(torch.zeros(2, dtype=torch.long), torch.zeros(2, 3)))
+def test_temporal_ensembling_refuses_mixed_images(own):
+    from fastai.callback.mixup import MixUp
+    with pytest.raises(ValueError, match='belongs to no sample'): trained(loaders(), own['temporal_ensembling'](), 1, cbs=[MixUp()])

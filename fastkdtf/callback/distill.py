@@ -58,9 +58,10 @@ class ByEpoch:
         return float(self.function(min(int(100*pct + 1e-6), 99), 100))
 
     def in_fit(self, learn:Learner, pct:float)->float:
-        "Return the weight of the epoch under way, or, for another `pct`, of the epoch that it lies in"
-        n = learn.n_epoch
-        return float(self.function(learn.epoch if pct == learn.pct_train else min(int(n*pct + 1e-6), n-1), n))
+        "Return the weight of the learner's epoch, or, where `pct` lies in another one, of that"
+        n,epoch = learn.n_epoch,learn.epoch
+        under_way = abs(n*pct - epoch - .5) < 1   # `pct_train` is a sum of roundings, and near enough to tell
+        return float(self.function(epoch if under_way else min(int(n*pct + 1e-6), n-1), n))
 
     def __repr__(self): return f'ByEpoch({getattr(self.function, "__name__", None) or self.function!r})'
 
@@ -85,6 +86,7 @@ class Distill(LossTerm):
         multiplier:float=1., # that multiplier
         name:str|None=None, # needed for a second callback of the same class
     ):
+        check_types(Distill.__init__, locals())
         super().__init__(name)
         if isinstance(alpha, tuple): self.alpha = tuple(check_schedule('alpha', weight, '[0,inf)') for weight in alpha)
         else:                        self.alpha = check_schedule('alpha', alpha, '[0,1]')
@@ -109,19 +111,22 @@ class Distill(LossTerm):
             if getattr(rewrite, 'teacher', None) is None: continue
             rewrite.teacher = as_teacher(rewrite.teacher)
             self.teachers[rewrite] = rewrite.teacher
+        self.look_after_all()
+
+    def look_after_all(self):
+        "Look after every teacher of this method, also those that others have"
         self.owned = _unique(self.teachers.values())
 
     def _share_teachers(self):
         "Leave a teacher that several methods have to the first of them that uses it, so that it counts each step once"
         methods = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, Distill) and cb.run]   # as fastai calls them
         for method in methods: method._find_teachers()
-        at_work = [method for method in methods if not method.idle] + [method for method in methods if method.idle]
-        held = [(teacher, method) for method in at_work for teacher in method.owned]
-        first = {}
-        for teacher,method in held: first.setdefault(id(teacher), method)
-        n_held = Counter(id(teacher) for teacher,_ in held)
-        self.shared = [teacher for teacher in self.owned if n_held[id(teacher)] > 1]
-        self.owned = [teacher for teacher in self.owned if first[id(teacher)] is self]
+        n_held = Counter(id(teacher) for method in methods for teacher in method.teachers.values())
+        taken = set()
+        for method in sorted(methods, key=lambda method: method.idle):
+            method.shared = [teacher for teacher in method.owned if n_held[id(teacher)] > 1]
+            method.owned = [teacher for teacher in method.owned if id(teacher) not in taken]
+            taken |= {id(teacher) for teacher in method.owned}
 
     # how much, and how soft
 
@@ -134,8 +139,8 @@ class Distill(LossTerm):
         return 1-alpha, alpha
 
     def _now(self, value, pct):
-        if isinstance(value, ByEpoch) and hasattr(self.learn, 'pct_train'): return value.in_fit(self.learn, pct)
-        return _at(value, pct)
+        has_epochs = isinstance(value, ByEpoch) and self.learn is not None and {'epoch', 'n_epoch'} <= vars(self.learn).keys()
+        return value.in_fit(self.learn, pct) if has_epochs else _at(value, pct)
 
     def temperatures(self, pct:float)->tuple:
         "Return the teacher's temperature and the student's"
@@ -188,6 +193,7 @@ class Distill(LossTerm):
         return dl
 
     def after_epoch(self):
+        super().after_epoch()
         if not self.fitting: return
         for teacher in self.owned: teacher.after_epoch()
 
@@ -381,10 +387,6 @@ class Distill(LossTerm):
         notes = self._notes(n_classes, pct, target)
         return Description(type(self).__name__, self.settings, n_classes, hard, soft, self.temperatures(pct)[1], target, notes, gradient, loss, adds)
 
-    def own_controls(self, n_classes:int)->dict:
-        "Return further controls, as `{name: callback}`, for a method that knows some beside those of `describe`"
-        return {}
-
     def _label_target(self, n_classes, pct):
         "The softened target `(on the label, elsewhere)`; None where it does not depend on the label alone"
         if not isinstance(self.teacher, LabelTeacher) or len(self.teachers) > 1: return None
@@ -519,7 +521,7 @@ def matched_controls(
 )->dict: # name → callback, or a list of them
     """Make the controls of a method: cross-entropy of the same scale, and label smoothing of the equivalent ε and scale
 
-    Callbacks that are no `LossTerm` are part of the controls too. A method may name further ones as `other_controls`."""
+    Callbacks that are no `LossTerm` are part of the controls too. A method may name further ones as `own_controls`."""
     cbs = list(L(method))
     terms,others = [cb for cb in cbs if isinstance(cb, LossTerm)],[cb for cb in cbs if not isinstance(cb, LossTerm)]
     if not terms: return {}
@@ -529,7 +531,6 @@ def matched_controls(
     parts = {name: [scaled_loss(*weights)] for name,weights in losses.items()}
     for term in terms:
         rest = [other for other in terms if other is not term]
-        further = {**getattr(term, 'other_controls', {}), **getattr(term, 'own_controls', lambda n_classes: {})(n_classes)}
-        for name,cb in further.items(): parts[' + '.join([name, *(o.name for o in rest)])] = [cb, *rest]
+        for name,cb in term.own_controls(n_classes).items(): parts[' + '.join([name, *(o.name for o in rest)])] = [cb, *rest]
     named = {' + '.join([name, *(cb.name for cb in others)]): [*others, *own] for name,own in parts.items()}
     return {name: own[0] if len(own) == 1 else own for name,own in named.items()}

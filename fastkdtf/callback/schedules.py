@@ -133,6 +133,8 @@ class Schedule:
     augment:tuple=() # 'flip' | 'crop' | 'rotate15' | 'rotate20' | 'resized'
     size:int|None=None # pixels fed to the network
 
+    def __post_init__(self): check_types(Schedule, vars(self))
+
     @property
     def optimizer_settings(self)->dict:
         "Arguments for `make_optimizer`"

@@ -189,15 +189,15 @@ class SelfGuidance(DropsBranches, LossTerm):
         seed:int|None=None, # of the draws; None: the one that PyTorch was given
         name:str|None=None, # the learner's attribute
     ):
+        check_types(SelfGuidance.__init__, locals())
         super().__init__(name)
         self.lam,self.tau = check_number('lam', lam, '[0,inf)'),check_number('tau', tau, '(0,inf)')
         if not (detach or full_backward): raise ValueError('detach=False teaches the full network too, full_backward=False leaves it untaught: choose one')
         self.draws,self.detach,self.full_backward = Draws(p_last, seed),detach,full_backward
         self.settings = dict(lam=lam, tau=tau, p_last=p_last, detach=detach, full_backward=full_backward, seed=seed)
 
-    @property
-    def other_controls(self)->dict:
-        "Stochastic depth alone, which trains the same sub-networks without being taught"
+    def own_controls(self, n_classes:int)->dict:
+        "Return stochastic depth alone, which trains the same sub-networks without being taught"
         return {f'stochastic depth {self.draws.p_last:g}': StochasticDepth(self.draws.p_last, self.draws.seed)}
 
     def hard_weight(self, pct:float)->float:

@@ -43,6 +43,7 @@ class Stage:
     bs:int|None=None # batch size of the training loader
 
     def __post_init__(self):
+        check_types(Stage, vars(self))
         check_whole('n_epoch', self.n_epoch)
         check_choice('fit', self.fit, _fit_methods)
         if self.wd is not None: check_number('wd', self.wd, '[0,inf)')

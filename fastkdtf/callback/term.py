@@ -69,7 +69,7 @@ def own_autocast(
 )->AbstractContextManager:
     "Return the context of the learner's half precision; one that does nothing without it"
     for cb in learn.cbs:
-        if isinstance(cb, MixedPrecision): return cb.autocast
+        if isinstance(cb, MixedPrecision): return getattr(cb, 'autocast', None) or nullcontext()
     return nullcontext()
 
 def check_mixer(
@@ -223,7 +223,9 @@ class LossTerm(OneLearner):
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
-    ): self._name = name
+    ):
+        check_types(LossTerm.__init__, dict(name=name))
+        self._name = name
 
     @property
     def name(self)->str: return self._name or super().name
@@ -248,6 +250,12 @@ class LossTerm(OneLearner):
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return the loader of an epoch of training: `dl`, or one that gives its samples in another arrangement"
         return dl
+
+    def own_controls(self,
+        n_classes:int,
+    )->dict: # name → callback
+        "Return controls that the method knows beside those that follow from its description"
+        return {}
 
     @property
     def columns(self)->dict:

@@ -8,6 +8,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.compare.html.md"""
 __all__ = ['named_arm', 'planned_arms', 'takes_parts', 'learner_parts', 'compare']
 
 # %% ../../nbs/41_lab.compare.ipynb #2209335c
+import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,15 +17,18 @@ from dataclasses import replace
 from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import CastToTensor, Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
-from fastai.torch_core import default_device, get_model, get_random_states, set_random_states, to_device
+from fastai.torch_core import default_device, get_model, get_random_states, set_random_states, to_device, to_float
 from fastcore.basics import patch
 
 from ..core import *
@@ -33,9 +38,11 @@ from ..teachers.frozen import copy_model
 from ..vision.loader import LastBatch, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
 from .report import Comparison
-from ..callback.distill import KnowledgeDistillation
-from ..callback.methods import find_method
-from ..callback.term import LossTerm
+from .runs import RunsBar
+from ..callback.distill import Distill, KnowledgeDistillation
+from ..callback.methods import find_method, methods
+from ..callback.survival import survival
+from ..callback.term import LossTerm, own_autocast
 from ..callback.twostage import effdstl_stages
 from .learners import *
 from .training import *
@@ -102,6 +109,14 @@ def _planned_method(arm):
     "Return an arm's method as it can be made before its teachers exist"
     return partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]) if arm.teachers else arm.method
 
+def _check_blocks(planned, model):
+    "Check that a network has residual blocks where a method drops some"
+    droppers = tuple(m.make for m in methods.values() if 'residual blocks' in m.needs and isinstance(m.make, type))
+    for name,method in planned.items():
+        if not any(isinstance(cb, droppers) for cb in make_callbacks(method)): continue
+        try: survival(copy_model(get_model(model)))
+        except ValueError as e: raise ValueError(f'{name}: {e}') from e
+
 def planned_arms(
     methods:dict|Sequence, # as `compare` takes them
     learn:Learner, # as the runs have it
@@ -117,6 +132,7 @@ def planned_arms(
     if baseline not in arms or baseline in needed: arms = {baseline: Arm(), **arms}
     if 'teacher' in needed and 'teacher' not in arms: arms = {'teacher': Arm(named=False, make_learner=teacher), **arms}
     plain = {name: _planned_method(arm) for name,arm in arms.items()}
+    _check_blocks(plain, learn.model)
     for name,(method,control_for,named) in with_controls(plain, get_c(learn.dls), controls).items():
         arms[name] = replace(arms[name], control_for=control_for) if name in arms else Arm(method, control_for, named)
     self_taught = [name for name,arm in arms.items() if arm.teacher == baseline]
@@ -133,7 +149,8 @@ def takes_parts(
     "Let a function of methods and a learner also take loaders and a function that makes the network in the learner's place"
     @wraps(f)
     def wrapper(methods, *args, **kwargs):
-        in_parts = 'model_fn' in kwargs or isinstance(args[0], (DataLoaders, list)) or len(args) > 1 and callable(args[1])
+        first = args[0] if args else kwargs.get('dls')
+        in_parts = 'model_fn' in kwargs or isinstance(first, (DataLoaders, list)) or len(args) > 1 and callable(args[1])
         if not in_parts: return f(methods, *args, **kwargs)
         names = [name for name in ('dls', 'model_fn') if name not in kwargs]
         parts = {**dict(zip(names, args)), **{name: kwargs.pop(name) for name in ('dls', 'model_fn') if name in kwargs}}
@@ -170,32 +187,41 @@ def compare(
     metric:str|None=None, # what runs are judged by; None: accuracy if the learner has it, else its first metric
     higher:bool|None=None, # is a larger value of the metric better? None: known from its name
     splits:int=1, # so many splits of the data, for the seeds in turn, so that the intervals cover the split too; see `with_splits`
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Comparison:
     """Train a learner with each method and its matched controls over several seeds, from the same weights on the same batches
 
     If the loaders have a third one, `.test`, that is what is reported; else the validation set."""
+    check_types(compare, locals())
     make,seeds = with_splits(learner_maker(learn), splits),check_seeds(seeds)
     probe = make(seeds[0])
     check_learner(probe, fit)
     check_no_method(probe)
+    check_step(probe)
     arms = planned_arms(methods, probe, check_whole('n_epoch', n_epoch), baseline, controls, teacher)
-    return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher).compare()
+    return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher, precision).compare()
 
 # %% ../../nbs/41_lab.compare.ipynb #e53d3f19
+_of_a_fit = 'dl','xb','yb','pred','loss','loss_grad','pct_train','epoch','n_epoch','n_iter','train_iter','scaler'   # what a fit leaves on the learner
+
 @contextmanager
 def _on_a_copy(learn, pct):
-    "A copy of the model takes the learner's place; afterwards learner, loader and random states are what they were"
+    "A copy of the model takes the learner's place, as in a fit; afterwards learner, loader and random states are what they were"
     states,model,loader = get_random_states(),learn.model,learn.dls.train
-    kept = {name: vars(learn).get(name) for name in ('dl', 'xb', 'yb', 'pred', 'pct_train')}
+    kept = {name: vars(learn)[name] for name in _of_a_fit if name in vars(learn)}
     order,generator = (vars(loader).get(name) for name in ('rng', 'generator'))   # fastai's loader has the one, PyTorch's the other
     order,drawn = deepcopy(order),generator and generator.get_state()
-    device = getattr(learn.dls, 'device', default_device())
+    device,halves = getattr(learn.dls, 'device', None) or default_device(),learn._grab_cbs(MixedPrecision)
     learn.model = copy_model(get_model(model)).to(device).train()   # a method may change the network, as stochastic depth does
-    learn.pct_train = pct
-    try: yield device
+    learn.pct_train,learn.epoch,learn.train_iter,learn.n_iter,learn.n_epoch = pct,0,0,len(loader),kept.get('n_epoch', 1)
+    try:
+        for half in halves: half.before_fit()
+        yield device
     finally:
+        for half in halves: half.after_fit()
         learn.model = model
-        for name,value in kept.items(): setattr(learn, name, value)
+        for name in _of_a_fit: vars(learn).pop(name, None)
+        vars(learn).update(kept)
         if order is not None: loader.rng = order
         if generator is not None: generator.set_state(drawn)
         set_random_states(**states)
@@ -204,49 +230,96 @@ def _losses(learn, batch, term=None):
     "The weighted hard and soft loss of a batch; without a method the plain loss and None"
     b,learn.dl = batch
     learn._split(b)
-    if hasattr(type(term), 'before_batch'): term.before_batch()
+    def event(name): return getattr(term, name)() if hasattr(type(term), name) else None
+    event('before_batch')
     for cb in learn._grab_cbs(CastToTensor): cb.before_batch()
-    learn.pred = first_output(learn.model(*learn.xb))
-    base = learn.loss_func(learn.pred, *learn.yb)
-    if term is None: return base,None
-    hard,weight,soft = term.contribution(term.labels())
+    with own_autocast(learn):
+        learn.pred = learn.model(*learn.xb)
+        event('after_pred')
+        learn.pred = to_float(learn.pred)
+        base = learn.loss = learn.loss_func(learn.pred, *learn.yb)
+        if term is None: return base,None
+        hard,weight,soft = term.contribution(term.labels())
+    event('after_batch')
     return hard*base,weight*soft if weight else base*0
 
-def _measured(learn, term, batches, device):
-    "A row of `describe_kd`"
-    params = [p for p in learn.model.parameters() if p.requires_grad]
-    def gradient(loss):
-        grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
-        return torch.cat([g.flatten() for g in grads])
-    def step(batch, term=None): return torch.autograd.grad(sum(loss for loss in _losses(learn, batch, term) if loss is not None), params)
+def _gradients(learn, batch, term, params):
+    "The gradients of the hard and of the soft loss, each as one vector"
+    scaler,out = vars(learn).get('scaler'),[]
+    scale = scaler.get_scale() if scaler and scaler.is_enabled() else 1.   # small ones would be 0 in half precision
+    for loss in _losses(learn, batch, term):
+        grads = torch.autograd.grad(loss*scale, params, retain_graph=True, materialize_grads=True, allow_unused=True)
+        out.append(torch.cat([g.flatten() for g in grads])/scale)
+    return out
 
-    grads = [[gradient(loss) for loss in _losses(learn, batch, term)] for batch in batches]
+def _shown(value): return '–' if value is None else round(value, 3)
+
+def _measured(learn, term, batches, device, tick):
+    "A row of `describe_kd`; no batch is timed more often than a second or two allow"
+    params,start = [p for p in learn.model.parameters() if p.requires_grad],perf_counter()
+    grads = []
+    for batch in batches:
+        grads.append(_gradients(learn, batch, term, params))
+        tick()
     hard,soft = (torch.stack(part) for part in zip(*grads))
-    times = interleaved_times({'plain': lambda: [step(b) for b in batches], 'method': lambda: [step(b, term) for b in batches]}, rounds=5)
-    plain,own = (peak_memory(lambda: step(batches[0], method), device) for method in (None, term))
-    return {'method': term.name, 'soft/hard gradient': (soft.norm(dim=1)/hard.norm(dim=1)).mean().item(),
-            'cosine': torch.cosine_similarity(hard, soft).mean().item(), 'time': median_ratio(times, 'method', 'plain'), 'memory': own/plain}
+    rounds = min(10, max(3, int(len(batches)/(perf_counter()-start))))
+    def step(term=None): return torch.autograd.grad(sum(loss for loss in _losses(learn, batches[0], term) if loss is not None), params, allow_unused=True)
+    times = interleaved_times({'plain': step, 'method': lambda: step(term)}, rounds)
+    tick()
+    plain,own = (peak_memory(lambda: step(method), device) for method in (None, term))
+    tick()
+    ratio = (soft.norm(dim=1)/hard.norm(dim=1)).mean().item() if hard.any() else None
+    cosine = torch.cosine_similarity(hard, soft).mean().item() if hard.any() and soft.any() else None
+    return {'method': term.name, 'soft/hard gradient': _shown(ratio), 'cosine': _shown(cosine),
+            'time': _shown(median_ratio(times, 'method', 'plain')), 'memory': _shown(own/plain)}
 
 # %% ../../nbs/41_lab.compare.ipynb #5de5dd39
+@contextmanager
+def _with_methods(learn, method, teacher):
+    "The methods to look at: those of the learner, or the given ones in their place"
+    if method is None:
+        yield [cb for cb in learn.cbs if isinstance(cb, LossTerm)]
+        return
+    if isinstance(method, str): method = named_arm(method, get_c(learn.dls), 1, teacher)[1].method
+    elif teacher is not None: method = partial(method, teacher)
+    given = make_callbacks(method)
+    with learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, LossTerm)]), learn.added_cbs(given): yield [cb for cb in given if isinstance(cb, LossTerm)]
+
+def _no_method(cbs):
+    others = [cb.name for cb in cbs if not isinstance(cb, LossTerm) and hasattr(type(cb), 'describe')]
+    if others: return f"{others[0]} adds no term to the loss, so there is none to measure: its describe() says what it does"
+    return ('this learner has no method to describe: give one, as in learn.describe_kd(LsrKD()), or attach it with learn.add_cb(LsrKD()); '
+            'those of fit(cbs=…) are gone with the fit')
+
 @patch
 def describe_kd(self:Learner,
+    method:Callback|Callable|str|list|None=None, # a callback, what makes one, a name in the list of methods, or several; None: those of the learner
     n_batches:int=4, # training batches to measure on
     pct:float=1., # part of the training that is done, for schedules
+    teacher:object=None, # for a method that is given by name or class and needs one
 )->pd.DataFrame: # one row a method
-    """Measure the learner's methods on its own batches; model, optimizer and random states stay as they are
+    """Measure methods on the learner's own batches; model, optimizer and random states stay as they are
 
     Columns: norm of the soft term's gradient over that of the hard one's, their cosine, time and peak memory of forward and
-    backward as ratios to those without the method."""
-    terms = sorted((cb for cb in self.cbs if isinstance(cb, LossTerm)), key=lambda term: term.name)
-    if not terms: raise ValueError('this learner has no method to describe: learn.add_cb(LsrKD()) adds one')
+    backward as ratios to those without the method. A "–" stands where one of the terms has no gradient."""
+    if isinstance(method, int): method,n_batches = None,method   # how 0.1.0 took it
     check_whole('n_batches', n_batches)
     check_number('pct', pct, '[0,1]')
-    with _on_a_copy(self, pct) as device:
+    with _on_a_copy(self, pct) as device, _with_methods(self, method, teacher) as terms, warnings.catch_warnings():
+        if not terms: raise ValueError(_no_method(self.cbs))
+        warnings.filterwarnings('ignore', 'an interval of')   # nothing is trained
+        terms = sorted(terms, key=lambda term: term.name)
+        bar = RunsBar(len(terms)*(n_batches+2))
+        ticks = itertools.count(1)
         try:
             for term in terms: term.before_fit()
             dl = self.dls.train
             for term in terms: dl = term.arrange(dl)
+            for term in terms:
+                if isinstance(term, Distill): term.look_after_all()   # each is measured alone
             batches = [(b, LastBatch(batch_info(dl), b)) for b in (to_device(b, device) for b in islice(dl, n_batches))]
-            return pd.DataFrame([_measured(self, term, batches, device) for term in terms]).set_index('method').round(3)
+            rows = [_measured(self, term, batches, device, lambda: bar.update(next(ticks))) for term in terms]
+            return pd.DataFrame(rows).set_index('method')
         finally:
+            bar.update(bar.total)
             for term in terms: term.after_fit()

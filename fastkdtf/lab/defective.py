@@ -32,7 +32,8 @@ from ..pickles import read_saved
 from ..fingerprint import settings_digest
 from .procedures import Student, Taught
 from .training import *
-from ..teachers.network import NetworkTeacher, as_teacher, class_names, input_stats
+from ..teachers.inputs import class_names, input_stats
+from ..teachers.network import NetworkTeacher, as_teacher
 
 # %% ../../nbs/42a_lab.defective.ipynb #e070a594
 class KeepEpochs(Callback):

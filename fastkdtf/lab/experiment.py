@@ -196,13 +196,14 @@ def recipe_campaign(
     settings:dict|None=None, # of the method, to differ from the recipe's
     data:str|None=None, # other images than the recipe's
     learner:Callable=Learner, # makes a learner from loaders, model and `metrics`
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Campaign:
     "Plan the runs of a recipe, with smaller batches on few images. Recipes that need the same network find it trained in the same folder"
     recipe = with_enough_steps(recipe, len(dls.train_ds))
     arms = recipe_arms(recipe, dls.c, n_epoch, data, controls, **(settings or {}))
     baseline,about = next(iter(arms)),_about(data or recipe.data, recipe.network)
     make = LearnerParts(dls, recipe.model_fn(dls.c, data), learner)
-    return RecipeCampaign(arms, make, n_epoch, seeds, recipe.fit, None, out, baseline, about)
+    return RecipeCampaign(arms, make, n_epoch, seeds, recipe.fit, None, out, baseline, about, precision=precision)
 
 # %% ../../nbs/47b_lab.experiment.ipynb #ebe34706
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ class Plan:
     out:str='kd_runs'
     device:str|None=None
     controls:bool=True
+    precision:str='32'
 
 def _median_of(records, field): return float(np.median([record[field] for record in records]))
 def _sum_of(records, field): return sum(sum(record[field]) for record in records)
@@ -236,7 +238,7 @@ class RecipeRuns:
         self.recipe = with_enough_steps(self.recipe, self.size['train_subset'] or self.n_full)
         self.dls = self._load(loaders, self.size['train_subset'], self.recipe.schedule.bs)
         self.campaign = recipe_campaign(self.recipe, self.dls, list(plan.seeds), self.size['n_epoch'], plan.out, plan.controls,
-                                        data=plan.data, learner=learner)
+                                        data=plan.data, learner=learner, precision=plan.precision)
 
     def _load(self, loaders, train_subset, bs):
         "Return loaders of the recipe, made once for all recipes with the same ones"
@@ -373,17 +375,19 @@ def run_recipes(
     controls:bool=True, # matched controls, and for Tf-KD_self training twice as long
     retries:int=1, # how often a failed run is tried again
     gpus:float|None=None, # of Ray's, for each run: a share lets runs share one; None: 1, or none where there are none
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Reproduction: # with `failures`, a list of dicts
     """Train recipes and what they need, and hold the outcome against the papers
 
     In `out`: finished runs in `results.jsonl`, what they are for in `recipes.jsonl`, every failure in `failures.jsonl`."""
+    check_types(run_recipes, locals())
     check_choice('engine', engine, ('local', 'ray'))
     if gpus is not None: check_number('gpus', gpus, '[0,inf)')
     if gpus is not None and engine == 'local': raise ValueError("gpus is Ray's: give engine='ray' too, or device= for one process")
     if (several := num_distrib() > 1): _meet_processes(engine)
     seeds,out = tuple(check_seeds(seeds)),make_folder(out).resolve()
     path,planned_on = path and str(Path(path).resolve()),'cpu' if engine == 'ray' else device
-    plan = Plan('', seeds, scale, epochs, data, path, str(out), planned_on, controls)
+    plan = Plan('', seeds, scale, epochs, data, path, str(out), planned_on, controls, precision)
     loaders,learner = {},distributed_learner if several else Learner
     planned = [RecipeRuns(replace(plan, id=id), loaders, learner) for id in dict.fromkeys(L(ids))]
     runs,owners = _runs_of(planned)

@@ -82,7 +82,8 @@ def _diverged(record):
     "True if the last loss or accuracy of a run is not a number"
     history = record['history']
     losses = [history[column][-1] for column in ('train_loss', 'valid_loss') if history.get(column)]
-    return any(math.isnan(number_or_nan(value)) for value in (last_score(record), *[record['last']['nll']]*('nll' in record['last']), *losses))
+    known = [record['last'][name] for name in ('nll', 'valid_loss') if name in record['last']]
+    return any(math.isnan(number_or_nan(value)) for value in (last_score(record), *known, *losses))
 
 def failures(
     c:Comparison, # finished runs of one setting

@@ -447,7 +447,7 @@ class Recipe:
         for i,schedule in enumerate(stages, 1): yield f'stage {i}' if len(stages) > 1 else 'training', str(schedule)
         changed = {name: (value, source) for name,(value,source,*_) in self.overridden.items() if name not in self.settings}
         if changed: yield 'not as printed', _in_words(changed, self.overridden)
-        if self.batch_share != 1: yield 'batch', f'{self.batch_share:g} of the size above as it is stated; learning rates of SGD in proportion'
+        if self.batch_share != 1: yield 'batch', f"{self.batch_share:g} of the paper's size, and so the learning rates of SGD: both are shown as they are here"
         for sentence in self.missing: yield 'not stated', sentence
         if self.note: yield 'note', self.note
         if self.contradiction: yield 'contradiction', self.contradiction
@@ -471,11 +471,15 @@ def _model_fn(name, n_classes, small):
     return partial(create_model, name, n_classes, **stem)
 
 # %% ../../nbs/47_lab.recipes.ipynb #e8d4d9a5
-@cache
 def recipe(
     id:str, # such as 'yuan2019/T8/MobileNetV2/TfKD_reg', from `recipes().index`
 )->Recipe:
     "Return the recipe of a printed result. Raises `ValueError` naming close ones"
+    check_types(recipe, locals())
+    return _recipe(id)
+
+@cache
+def _recipe(id):
     rows = _rows()
     if id not in rows: raise ValueError(f'id={id!r} is no recipe; close ones: {_close_names(id, rows)}')
     row = dict(rows[id])
@@ -492,6 +496,7 @@ def recipes(
     runnable:bool|None=None, # those that can be trained here, or those that can't
 )->pd.DataFrame: # by `id`
     "Return the printed results as a table. Raises `ValueError` for a value that no result has"
+    check_types(recipes, locals())
     df = pd.DataFrame.from_dict(_rows(), orient='index').rename_axis('id')
     for column in ('value', 'sd', 'gain'): df[column] = pd.to_numeric(df[column])
     df['runnable'] = [recipe(id).runnable for id in df.index]

@@ -23,6 +23,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from scipy import optimize, stats
 
+from ..core import check_types
 from .draw import *
 from .runs import Ledger, check_run
 
@@ -622,6 +623,7 @@ def read_runs(
     """Read the finished runs in folders and files
 
     Raises `FileNotFoundError` for a path that does not exist, `ValueError` where there is no run."""
+    check_types(read_runs, locals())
     files = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)

@@ -280,6 +280,7 @@ class Reproduction:
         if len(reach): said.append(f'Compatible means that a difference of {reach.min():.2f}' + f' to {reach.max():.2f}'*(len(reach) > 1) + ' points would not have been seen.')
         signs = count(shrunk.sign, _sign_said)
         if len(shrunk): said.append(f'Shrunk ({len(shrunk)}), where only the sign of the gain is compared: {signs}.')
+        if self.table.seeds.max() > 1: said.append('Intervals cover what differs between seeds, not another split of the data.')
         return ' '.join(said)
 
     @property
@@ -290,7 +291,7 @@ class Reproduction:
         return ('Values in per cent as the paper prints them, errors or accuracies, of the epoch that it reports '
                 '(the last where it does not say); mean ± sd over runs or seeds. Intervals are of 95 % (Student t). '
                 'At full scale, a result is compatible with the paper if zero lies in the interval of their difference (Welch), which stands '
-                'beside it; that is no proof of equality, only of a difference no larger than that. Intervals cover seeds, not other splits. '
+                'beside it; that is no proof of equality, only of a difference no larger than that. '
                 'Runs that were shrunk are not compared by value. Gains are in points over the baseline, positive for better, '
                 'paired by seed; a control is a matched one, that over which the gain is least. '
                 f'A full run: what training its method at full scale would take on this machine{machine}, '

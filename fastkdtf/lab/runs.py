@@ -39,6 +39,7 @@ from filelock import FileLock
 from torch import Tensor
 
 import fastkdtf
+from ..core import check_types
 from ..files import read_json, sync_folder
 from ..fingerprint import fingerprint, settings_digest
 
@@ -316,6 +317,7 @@ class Ledger:
         path:str|Path, # the file, by habit `results.jsonl`; it need not exist yet
         check:Callable|None=None, # raises `ValueError` for a record that is none of this ledger's kind, such as `check_run`
     ):
+        check_types(Ledger.__init__, locals())
         self.path,self.check = Path(path),check
         if self.path.is_dir(): raise ValueError(f'path must be a file, but {self.path} is a folder: give a file in it')
         place = os.path.abspath(self.path)

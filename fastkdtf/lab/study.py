@@ -17,6 +17,7 @@ from html import escape
 from itertools import chain, product
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,6 +41,7 @@ def search_space(
     grid:dict, # name → values
 )->dict: # name → (low, high), or (low, high, 'log') where the values span a factor of ten
     "Return the ranges that the values of a grid lie in. Values that are no numbers remain a list"
+    check_types(search_space, locals())
     def span(values):
         "Return the range of some values"
         if not all(map(is_real, values)): return list(values)
@@ -174,7 +176,8 @@ class Trials:
         self.optuna,self.out,self.name,self.propose = import_optuna(),out,name,propose
         optuna = self.optuna
         with self._lock('sweep', -1):
-            storage = optuna.storages.RDBStorage(f"sqlite:///{out/file}", engine_kwargs=dict(connect_args=dict(timeout=100)))
+            url = f"sqlite:///file:{quote((out/file).resolve().as_posix())}?uri=true"   # ? and {} in the path are letters
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=dict(connect_args=dict(timeout=100)))
             sampler = optuna.samplers.RandomSampler()
             self.study = optuna.create_study(storage=storage, sampler=sampler, pruner=pruner, study_name=name, load_if_exists=True)
 

@@ -42,6 +42,7 @@ def paper_grid(
 
     Wang et al. 2020, §4.3; label smoothing: the supplement of Yuan et al. 2020, §2; λ: Zheng et al. 2022;
     temperature of stage 2: Song et al. 2023, Tab. 4d"""
+    check_types(paper_grid, locals())
     r = _as_recipe(recipe)
     if r.method_name not in _grids:
         known = ', '.join(_grids)
@@ -101,12 +102,14 @@ def sweep(
     data:str|None=None, # another data set than the recipe's
     train_subset:int|None=None, # train on so many images
     device:str|torch.device|None=None, # None: fastai's default device
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Sweep:
     """Train a recipe with other settings, and compare errors on images held out from training
 
     Parameters are the recipe's, in its own units: with fewer epochs, the interval of memory replay shrinks with the schedule.
     With one process, a sweep that was killed and started again ends as one that was not.
     With several, what is suggested and pruned depends on which trials have ended."""
+    check_types(sweep, locals())
     optuna,r,out,seeds = import_optuna('sweep'),_as_recipe(recipe),make_folder(out),check_seeds(seeds)
     epochs = int(r.schedule.epochs)
     n_epoch = check_whole('n_epoch', epochs if n_epoch is None else n_epoch)
@@ -116,7 +119,7 @@ def sweep(
     dls = _held_out(r.dataloaders(path, data, train_subset, None, device=device, seed=seed) if dls is None else dls)
     def campaign(point):
         "Return the runs of a trial with these settings"
-        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data)
+        try: return recipe_campaign(r, dls, seeds, n_epoch, out, controls=False, settings={**settings, **point}, data=data, precision=precision)
         except (TypeError, ValueError) as e: raise ValueError(f'{r.id} with {point}: {e}') from e
     first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
     keys = [first.runs[first.baseline, s].key for s in seeds]

@@ -13,17 +13,20 @@ __all__ = ['make_callbacks', 'controls_of', 'with_controls', 'weights_on_cpu', '
 # %% ../../nbs/40a_lab.training.ipynb #10167232
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
@@ -36,6 +39,7 @@ from torch import nn
 from ..core import *
 from ..callback.checkpoint import Checkpoint, seed_run
 from ..callback.distill import Distill, describe_sum, matched_controls, scaled_loss
+from ..callback.precision import check_precision, convolves, fast_precision
 from ..callback.stages import OneHistory, Stage, with_batch_size
 from ..callback.term import LossTerm, is_fit
 from ..files import replacing, run_lock
@@ -55,7 +59,7 @@ def make_callbacks(
     "Return fresh callbacks of a method, or its stages with theirs"
     if method is None: return []
     if isinstance(method, (list, tuple)): return [cb for part in method for cb in make_callbacks(part)]
-    if isinstance(method, Callback): return [deepcopy(method)]
+    if isinstance(method, Callback): return [deepcopy(method, {id(method.learn): None})]   # without the learner that it may be attached to
     if isinstance(method, Stage): return [replace(method, cbs=make_callbacks(list(L(method.cbs))))]
     if callable(method): return make_callbacks(method())
     raise TypeError(f'a method must be None, a callback, stages, or a function that makes one, got {method!r}')
@@ -357,7 +361,7 @@ def train_run(
     if start is not None: get_model(learn.model).load_state_dict(start)
     method = make_callbacks(method)
     best,timer = KeepBest(score),EpochTimer()
-    if precision != '32': learn.to_fast(precision)
+    if precision != '32' or not learn._grab_cbs(MixedPrecision): learn.to_fast(precision)   # a learner's own half precision stays
     seed = seed if start is None else seed+2**31
     seed_run(seed, learn.dls)
     draws = BatchDraws(seed)
@@ -438,7 +442,7 @@ class Awaited(Teacher):
     def __repr__(self): return f'{self.keep} weights of {self.arm}'
 
 # %% ../../nbs/40a_lab.training.ipynb #9af993ee
-def _is_whole(x): return isinstance(x, int) and not isinstance(x, bool)
+def _is_whole(x): return isinstance(x, Integral) and not isinstance(x, bool)
 
 def check_seeds(
     seeds:int|Sequence, # how many, or a list of them
@@ -446,11 +450,12 @@ def check_seeds(
     "Return `seeds` as a list. Raises `TypeError` or `ValueError` saying what they must be"
     if not _is_whole(seeds) and not isinstance(seeds, (list, tuple, range)):
         raise TypeError(f'seeds must be how many, or a list of them, got {seeds!r}')
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if (seeds if _is_whole(seeds) else len(seeds[:10**6+1])) > 10**6: raise ValueError('seeds must be at most 1,000,000')
+    seeds = list(range(seeds)) if _is_whole(seeds) else list(seeds)
     if not seeds: raise ValueError('seeds must be at least 1')
     if not all(map(_is_whole, seeds)): raise TypeError(f'seeds must be whole numbers, got {seeds!r}')
     if len(set(seeds)) < len(seeds): raise ValueError(f'seeds must differ, got {seeds!r}')
-    return seeds
+    return list(map(int, seeds))
 
 def _check_arms(arms):
     "Check that each arm comes after those it needs, and that these keep their weights"
@@ -606,6 +611,12 @@ def _describe_run(run, callbacks, n_classes, controls):
     if run.start is not None: rows.append(('start from', repr(Awaited(run.start.arm, run.start.keep))))
     return [list(row) for row in rows]
 
+def _faster_hint(precision, learn):
+    "Return a line that names a faster precision, where there is one that was not asked for"
+    faster = fast_precision(getattr(learn.dls, 'device', None))
+    if precision != '32' or faster == '32' or not convolves(learn.model) or learn._grab_cbs(MixedPrecision): return None
+    return f"precision='{faster}' would train this network faster here, with other last digits"
+
 _format = 2   # raised when the numbers of a method change, so that runs of before are not taken for today's
 _said_by_the_campaign = 'rank','control_for','named','baseline','setting','description','split'   # parts of a record that decide no number
 
@@ -629,6 +640,7 @@ class Campaign:
         higher:bool|None=None, # is a larger value better? None: known from the metric's name
         precision:str='32', # as `Learner.to_fast` takes it
     ):
+        check_types(Campaign.__init__, locals())
         seeds = check_seeds(seeds)
         check_whole('n_epoch', n_epoch)
         for method in [fit, *[arm.fit for arm in arms.values() if arm.fit is not None]]: _check_fit(method)
@@ -636,8 +648,10 @@ class Campaign:
         _check_arms(arms)
         self.splits = getattr(make_learner, 'splits', [None])
         self.make_learner = make_learner.for_seeds(seeds) if hasattr(make_learner, 'for_seeds') else make_learner
-        store_attr('n_epoch,seeds,fit,lr,out,baseline,precision')
+        store_attr('n_epoch,seeds,fit,lr,out,baseline')
         learn = self.make_learner(seeds[0])
+        self.precision = check_precision(precision, getattr(learn.dls, 'device', None))
+        self.hint = _faster_hint(self.precision, learn)
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
         self.arms = {}
@@ -798,6 +812,7 @@ class Campaign:
 
     def run(self)->list:
         "Train what is not finished yet, and return all records"
+        if self.hint and any(self.record(run) is None for run in self.runs.values()): print(self.hint, file=sys.stderr)
         work(self.runs.values(), lambda run, wait, cbs: self.train(run.arm, run.seed, wait, cbs))
         return [self.record(run) for run in self.runs.values()]
 

@@ -23,7 +23,7 @@ from ..callback.stages import with_batch_size
 from ..core import *
 from ..fingerprint import fingerprint, settings_digest
 from .compare import planned_arms, named_arm, takes_parts
-from .learners import check_learner, check_no_method, learner_maker
+from .learners import check_learner, check_no_method, check_step, learner_maker
 from .report import mean_sd
 from .study import *
 from .training import *
@@ -96,7 +96,7 @@ class _Choosing:
 class Tuned(TrialTable):
     "Trials of a method's settings on held-out samples, and the chosen one on others"
     file,own_words = 'tune','its default'
-    confirmed,confirmed_name = None,''
+    confirmed,confirmed_name,confirmed_on = None,'','test set'
 
     @property
     def centre(self)->dict:
@@ -119,10 +119,9 @@ class Tuned(TrialTable):
         said = f'Chosen: {chosen}. Its {self.error_name.removesuffix(" %")} is {text(best.error)} on the samples that chose it'
         if self.confirmed is None: return said + '; it was not confirmed on others.'
         ours,base = self._errors(self.confirmed_name),self._errors(self.confirmed.baseline)
-        where = 'test set' if self.confirmed.records[0]['evaluated_on'] == 'test' else 'validation set'
         gained,left = float(np.mean(self.baseline))-best.error,float(np.mean(base))-float(np.mean(ours))
         factor = self.score.factor
-        return (f'{said}, and {text(*ours)} on the {where}, with {len(ours)} other seed{"s"*(len(ours) > 1)}: a difference of '
+        return (f'{said}, and {text(*ours)} on the {self.confirmed_on}, with {len(ours)} other seed{"s"*(len(ours) > 1)}: a difference of '
                 f'{factor*(np.mean(ours)-best.error):+.2f}{self.score.points}. Its gain over the baseline was {factor*gained:+.2f} where it was chosen, '
                 f'and is {factor*left:+.2f} there.')
 
@@ -152,9 +151,11 @@ def _method_with(method, settings, **named):
         return name,Arm(made)
     except (TypeError, ValueError) as e: raise ValueError(f'{settings}: {e}') from e
 
-def _own_settings(arm):
-    "Return the settings that a method has where nothing is said"
-    try: made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))
+def _own_settings(method, named):
+    "Return the settings that a method has where nothing is said; none where it cannot be made without"
+    try:
+        _,arm = _method_with(method, {}, **named)
+        made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))
     except (TypeError, ValueError): return {}
     return dict(getattr(made[0], 'settings', None) or {}) if len(made) == 1 else {}
 
@@ -178,6 +179,7 @@ def tune(
     metric:str|None=None, # what runs are judged by; None: accuracy if the learner has it, else its first metric
     higher:bool|None=None, # is a larger value of the metric better? None: known from its name
     settings:dict|None=None, # anything else that identifies these runs, written into their records
+    precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Tuned:
     "Try settings of a method on held-out samples, and confirm the best on others, beside baseline and controls"
     import_optuna('tune')
@@ -185,6 +187,7 @@ def tune(
     probe = make(seeds[0])
     check_learner(probe, fit)
     check_no_method(probe)
+    check_step(probe)
     made = _Choosing(make, None if len(probe.dls.loaders) > 2 else share, seed)
     space,propose,points = _space(grid, tpe, seed)
     named = dict(n_classes=get_c(probe.dls), n_epoch=n_epoch, teacher=teacher, bs=probe.dls.bs)
@@ -194,12 +197,12 @@ def tune(
         "Return the runs of a method with these settings, itself the last"
         name,arm = _method_with(method, point, **named)
         arms = planned_arms({name: arm}, probe, n_epoch, baseline, controls, teacher)
-        return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher)
+        return Campaign(arms, make, n_epoch, seeds, fit, lr, out, baseline, settings, metric, higher, precision)
 
     first,*_ = [campaign(point) for point in points]   # bad settings are found before anything is trained
     name,prune = list(first.arms)[-1],tpe is not None if prune is None else prune
     keys = [first.runs[first.baseline, s].key for s in seeds]
-    own = _own_settings(_method_with(method, {}, **named)[1])
+    own = _own_settings(method, named)
     identity = fingerprint(dict(method=name, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     trials = _tried(out, f'{name} {settings_digest(identity)}', propose, prune, n_epoch, campaign, first)
     errors = [error_of(first.train(baseline, s), n_epoch, first.score) for s in seeds]
@@ -228,3 +231,4 @@ def _confirm(found, campaign, made, confirm, seeds, controls):
     others = [max(seeds)+1+s for s in check_seeds(confirm)] if isinstance(confirm, int) else check_seeds(confirm)
     final = campaign(found.best_params, _Choosing(made.make, made.share, made.seed, True), others, controls)
     found.confirmed,found.confirmed_name = final.compare(),found.title
+    if made.share: found.confirmed_on = 'former validation set'

@@ -24,7 +24,8 @@ from ..core import *
 from ..fingerprint import fingerprint, settings_digest
 from ..vision.identity import loader_identity
 from ..files import read_json, replacing
-from .network import EnsembleTeacher, as_teacher, class_names
+from .inputs import class_names
+from .network import EnsembleTeacher, as_teacher
 from .base import Teacher
 
 # %% ../../nbs/24_teachers.cache.ipynb #aee6e40e
@@ -297,6 +298,7 @@ class CachedTeacher(Teacher):
         top_k:int|None=None, # keep so many classes, and spread the rest of the mass evenly; None: all
         dtype:str='float16', # 'float16', or 'float32': exactly the live teacher's targets
     ):
+        check_types(CachedTeacher.__init__, locals())
         self.teacher,self.path = as_teacher(teacher),Path(path)
         if not self.teacher.before_student or isinstance(self.teacher, CachedTeacher):
             raise TypeError(f'a cache takes a network, or an ensemble of networks, got {self.teacher!r}')

@@ -81,6 +81,7 @@ class NetworkTeacher(Teacher):
         trust:bool=False, # read the path of an exported learner, which runs the code in it
         **kwargs # to `timm.create_model`, with a name
     ):
+        check_types(NetworkTeacher.__init__, dict(arch=arch, vocab=vocab, teacher_norm=teacher_norm, fast=fast, trust=trust))
         self.norm = teacher_norm if teacher_norm in ('auto', None) else _check_stats(teacher_norm)
         self.size = None if teacher_size is None else _check_size(teacher_size)
         self.source,self.fast = model if isinstance(model, str) else type(model).__name__,fast

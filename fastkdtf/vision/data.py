@@ -16,7 +16,7 @@ from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.core import PILImage, imagenet_stats
 from PIL import Image
 from .augment import Augment
-from ..core import check_number, check_whole
+from ..core import check_number, check_types, check_whole
 from .loader import CategorizeRecord, NormalizeBatch, RecordDL, image_tensor, to_records, to_rgb, with_index
 from .readers import check_size, imagenet_files, npz_arrays, read_files, read_npz, shared_images
 _all_ = ['npz_arrays', 'read_files', 'read_npz']   # what reads the files is at hand here too
@@ -237,6 +237,7 @@ def kd_dataloaders(
     come from `dls.train.rng`, which fastai seeds from Python's `random` when the loader is made: call `set_seed` before, or set
     `dls.train.rng = random.Random(seed)`. With `valid_pct=0` and `train_subset`, `.valid` is as many images of the test set.
     `dls.split` says what was split how, in numbers, texts and None, for a run's record."""
+    check_types(kd_dataloaders, locals())
     bs,seed,files = check_whole('bs', bs),check_whole('seed', seed, 0),source=='imagenet'
     if valid_pct is not None: valid_pct = check_number('valid_pct', valid_pct, '[0,1)')
     _check_augment(augment, files)

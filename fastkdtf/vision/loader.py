@@ -18,6 +18,7 @@ from fastai.vision.core import PILImage, TensorImage, image2tensor
 from fastai.vision.data import show_batch, show_results # registers how image batches are shown
 from PIL import Image
 from torch.utils._pytree import tree_flatten
+from ..core import check_types
 from .augment import Augment
 
 # %% ../../nbs/10b_vision.loader.ipynb #2ed5db7b
@@ -326,6 +327,7 @@ def with_index(
     """Make `batch_info` work for any fastai `DataLoaders`, in place: with workers, shuffling, weights and several processes.
 
     Batches stay what they were. Loaders whose samples have no index are refused with a `TypeError` or `ValueError`."""
+    check_types(with_index, locals())
     for i,dl in enumerate(dls.loaders):
         if isinstance(dl, IndexedDL): continue
         _check_indexable(dl, i)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from fastai.data.all import *
 from PIL import Image, ImageOps, UnidentifiedImageError
-from ..core import check_choice, check_whole
+from ..core import check_choice, check_types, check_whole
 from ..files import check_room
 from ..pickles import as_array, read_pickle
 from .loader import Records, blank_records, to_records, to_rgb
@@ -93,6 +93,7 @@ def read_npz(
     """Return checked `(train records, test records, class names)` of an `.npz` file.
 
     A missing file is a `FileNotFoundError`, anything wrong with it a `ValueError` that names the file, the array and the reason."""
+    check_types(read_npz, locals())
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
     try: sets,names = _checked(_load_arrays(path))
@@ -598,6 +599,7 @@ def read_files(
     """Return checked `({'train': records, 'valid': …, 'test': …}, class names)`; `valid` and `test` only where there are any.
 
     A missing path or nothing to read is a `FileNotFoundError`. Anything wrong is a `ValueError` that names path, file and reason."""
+    check_types(read_files, locals())
     path,height_width,asked = Path(path),check_size(size),layout
     if layout is not None: check_choice('layout', layout, tuple(_layouts))
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
@@ -660,6 +662,7 @@ def imagenet_files(
     """Return `({'train': records, 'test': records}, class names)` of fields `file` (a `Path`) and `label`.
 
     ImageNet's validation images are the test set. A folder that is missing or empty is a `FileNotFoundError`."""
+    check_types(imagenet_files, locals())
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder; imagenet is read from folders, not from archives")
     candidates = path, path/'ILSVRC'/'Data'/'CLS-LOC', path/'Data'/'CLS-LOC'
