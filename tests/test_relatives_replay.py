@@ -271,3 +271,20 @@ def test_a_cancelled_batch_teaches_nothing_in_the_next():
             if self.training: taught.append(bool(cb.teacher.weigh(cb.batch.labelled(self.y, self.pred)).any()))
     train(cb, cbs=[Cancel(), See()], n_epoch=1)
     assert taught == [False, True, True, False, True, True, True]
+
+def test_averaged_weights_train_plainly_and_end_with_the_average():
+    _,batches = train(LsrKD(0.), n_epoch=2)
+    average,t = network().state_dict(),[0]
+    def after(net):
+        t[0] += 1
+        a = min(1-1/(t[0]+1), .9)
+        for name,value in net.state_dict().items(): average[name] = a*average[name] + (1-a)*value if value.is_floating_point() else value.clone()
+    replay(batches, lambda net, batch, x, y: F.cross_entropy(net(x), y), after=after)
+    learn,_ = train(AveragedWeights(.9), n_epoch=2)
+    for name,value in learn.model.state_dict().items(): torch.testing.assert_close(value, average[name], rtol=1e-9, atol=1e-11)
+
+def test_averaged_weights_resume(tmp_path):
+    whole,_ = train(AveragedWeights(.9))
+    with pytest.raises(KeyboardInterrupt): train(AveragedWeights(.9), cbs=[Checkpoint(tmp_path/'c'), Stop(3)])
+    again,_ = train(AveragedWeights(.9), seed=7, cbs=[Checkpoint(tmp_path/'c')])
+    for name,value in weights(whole).items(): assert torch.equal(weights(again)[name], value), name

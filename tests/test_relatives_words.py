@@ -105,7 +105,7 @@ def test_a_custom_loss_on_a_uniform_target_is_not_label_smoothing():
 
 def test_each_method_has_the_controls_that_tell_its_idea_from_the_rest():
     own = dict(PSKD=['PSKD by class'], OnlineLabelSmoothing=['OLS, even'], DLB=['CE ×4', 'DLB, α=0'], CSKD=['CE ×5', 'CSKD, same image'],
-               RDrop=['CE ×2', 'RDrop, α=0'], MeanTeacher=['CE ×2'], MaxSup=['LS, same schedule'], DKD=['CE ×5', 'KD (1, 1)'],
+               RDrop=['CE ×2', 'RDrop, α=0'], MeanTeacher=['CE ×2', 'averaged weights'], MaxSup=['LS, same schedule'], DKD=['CE ×5', 'KD (1, 1)'],
                NKD=['CE × (1+confidence)'], DIST=['DIST, classes', 'DIST, samples'], StandardisedKD=[])
     for name in later: assert list(matched_controls(methods[name].example(10), 10)) == own[name], name
 
