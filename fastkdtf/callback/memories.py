@@ -1,4 +1,4 @@
-"""`PSKD`, `OnlineLabelSmoothing`, `DLB` and `MeanTeacher`: the student's own past teaches it, at the cost of memory instead of a second network
+"""`PSKD`, `OnlineLabelSmoothing`, `DLB` and `MeanTeacher`: the student's past teaches it, for memory instead of a second network
 
 Docs: https://fastkdtf.github.io/fastkdtf/callback.memories.html.md"""
 

@@ -73,7 +73,8 @@ def with_controls(
     if not controls: return arms
     made = {name: make_callbacks(method) for name,method in methods.items()}
     alone = {name: cbs[0] for name,cbs in made.items() if len(cbs) == 1 and hasattr(type(cbs[0]), 'describe')}
-    there = {cb.describe(n_classes).as_control: name for name,cb in alone.items() if isinstance(cb, Distill)}   # itself the control of another
+    scaled = {name: cb for name,cb in alone.items() if isinstance(cb, Distill)}   # such a method may itself be the control of another
+    there = {cb.describe(n_classes).as_control: name for name,cb in scaled.items()}
     for name,cb in alone.items():
         for control,make in matched_controls(cb, n_classes).items():
             control = there.get(control, control)
