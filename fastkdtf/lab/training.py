@@ -47,7 +47,7 @@ from ..pickles import read_saved
 from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
-from .report import Comparison, Score
+from .report import Comparison, Score, comparisons
 from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
 from ..teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher
@@ -641,10 +641,9 @@ class Campaign:
         precision:str='32', # as `Learner.to_fast` takes it
     ):
         check_types(Campaign.__init__, locals())
-        seeds = check_seeds(seeds)
-        check_whole('n_epoch', n_epoch)
+        seeds,n_epoch = check_seeds(seeds),check_whole('n_epoch', n_epoch)
         for method in [fit, *[arm.fit for arm in arms.values() if arm.fit is not None]]: _check_fit(method)
-        if lr is not None: check_number('lr', lr, '(0,inf)')
+        if lr is not None: lr = check_number('lr', lr, '(0,inf)')
         _check_arms(arms)
         self.splits = getattr(make_learner, 'splits', [None])
         self.make_learner = make_learner.for_seeds(seeds) if hasattr(make_learner, 'for_seeds') else make_learner
@@ -819,7 +818,12 @@ class Campaign:
     def compare(self,
         kind:type=Comparison, # of the result
     )->Comparison:
-        "Train what is not finished yet, and compare; table, plots and `report.html` go into the folder"
+        "Train what is not finished yet, and compare; table, plots and a report of all runs of the folder go into the folder"
         comparison = kind(self.run(), self.baseline)
-        if self.out is not None: write_report(comparison, comparison.save(self.out))
+        if self.out is not None: write_report([comparison, *self._others(comparison)], comparison.save(self.out))
         return comparison
+
+    def _others(self, comparison):
+        "Return the comparisons that the folder holds beside this one"
+        ours = {record['key'] for record in comparison.records}
+        return [other for other in comparisons(self.store.ledger.records()) if not ours.issuperset(record['key'] for record in other.records)]
