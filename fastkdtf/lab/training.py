@@ -643,7 +643,7 @@ class Campaign:
         check_types(Campaign.__init__, locals())
         seeds,n_epoch = check_seeds(seeds),check_whole('n_epoch', n_epoch)
         for method in [fit, *[arm.fit for arm in arms.values() if arm.fit is not None]]: _check_fit(method)
-        if lr is not None: lr = check_number('lr', lr, '(0,inf)')
+        if lr is not None: lr = check_number('lr', lr, '(0,1e6]')
         _check_arms(arms)
         self.splits = getattr(make_learner, 'splits', [None])
         self.make_learner = make_learner.for_seeds(seeds) if hasattr(make_learner, 'for_seeds') else make_learner
