@@ -9,7 +9,6 @@ __all__ = ['UsageError', 'main']
 
 # %% ../nbs/50_cli.ipynb #dad6c8f6
 import argparse
-import ast
 import fnmatch
 import hashlib
 import json
@@ -20,9 +19,10 @@ import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
+
+from .names import check_method, literal, method_names, method_spec, method_specs
 
 # %% ../nbs/50_cli.ipynb #a4e62def
 class UsageError(Exception): "A mistake in the arguments, told in one line"
@@ -39,11 +39,6 @@ def _number_between(kind, low, high=math.inf):
     return read
 
 _positive = _number_between(int, 1)
-
-def _literal(text):
-    "Read a number, a fraction of two, or another of Python's literals; anything else remains text"
-    try: return float(Fraction(text)) if '/' in text else ast.literal_eval(text)
-    except (ValueError, SyntaxError, ZeroDivisionError): return text
 
 def _usable_device(name):
     "Return the name of a device that can be used here; None is cuda if there is one, else cpu"
@@ -64,63 +59,246 @@ def _failed(failures): return [f"{failure['run']}: {failure['error']}" for failu
 def _records_of(table): return table.reset_index().to_dict('records')
 
 # %% ../nbs/50_cli.ipynb #62ed9738
-def _chosen(methods, all_methods):
-    "Return the methods named in a comma-separated list"
-    if methods == 'all': return all_methods
-    names = [name.strip() for name in methods.split(',') if name.strip()]
-    unknown = [name for name in names if name not in (*all_methods, 'baseline')]
-    if unknown or not names:
-        raise UsageError(f"--methods {methods}: {unknown[0] if unknown else 'nothing'} is not one of {', '.join(all_methods)} or all")
-    return {name: all_methods[name] for name in names if name != 'baseline'}
+_no_teacher = 'LSR','LsrKD','LsrKD-TC','TfKDReg','TfKDReg-official'   # what `all` stands for: their targets come from the label
 
-def _named_data(path):
-    "Return the settings that name a data set: for a file, its content too, as files of one name are not one data set"
-    if not Path(path).is_file(): return dict(data=path)
-    with open(path, 'rb') as f: return dict(data=Path(path).stem, sha1=hashlib.sha1(f.read()).hexdigest()[:8])
+def _chosen(text):
+    "Return the methods of a comma-separated list, as `compare` takes them. Raises `UsageError` for a name that is none"
+    if text == 'all': return list(_no_teacher)
+    specs = method_specs(text)
+    if not specs: raise UsageError(f"--methods {text}: names nothing: give some of {', '.join(method_names())} or all")
+    for spec in specs: _check_named(spec, f'--methods {text}')
+    return [spec for spec in specs if spec != 'baseline']
+
+def _check_named(spec, given):
+    "Check the name of a method, and that its settings can be read"
+    name,_ = method_spec(spec)
+    try: name == 'baseline' or check_method(name)
+    except (ValueError, OSError) as e: raise UsageError(f'{given}: {e}') from e
+
+def _needs_teacher(spec):
+    "True for a method of the list that needs a trained network; those in files say so later"
+    return method_names().get(method_spec(spec)[0], {}).get('source') == 'network'
+
+def _check_files(args):
+    "Check what can be checked without loading anything"
+    if args.weights_of and not args.teacher: raise UsageError('--teacher-arch goes with --teacher WEIGHTS')
+    if args.teacher and _is_file_name(args.teacher) and not Path(args.teacher).is_file():
+        raise UsageError(f'--teacher {args.teacher}: no such file')
+    path = Path(args.data)
+    if (path.suffix or len(path.parts) > 1) and not path.exists(): raise UsageError(f'--data {args.data}: no such file or folder')
+
+def _is_file_name(text): return Path(text).suffix in ('.pth', '.pt', '.safetensors', '.bin', '.pkl', '.ckpt', '.tar')
+
+def _content_digest(path):
+    "Return digits that stand for a file's content, or for the names and sizes of a folder's files"
+    if path.is_file():
+        with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha1').hexdigest()[:8] if hasattr(hashlib, 'file_digest') else hashlib.sha1(f.read()).hexdigest()[:8]
+    files = sorted((str(o.relative_to(path)), o.stat().st_size) for o in path.rglob('*') if o.is_file())
+    return hashlib.sha1(json.dumps(files).encode()).hexdigest()[:8]
+
+def _named_data(text):
+    "Return the settings that name a data set: for a file or folder, its content too, as others may have the same name"
+    path = Path(text)
+    if not path.exists(): return dict(data=text)
+    return dict(data=path.resolve().stem if path.is_file() else path.resolve().name, sha1=_content_digest(path))
+
+def _numbers(comparison):
+    "Return a comparison as a report says it, for a program: sentences, verdicts, and a row for each method"
+    from fastkdtf.lab.page import headline
+    verdicts = [dict(method=name, rival=rival, verdict=said, **dict(zip(('difference', 'low', 'high'), comparison.difference(name, rival))))
+                for (name,rival),said in comparison.verdicts().items()]
+    return dict(caption=comparison.caption, covers=comparison.covers, headline=headline(comparison), verdicts=verdicts,
+                table=_records_of(comparison.table))
 
 def _n_records(out):
     ledger = out/'results.jsonl'
     return len(ledger.read_bytes().splitlines()) if ledger.is_file() else 0
 
-def _compare(args):
+# %% ../nbs/50_cli.ipynb #eee75499
+def _loaders(args, device):
+    "Return the loaders of a comparison"
     from fastkdtf.vision.augment import Augment
     from fastkdtf.vision.data import kd_dataloaders
-    from fastkdtf.callback.methods import teacher_free
-    from fastkdtf.lab.compare import compare
-    from fastkdtf.lab.measure import keep_freed_memory
-    from fastkdtf.vision.models import create_model
-    start,device,out = time.perf_counter(),_usable_device(args.device),Path(args.out)
-    keep_freed_memory()
     augment = {'none': None, 'flip+crop': Augment(flip=True, pad=4)}.get(args.augment, args.augment)
-    dls = kd_dataloaders(args.data, bs=args.bs, train_subset=args.train_subset, device=device, augment=augment, path=args.path)
-    methods,settings,before = _chosen(args.methods, teacher_free(dls.c)),_named_data(args.data),_n_records(out)
-    comparison = compare({'baseline': None, **methods}, dls, partial(create_model, args.arch, dls.c), args.epochs, args.seeds,
-                         controls=not args.no_controls, out=out, lr=args.lr, settings=dict(**settings, arch=args.arch))
+    try: dls = kd_dataloaders(args.data, bs=args.bs, train_subset=args.train_subset, device=device, augment=augment, path=args.path, size=args.size)
+    except ValueError as e: raise UsageError(str(e).replace('give size=', 'give --size').replace('size=', '--size ')) from e
+    if args.pretrained: _normalise_as_imagenet(dls)
+    return dls
+
+def _normalise_as_imagenet(dls):
+    from fastai.data.transforms import Normalize
+    from fastai.vision.core import imagenet_stats
+    for dl in dls.loaders:
+        for tfm in dl.after_batch.fs:
+            if not isinstance(tfm, Normalize): continue
+            new = Normalize.from_stats(*imagenet_stats, cuda=False)
+            tfm.mean,tfm.std = (value.to(tfm.mean.device) for value in (new.mean, new.std))
+
+def _metrics(name):
+    "Return the metrics of a learner whose judged one is called so"
+    from fastai.metrics import BalancedAccuracy, F1Score, accuracy, error_rate, top_k_accuracy
+    makers = dict(accuracy=None, error_rate=error_rate, top_k_accuracy=top_k_accuracy, f1_score=F1Score(average='macro'),
+                  balanced_accuracy_score=BalancedAccuracy(), valid_loss=None)
+    return [accuracy, *[makers[name]]*(makers[name] is not None)]
+
+_metric_names = 'accuracy','error_rate','top_k_accuracy','f1_score','balanced_accuracy_score','valid_loss'
+
+def _vision_learner(dls, arch, pretrained, metrics):
+    "Make fastai's `vision_learner` with a network of torchvision or timm"
+    import torchvision
+    from fastai.vision.learner import vision_learner
+    name = arch.removeprefix('torchvision/')
+    known = name in torchvision.models.list_models(module=torchvision.models) and not arch.startswith('timm/')
+    network = getattr(torchvision.models, name) if known else arch.removeprefix('timm/')
+    try: return vision_learner(dls, network, pretrained=pretrained, normalize=False, metrics=metrics)
+    except (OSError, RuntimeError) as e:
+        if not pretrained: raise
+        raise UsageError(f'--arch {arch} --pretrained: its weights cannot be had here ({str(e).splitlines()[0]})') from e
+
+def _maker(args, dls, arch):
+    "Return what makes the learners of a network: fastai's own where it is pretrained or fine-tuned, else one of ours"
+    from fastkdtf.lab.compare import learner_parts
+    from fastkdtf.lab.learners import LearnerFrom
+    from fastkdtf.vision.models import create_model, model_names
+    metrics,ours = _metrics(args.metric),arch in model_names and not _also_torchvisions(arch)
+    said = dict(arch=arch, **({'pretrained': True} if args.pretrained else {}))
+    if (args.pretrained or args.fit == 'fine_tune') and not ours:
+        return LearnerFrom(partial(_vision_learner, dls, arch, args.pretrained, metrics), said)
+    if args.pretrained: raise UsageError(f'--arch {arch} --pretrained: there are no weights for it: give a network of timm or torchvision')
+    create_model(arch, dls.c)   # says what is wrong with a name
+    make = learner_parts(dls, partial(create_model, arch, dls.c), metrics=metrics)
+    make.settings |= said
+    return make
+
+def _also_torchvisions(arch):
+    import torchvision
+    return arch in torchvision.models.list_models(module=torchvision.models)
+
+def _teacher(args, dls):
+    "Return the teacher: a network that is trained first, or weights from a file"
+    if args.teacher is None or args.teacher == 'none': return None
+    if not _is_file_name(args.teacher): return _maker(args, dls, args.teacher)
+    from fastkdtf.teachers.network import NetworkTeacher
+    return NetworkTeacher(args.teacher, arch=args.weights_of or args.arch, teacher_norm=None)
+
+def _fit_of(args): return args.fit or ('fine_tune' if args.pretrained else 'fit_one_cycle')
+
+def _rate_of(args):
+    "Return the learning rate; where nothing is said that of fastai for a network that is fine-tuned"
+    return args.lr if args.lr is not None or args.fit == 'fine_tune' else .01
+
+def _prepared(args, methods):
+    "Check the arguments, load the data, and return what `compare` and `tune` share: a maker of learners, and arguments"
+    args.fit = _fit_of(args)
+    _check_files(args)
+    untaught = [spec for spec in methods if _needs_teacher(spec)]
+    if untaught and args.teacher in (None, 'none'):
+        raise UsageError(f'{untaught[0]} needs a teacher: give --teacher, a network such as resnet56 that is trained first, or a file of weights')
+    device = _usable_device(args.device)
+    from fastkdtf.lab.measure import keep_freed_memory
+    keep_freed_memory()
+    dls = _loaders(args, device)
+    settings = dict(**_named_data(args.data), **({'size': args.size} if args.size else {}))
+    shared = dict(fit=args.fit, lr=_rate_of(args), out=Path(args.out), settings=settings, metric=args.metric, teacher=_teacher(args, dls),
+                  precision=args.precision)
+    return _maker(args, dls, args.arch),shared
+
+# %% ../nbs/50_cli.ipynb #b1250e05
+def _compare(args):
+    methods,start,out = _chosen(args.methods),time.perf_counter(),Path(args.out)
+    make,shared = _prepared(args, methods)
+    from fastkdtf.lab.compare import compare
+    before = _n_records(out)
+    comparison = compare(['baseline', *methods], make, args.epochs, args.seeds, controls=not args.no_controls, splits=args.splits, **shared)
     n,trained = len(comparison.records),_n_records(out)-before
     files = [str(out/name) for name in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
     done = f"{_count(n, 'run')}, {trained or 'none'} trained now, in {_took(start)}: {', '.join(files)}"
-    data = dict(caption=comparison.caption, table=_records_of(comparison.table), runs=n, trained_now=trained, files=files)
+    data = dict(**_numbers(comparison), runs=n, trained_now=trained, files=files)
     return f'{comparison}\n\n{done}', data
 
+def _data_options(p):
+    "Add the options that say what is trained on what: those that `compare` and `tune` share"
+    data,network,training = (p.add_argument_group(title) for title in ('images', 'network', 'training'))
+    data.add_argument('--data', default='digits',
+                      help='a folder or archive of images, with a folder for each class; an .npz file with '
+                      'train_images, train_labels, test_images, test_labels, class_names; or digits, cifar10, cifar100, '
+                      'cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf')
+    data.add_argument('--size', type=_positive, help='side to which images are cropped and scaled, in pixels; needed where sizes are mixed')
+    data.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
+    data.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto',
+                      help='of training images; auto: what the papers do with sets known by name, else none')
+    data.add_argument('--train-subset', type=_positive, help='train on so many images, drawn evenly from the classes')
+    network.add_argument('--arch', default='resnet20',
+                         help='resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm or torchvision knows')
+    network.add_argument('--pretrained', action='store_true', help="start from timm's or torchvision's weights, and fine-tune")
+    network.add_argument('--teacher', metavar='NETWORK|WEIGHTS',
+                         help='for methods that need one: a network, trained first for each seed, or a file of weights')
+    network.add_argument('--teacher-arch', dest='weights_of', metavar='NETWORK', help='whose weights the file has; without it those of --arch')
+    training.add_argument('--epochs', type=_positive, default=10, help='of each run')
+    training.add_argument('--fit', choices=('fit_one_cycle', 'fine_tune', 'fit_flat_cos', 'fit'),
+                          help='training method; fine_tune: an epoch with the body frozen comes first (default: fit_one_cycle, or fine_tune with --pretrained)')
+    training.add_argument('--bs', type=_positive, default=128, help='batch size')
+    training.add_argument('--lr', type=_number_between(float, 1e-12), help="largest learning rate of Adam, or fastai's own with fine_tune (default: 0.01)")
+    training.add_argument('--metric', choices=_metric_names, default='accuracy', help='what runs are judged by')
+    training.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='32',
+                          help='auto: the fastest that the device has; bf16 takes about half the time on a GPU, and on a processor with instructions for it')
+    training.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
+
 def _compare_options(p):
-    p.add_argument('--data', default='digits',
-                   help='digits, cifar10, cifar100, cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf, '
-                   'a folder or archive of images, or an .npz file with '
-                   'train_images, train_labels, test_images, test_labels, class_names')
-    p.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
-    p.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto',
-                   help='of training images; auto: what the papers do with sets known by name')
-    p.add_argument('--arch', default='resnet20',
-                   help='network: resnet20, resnet56, resnet110_bottleneck, plain_cnn, …, or a name that timm knows')
-    p.add_argument('--methods', default='all', help='comma-separated: LSR, LsrKD, LsrKD-TC, TfKDReg, TfKDReg-official')
+    p.add_argument('--methods', default='all',
+                   help=f"comma-separated, each with settings if you like: LsrKD,KD:alpha=.5,tau=2,my_file.py:Mine. "
+                   f"all: {', '.join(_no_teacher)}. Known are {', '.join(name for name,said in method_names().items() if not said.get('control'))}")
     p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
     p.add_argument('--seeds', type=_positive, default=3, help='how many')
-    p.add_argument('--epochs', type=_positive, default=10, help='of each run, on the one-cycle schedule')
-    p.add_argument('--bs', type=_positive, default=128, help='batch size')
-    p.add_argument('--lr', type=_number_between(float, 1e-12), default=.01, help='largest learning rate (Adam)')
-    p.add_argument('--train-subset', type=_positive, help='train on so many images, drawn evenly from the classes')
+    p.add_argument('--splits', type=_positive, default=1, help='so many splits of the data, for the seeds in turn, so that the intervals cover the split too')
     p.add_argument('--out', default='kd_runs', help='folder for runs, table, plots and report')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
+    _data_options(p)
+
+# %% ../nbs/50_cli.ipynb #4bc998fc
+def _grid(words, ranges):
+    "Read what `sweep` and `tune` take as their grid"
+    if words in ('paper', ['paper']): return 'paper'
+    out = {}
+    for word in words:
+        name,eq,values = word.partition('=')
+        if not eq or not name or not all(values.split(',')):
+            also = ', or name=low:high, name=low:high:log' if ranges else ''
+            raise UsageError(f'--grid {word}: must be paper, or name=value,value,…{also}')
+        out[name] = _range(word, values) if ranges and ':' in values else [literal(value) for value in values.split(',')]
+    return out
+
+def _range(word, values):
+    "Read low:high or low:high:log"
+    given = tuple(map(literal, values.split(':')))
+    numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in given[:2]]
+    if len(given) in (2, 3) and all(numbers) and given[2:] in ((), ('log',)): return given
+    raise UsageError(f'--grid {word}: a range must be low:high or low:high:log, in numbers')
+
+def _tune(args):
+    _check_named(args.method, 'METHOD')
+    if args.grid == 'paper': raise UsageError('--grid must be name=value,value,… for each setting')
+    start,grid = time.perf_counter(),_grid(args.grid, args.tpe is not None)
+    make,shared = _prepared(args, [args.method])
+    from fastkdtf.lab.tune import tune
+    found = tune(args.method, make, args.epochs, grid, args.tpe, args.seeds, args.confirm, controls=not args.no_controls, share=args.share, **shared)
+    out = Path(args.out)
+    files = [str(out/name) for name in ('tune.csv', *(f'tune_{parameter}.png' for parameter in found.parameters))]
+    done = f"{_count(len(found.table), 'trial')} in {_took(start)}: {', '.join(files)}"
+    confirmed = None if found.confirmed is None else _records_of(found.confirmed.table)
+    data = dict(caption=found.caption, table=_records_of(found.table), best=found.best_params, verdict=found.verdict, confirmed=confirmed, files=files)
+    return f'{found}\n\n{done}', data
+
+def _tune_options(p):
+    p.add_argument('method', metavar='METHOD', help='its name, with fixed settings if you like: KD:tau=4; or file.py:Name')
+    p.add_argument('--grid', nargs='+', required=True, metavar='NAME=VALUES',
+                   help='name=value,value,… for each setting; with --tpe also name=low:high and name=low:high:log')
+    p.add_argument('--tpe', type=_positive, help='so many trials that Optuna suggests, instead of every combination')
+    p.add_argument('--seeds', type=_positive, default=1, help='of each trial: how many')
+    p.add_argument('--confirm', type=_number_between(int, 0), default=3, help='seeds of the chosen setting on the test images; 0: leave that out')
+    p.add_argument('--share', type=_number_between(float, .01, .9), default=.2, help='of the training images, to choose by where the data have no test set')
+    p.add_argument('--no-controls', action='store_true', help='confirm without the matched controls')
+    p.add_argument('--out', default='kd_tune', help='folder for everything; the same command goes on from there')
+    _data_options(p)
 
 # %% ../nbs/50_cli.ipynb #d185876c
 def _is_pattern(id): return bool(set('*?[') & set(id))
@@ -173,7 +351,7 @@ def _run(args):
     ids = _matching(args.ids, recipes(runnable=True).index)
     for id in ids: recipe(id).method()   # says why, if it cannot be run, before anything is loaded
     device,trained = args.device if args.engine == 'ray' else _usable_device(args.device),_count(len(ids), 'recipe')
-    how = dict(engine=args.engine, device=device, controls=not args.no_controls, gpus=args.gpus)
+    how = dict(engine=args.engine, device=device, controls=not args.no_controls, gpus=args.gpus, precision=args.precision)
     try: found = run_recipes(ids, args.seeds, args.epochs, args.scale, args.data, args.path, out, **how)
     except RuntimeError as e:
         if not hasattr(e, 'failures'): raise
@@ -191,6 +369,8 @@ def _size_options(p, seeds, out):
     p.add_argument('--data', help="another data set than the paper's, as compare takes it")
     p.add_argument('--path', help='where its files lie; without it they are downloaded where that is possible')
     p.add_argument('--out', default=out, help='folder for everything; the same command goes on from there')
+    p.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='32',
+                   help='auto: the fastest that the device has; bf16 takes about half the time on a GPU, and on a processor with instructions for it')
     p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
 
 def _run_options(p):
@@ -202,19 +382,6 @@ def _run_options(p):
     p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
 
 # %% ../nbs/50_cli.ipynb #0c43eba6
-def _grid(words, ranges):
-    "Read what `sweep` takes as its grid"
-    if words in ('paper', ['paper']): return 'paper'
-    out = {}
-    for word in words:
-        name,eq,values = word.partition('=')
-        if not eq or not name or not all(values.split(',')):
-            also = ', or name=low:high, name=low:high:log' if ranges else ''
-            raise UsageError(f'--grid {word}: must be paper, or name=value,value,…{also}')
-        is_range = ranges and ':' in values
-        out[name] = tuple(map(_literal, values.split(':'))) if is_range else [_literal(value) for value in values.split(',')]
-    return out
-
 def _sweep(args):
     from fastkdtf.lab.experiment import scaled
     from fastkdtf.lab.recipes import recipe
@@ -225,7 +392,7 @@ def _sweep(args):
         dls = r.dataloaders(args.path, args.data, valid_pct=None, device=device)
         shrunk = scaled(r, args.scale, args.epochs, len(dls.train_ds), dls.c)
         size = {what: shrunk[what] for what in ('n_epoch', 'train_subset') if what in shrunk}
-    found = sweep(r, grid=grid, tpe=args.tpe, seeds=args.seeds, out=args.out, path=args.path, data=args.data, device=device, **size)
+    found = sweep(r, grid=grid, tpe=args.tpe, seeds=args.seeds, out=args.out, path=args.path, data=args.data, device=device, precision=args.precision, **size)
     files = [str(Path(args.out)/name) for name in ('sweep.csv', *(f'{parameter}.png' for parameter in found.parameters))]
     best,said = None,'no trial was finished'
     if found.table.error.notna().any():
@@ -247,7 +414,8 @@ def _report(args):
     from fastkdtf.lab.report import comparisons, read_runs
     from fastkdtf.lab.reproduction import Reproduction, has_recipes
     found,out = comparisons(read_runs(args.runs)),Path(args.out)
-    texts,data = list(map(str, found)),dict(runs=sum(len(c.records) for c in found), settings=[c.caption for c in found])
+    texts,data = list(map(str, found)),dict(runs=sum(len(c.records) for c in found), settings=[c.caption for c in found],
+                                      comparisons=list(map(_numbers, found)))
     if has_recipes(args.runs):
         rep = Reproduction(args.runs)
         page = rep.write(out/'report.html' if out.is_dir() else out, found)
@@ -267,8 +435,8 @@ def _keywords(pairs):
     out = {}
     for pair in pairs:
         name,eq,value = pair.partition('=')
-        if not eq: raise UsageError(f'{pair!r} is not of the form name=value')
-        out[name] = _literal(value)
+        if not eq or not name.isidentifier(): raise UsageError(f'{pair!r} is not of the form name=value')
+        out[name] = literal(value)
     return out
 
 def _description_data(d):
@@ -278,18 +446,36 @@ def _description_data(d):
     settings = {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k,v in d.settings.items()}
     return dict(numbers, settings=settings, controls=list(d.controls))
 
-def _describe(args):
-    from fastkdtf.callback.methods import methods
-    if args.method not in methods: raise UsageError(f"{args.method} is not one of {', '.join(methods)}")
-    try: d = methods[args.method].describe(args.classes, **_keywords(args.settings))
-    except TypeError as e: raise UsageError(str(e)) from e
+def _described(spec, n_classes, settings):
+    "Return descriptions of a method, of each stage one. Raises `UsageError` for settings that it does not take"
+    from fastkdtf.callback.methods import SomeTeacher
+    from fastkdtf.lab.compare import named_arm
+    from fastkdtf.lab.training import Awaited, make_callbacks
+    try:
+        _,arm = named_arm(spec, n_classes, 2, SomeTeacher(), **settings)
+        made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))
+        found = [cb for part in made for cb in getattr(part, 'cbs', [part])]
+        return [cb.describe(n_classes) for cb in found if hasattr(cb, 'describe')]
+    except (TypeError, ValueError, ArithmeticError) as e: raise UsageError(f'{spec}: {e}') from e
+
+def _in_words(d, name, n_classes):
+    "Say which label smoothing a description amounts to"
     order = 'exactly' if d.exact else 'to first order'
     said = 'no label smoothing: its target is not made from the label alone'
     if d.epsilon is not None: said = f'label smoothing {d.epsilon:.3f} of scale {d.scale:.3g}, {order}'
-    return f'{d}\n\n{args.method} with {args.classes} classes amounts to {said}', _description_data(d)
+    return f'{d}\n\n{name} with {n_classes} classes amounts to {said}'
+
+def _describe(args):
+    _check_named(args.method, 'METHOD')
+    settings = _keywords(args.settings)
+    found = _described(args.method, args.classes, settings)
+    if not found: raise UsageError(f'{args.method}: it makes no callback that describes itself')
+    names = [args.method] if len(found) == 1 else [f'{args.method}, {d.name}' for d in found]
+    data = [_description_data(d) for d in found]
+    return '\n\n'.join(_in_words(d, name, args.classes) for d,name in zip(found, names)), data[0] if len(data) == 1 else dict(parts=data)
 
 def _describe_options(p):
-    p.add_argument('method', help='such as LSR, LsrKD, KD or SelfGuidance; a wrong name lists them all')
+    p.add_argument('method', help='such as LSR, LsrKD, KD, SelfGuidance or my_file.py:Mine; a wrong name lists them all')
     p.add_argument('settings', nargs='*', help='its arguments, as name=value')
     p.add_argument('--classes', type=_number_between(int, 2), default=10, help='number of classes')
 
@@ -314,30 +500,62 @@ def _bench_options(p):
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise UsageError(message)
 
-_commands = dict(   # name → function, its options, help, description
+class _Help(argparse.RawDescriptionHelpFormatter):
+    "Help with defaults where there are some, and examples as they are written"
+    def _get_help_string(self, action):
+        text = action.help or ''
+        known = action.default not in (None, False, argparse.SUPPRESS) and 'default:' not in text and action.option_strings
+        return f'{text} (default: %(default)s)' if known else text
+
+_commands = dict(   # name → function, its options, help, description, examples
     compare=(_compare, _compare_options, 'train methods beside their matched controls',
         'Train one network with each method and its matched controls, per seed from the same weights on the same batches. '
-        'Run it again to go on after an interrupt.'),
+        'Run it again to go on after an interrupt.',
+        ['--data photos --size 64 --arch resnet18 --methods LsrKD,MemoryReplay --epochs 20',
+         '--data photos --size 224 --arch resnet18 --pretrained --teacher resnet34 --methods KD:alpha=.5,tau=2,EffDstl --epochs 5',
+         '--data photos --size 64 --methods my_file.py:Mine,SelfGuidance:lam=.5 --metric f1_score']),
+    tune=(_tune, _tune_options, 'choose the settings of a method, and confirm them',
+        'Try settings of a method on images held out from training, then train the best again with other seeds, beside its controls, '
+        'and judge it on the test images. Run it again to go on after an interrupt.',
+        ['LsrKD --grid alpha=.05,.1,.2 tau=1,3,5 --data photos --size 64 --epochs 20',
+         'KD --teacher resnet56 --grid alpha=.1:.9 tau=1:20:log --tpe 20 --data photos --size 32']),
+    describe=(_describe, _describe_options, 'say what a method really does',
+        'Effective weights, equivalent label smoothing and matched controls of a method.',
+        ['TfKDReg alpha=.95 tau=40 --classes 100', 'my_file.py:Mine']),
     recipes=(_recipes, _recipes_options, "show the papers' printed results",
-        "List the papers' printed results, or show all that is known about how to get one."),
+        "List the papers' printed results, or show all that is known about how to get one.",
+        ['--paper wang2020 --method MrKD3', 'yuan2019/T8/MobileNetV2/TfKD_reg']),
     run=(_run, _run_options, "train printed results, and hold them against the paper's numbers",
         'Train recipes with the networks that teach them, their baselines and matched controls. What was shrunk says so. '
-        'Run it again to go on after an interrupt.'),
+        'Run it again to go on after an interrupt.',
+        ["'wang2020/T1/ResNet20/*' --scale .05"]),
     sweep=(_sweep, _sweep_options, 'try settings of a printed result',
-        'Train a recipe with other settings, judged on images held out from training. Run it again to go on after an interrupt.'),
+        'Train a recipe with other settings, judged on images held out from training. Run it again to go on after an interrupt.',
+        ['wang2020/T1/ResNet20/MrKD3 --grid paper']),
     report=(_report, _report_options, 'one page from finished runs',
         'Write the tables and figures of all runs found in folders into one file that needs no other. '
-        'Runs of recipes are held against the papers, also in .md and .csv beside it.'),
-    describe=(_describe, _describe_options, 'say what a method really does',
-        'Effective weights, equivalent label smoothing and matched controls of a method.'),
+        'Runs of recipes are held against the papers, also in .md and .csv beside it.',
+        ['kd_runs more_runs --out report.html']),
     bench=(_bench, _bench_options, 'time and memory of losses and training steps',
-        'Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step.'))
+        'Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step.',
+        ['--arch resnet20']))
+
+_groups = {'your own images': 'compare tune', 'a method': 'describe bench', "papers' results": 'recipes run sweep', 'finished runs': 'report'}
+
+def _overview():
+    "Return the commands in groups, and examples, for the end of the help"
+    lines = []
+    for title,names in _groups.items(): lines += [f'{title}:', *[f'  {name:<10}{_commands[name][2]}' for name in names.split()], '']
+    examples = [f'  fastkdtf {name} {_commands[name][4][0]}' for name in ('compare', 'tune')]
+    return '\n'.join([*lines, 'examples:', *examples, '', 'fastkdtf COMMAND --help explains the options of a command'])
 
 def _parser():
-    p = _Parser(prog='fastkdtf', description='Teacher-free, self- and response-based knowledge distillation for fastai')
-    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Parser)
-    for name,(run,add_options,short,description) in _commands.items():
-        command = sub.add_parser(name, help=short, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = _Parser(prog='fastkdtf', description='Teacher-free, self- and response-based knowledge distillation for fastai',
+                epilog=_overview(), formatter_class=_Help, usage='fastkdtf [-h] COMMAND ...')
+    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Parser, help=argparse.SUPPRESS)
+    for name,(run,add_options,_,description,examples) in _commands.items():
+        shown = '\n'.join(['examples:', *[f'  fastkdtf {name} {line}' for line in examples]])
+        command = sub.add_parser(name, description=description, epilog=shown, formatter_class=_Help)
         add_options(command)
         command.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
         command.set_defaults(run=run)
@@ -360,7 +578,7 @@ def main(
         args,rest = _parser().parse_known_args(argv)
         if rest and args.command == 'describe': args.settings += rest   # argparse takes no settings after an option
         elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
-        with redirect_stdout(sys.stderr if args.json else sys.stdout): text,data = args.run(args)   # what shows progress is no JSON
+        with redirect_stdout(sys.stderr if args.json else sys.stdout): text,data = args.run(args)
         print(json.dumps(_json_value(data)) if args.json else text, flush=True)
         for failure in data.get('failed', []): print(f"fastkdtf: failed: {' '.join(failure.split())}", file=sys.stderr)
         if data.get('failed'): return 1

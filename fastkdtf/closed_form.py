@@ -39,13 +39,13 @@ def _coefficients(target, tau, hard, soft, entropy, n_classes):
     return _Coefficients(softmaxes, at_label, everywhere, constant + soft*math.log(n_classes))
 
 # %% ../nbs/01_closed_form.ipynb #9a8f0be3
-def _piece_loss(z, y, grad_scale, coefs, grad, scratch):
+def _piece_loss(z, y, grad_scale, coefs, grad, scratch=None):
     """Return the loss of each sample; write its gradient times `grad_scale` into `grad`, unless that is `None`
 
-    `scratch` is room for a tensor of `z`'s shape."""
+    `grad_scale` is a number, or has a class axis of 1; `scratch` is room for a tensor of `z`'s shape."""
     z,mixed = torch.sub(z, z.amax(1, keepdim=True), out=scratch),y.is_floating_point()
     if not mixed: y = y.unsqueeze(1)
-    z_label = (y*z).sum(1, keepdim=True) if mixed else z.gather(1, y)
+    if coefs.at_label:   z_label = (y*z).sum(1, keepdim=True) if mixed else z.gather(1, y)
     if coefs.everywhere: loss = torch.rsub(z.sum(1, keepdim=True), coefs.constant, alpha=coefs.everywhere)
     else:                loss = torch.full_like(z_label, coefs.constant)
     unit = coefs.softmaxes[0][0]/coefs.softmaxes[0][1]
@@ -58,12 +58,14 @@ def _piece_loss(z, y, grad_scale, coefs, grad, scratch):
         if i and grad is not None: grad.add_(p, alpha=w/tau/unit)
     if grad is not None: _subtract_target(grad, y, coefs, unit).mul_(grad_scale*unit)
     if mixed: loss.mul_(y.sum(1, keepdim=True))   # labels that are probabilities count by their sum
-    return loss.sub_(z_label, alpha=coefs.at_label).squeeze(1)
+    if coefs.at_label: loss.sub_(z_label, alpha=coefs.at_label)
+    return loss.squeeze(1)
 
 def _subtract_target(grad, y, coefs, unit):
     "Turn the softmaxes in `grad` into the gradient, in units of `unit`"
     if coefs.everywhere: grad.sub_(coefs.everywhere/unit)
     if y.is_floating_point(): return grad.mul_(y.sum(1, keepdim=True)).sub_(y, alpha=coefs.at_label/unit)
+    if not coefs.at_label: return grad
     return grad.scatter_add_(1, y, grad.new_full(y.shape, -coefs.at_label/unit))
 
 # %% ../nbs/01_closed_form.ipynb #6c759d72
@@ -79,28 +81,31 @@ def _pieces(shape, itemsize):
 # %% ../nbs/01_closed_form.ipynb #062c9bed
 def _cut_loss(z, y, grad_scale, coefs, grad):
     "Do what `_piece_loss` does, piece by piece"
-    loss,scratch = torch.empty_like(grad_scale),None
+    loss,scratch = z.new_empty(z.shape[:1] + z.shape[2:]),None
     for samples in _pieces(z.shape, z.element_size()):
         entries = samples[:1] + (slice(None),) + samples[1:]   # the same with the classes' axis
         piece,labels = z[entries],y[entries if y.is_floating_point() else samples]
         if scratch is None: scratch = z.new_empty(piece.shape)   # the first piece is the largest
         room = scratch[tuple(slice(n) for n in piece.shape)]
         piece_grad = None if grad is None else grad[entries]
-        loss[samples] = _piece_loss(piece, labels, grad_scale[samples].unsqueeze(1), coefs, piece_grad, room)
+        scale = grad_scale[samples[0], :, *samples[1:]] if isinstance(grad_scale, Tensor) else grad_scale
+        loss[samples] = _piece_loss(piece, labels, scale, coefs, piece_grad, room)
     return loss
 
 # %% ../nbs/01_closed_form.ipynb #1ce1777a
 def _loss_and_gradient(z, y, grad, coefs, reduction, ignore_index):
     "Return the reduced loss of logits `[N,K]` or `[N,K,M]`; write its gradient into `grad`, unless that is `None`"
-    if y.is_floating_point(): keep = torch.ones(z.shape[:1] + z.shape[2:], dtype=torch.bool, device=z.device)
+    keep,factor = kept(y, ignore_index),1.
+    if keep is None:
+        if reduction == 'mean': factor = z.shape[1]/max(1, z.numel())
+        grad_scale = factor
     else:
-        keep = y != ignore_index
         y = y.where(keep, 0)
-    factor = keep.sum(dtype=z.dtype).reciprocal_() if reduction == 'mean' else z.new_ones(())
-    grad_scale = torch.where(keep, factor, 0.)
-    if z.nbytes <= 2**20: loss = _piece_loss(z, y, grad_scale.unsqueeze(1), coefs, grad, torch.empty_like(z))
-    else:                 loss = _cut_loss(z, y, grad_scale, coefs, grad)
-    loss = loss.where(keep, 0.)
+        if reduction == 'mean': factor = keep.sum(dtype=z.dtype).reciprocal_()
+        grad_scale = torch.where(keep, factor, 0.).to(z.dtype).unsqueeze(1)
+    cut = _piece_loss if z.is_cuda or z.nbytes <= 2**20 else _cut_loss
+    loss = cut(z, y, grad_scale, coefs, grad)
+    if keep is not None: loss = loss.where(keep, 0.)
     return loss if reduction == 'none' else loss.sum()*factor
 
 def _differentiable_gradient(z, y, g, coefs, reduction, ignore_index):

@@ -84,14 +84,18 @@ class Description:
         return self._named(self.hard, soft) if self.scale else None
 
     @property
-    def controls(self)->dict:
-        "Matched controls, as `{name: (weight of H(q,p), weight of D_KL(u,p))}`; plain cross-entropy and the method itself are left out"
+    def matched(self)->dict:
+        "Cross-entropy of the same scale and, where there is one, the equivalent label smoothing: `{name: (weight of H(q,p), weight of D_KL(u,p))}`"
         scale,epsilon = self.scale,self.epsilon
         if not scale: return {}
         weights = [(scale, 0.)]
         if epsilon is not None and 1e-6 < epsilon < 1: weights.append((scale*(1-epsilon), scale*epsilon))
-        named = {self._named(hard, soft): (hard, soft) for hard,soft in weights}
-        return {name: weights for name,weights in named.items() if name not in ('CE', self.as_control)}
+        return {self._named(hard, soft): (hard, soft) for hard,soft in weights}
+
+    @property
+    def controls(self)->dict:
+        "Matched controls, as `matched` has them; plain cross-entropy and the method itself are left out"
+        return {name: weights for name,weights in self.matched.items() if name not in ('CE', self.as_control)}
 
     def rows(self)->list:
         "Return what the table shows, as pairs"

@@ -32,9 +32,13 @@ def log_odds(
     others = z.scatter(axis, index, -math.inf).logsumexp(axis)
     return z.gather(axis, index).squeeze(axis) - others
 
-def _log_odds(logits, batch, tau):
+def _log_odds(batch, who, tau):
+    "Return the log odds of the label as the student's logits `z` or the teacher's `zt` have it; found once a batch"
+    return batch.once(('log odds', who, tau), lambda: _find_log_odds(getattr(batch, who), batch, tau))
+
+def _find_log_odds(logits, batch, tau):
     "Return the log odds of the label, also of `TwoValued` logits"
-    if not isinstance(logits, TwoValued): return log_odds(logits, batch.y, tau)
+    if not isinstance(logits, TwoValued): return log_odds(logits.detach(), batch.y, tau)
     odds = (logits.on-logits.off)/tau - math.log(batch.n_classes-1)
     return torch.full(batch.y.shape, odds, device=batch.y.device)
 
@@ -76,7 +80,9 @@ class Correct(Subset):
     inside_correct = True
     def __call__(self, batch:Batch)->Tensor:
         _check_integers(batch, self)
-        zt,y = batch.zt,batch.y
+        return batch.once('correct', lambda: self._find(batch.zt, batch.y))
+
+    def _find(self, zt, y):
         if isinstance(zt, TwoValued): return torch.full(y.shape, zt.on > zt.off, device=y.device)
         index,axis = at_label(zt, y)
         return (zt >= zt.gather(axis, index)).sum(axis) == 1
@@ -86,7 +92,7 @@ class StudentAhead(Subset):
     def __call__(self, batch:Batch)->Tensor:
         _check_integers(batch, self)
         tau_teacher,tau_student = batch.tau
-        return log_odds(batch.z.detach(), batch.y, tau_student) > _log_odds(batch.zt, batch, tau_teacher)
+        return batch.once(('student ahead', batch.tau), lambda: _log_odds(batch, 'z', tau_student) > _log_odds(batch, 'zt', tau_teacher))
 
 Regularization = StudentAhead   # the paper's name
 
@@ -102,20 +108,21 @@ class WSLWeight:
 
     def __call__(self, batch:Batch)->Tensor: # `[N,…]`, in [0,1]
         "Return the weight of each sample"
-        student,teacher = self._entropies(batch.z.detach(), batch),self._entropies(batch.zt, batch)
+        student,teacher = self._entropies(batch, 'z'),self._entropies(batch, 'zt')
         if teacher.ndim > student.ndim:   # that of the teachers' mean distribution
             teacher = math.log(len(teacher)) - torch.logsumexp(-teacher, 0)
         w = -torch.expm1(-student/(teacher+self.eps))
         return (batch.y*w).sum(1) if batch.y.is_floating_point() else w
 
-    def _entropies(self, logits, batch):
+    def _entropies(self, batch, who):
         "Return the cross-entropies on the label; on each class for labels that are probabilities"
-        if not batch.y.is_floating_point(): return F.softplus(-_log_odds(logits, batch, self.tau))
+        if not batch.y.is_floating_point(): return F.softplus(-_log_odds(batch, who, self.tau))
+        logits = getattr(batch, who)
         if isinstance(logits, TwoValued):
             on = logits.soften(self.tau, batch.n_classes).on
             return -torch.tensor(on, device=batch.y.device).log()
         axis = 1+logits.ndim-batch.z.ndim
-        return -torch.log_softmax(shifted(logits, self.tau, axis), axis)
+        return -torch.log_softmax(shifted(logits.detach(), self.tau, axis), axis)
 
     def __repr__(self): return f'WSLWeight(tau={self.tau!r}, eps={self.eps!r})'
 
@@ -252,6 +259,7 @@ class Replace(Rewrite):
     ):
         super().__init__(on)
         if teacher is None: raise TypeError('teacher must be a strong teacher, such as a network, got None')
+        check_types(Replace.__init__, dict(teacher=teacher, on=on))
         self.teacher,self.what = teacher,check_choice('what', what, ('full', 'partial', 'confidence'))
 
     def _logits(self, target, batch):

@@ -568,5 +568,5 @@ def test_interrupted_fit_goes_on(tmp_path, teacher, real_identity):
             if self.training and self.train_iter == 3: raise KeyboardInterrupt
     t = CachedTeacher(teacher, tmp_path/'c')
     with pytest.raises(KeyboardInterrupt): fit(KnowledgeDistillation(t), cbs=[Stop()], augment=None)
-    assert len(t.store) == 192 and t.store.rows == 0
+    assert len(t.store) == t.store.rows == 192    # what an interrupt leaves is written at once
     assert columns(fit(KnowledgeDistillation(t), augment=None), 'hit_rate') == [.75, 1]

@@ -1,5 +1,5 @@
 """`WSLLoss`, `CKMLoss`, the callbacks `WSL` and `CKM`, and `learn.fit_effdstl`, against `reference.py` (float64) and plain loops."""
-import copy, math, pickle, sys
+import copy, math, pickle, sys, warnings
 from functools import partial
 from pathlib import Path
 
@@ -383,7 +383,8 @@ def plain_two_stages(n1, n2, lr1, lr2, weak, better):
 def test_fit_effdstl_is_the_papers_training():
     better = quiet(learner(seed=8), 'fit', 4, 1e-2).model.eval()
     learn = quiet(learner(), 'fit_effdstl', 5, teacher(), better, stage1=dict(lr=(.1, 1e-5)))
-    model,losses = plain_two_stages(4, 1, (.1, 1e-5), (5e-2, 5e-4), teacher(), better)
+    second = 5e-2*16/1024,5e-4*16/1024   # the paper's, for batches of 16; stage 1 has what it was given
+    model,losses = plain_two_stages(4, 1, (.1, 1e-5), second, teacher(), better)
     for p,q in zip(learn.model.parameters(), model.parameters()): torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-4)
     assert len(learn.recorder.losses) == len(losses)
     smooth,out = 0.,[]
@@ -391,6 +392,23 @@ def test_fit_effdstl_is_the_papers_training():
         smooth = .98*smooth + .02*o
         out.append(smooth/(1-.98**i))
     np.testing.assert_allclose([float(o) for o in learn.recorder.losses], out, rtol=1e-4)
+
+def test_the_papers_rates_shrink_with_the_batch_and_those_that_are_given_do_not():
+    learn = quiet(learner(), 'fit_effdstl', 5, teacher(), stage2=dict(lr=(.02, 1e-5)))
+    n = len(learn.dls.train)
+    assert learn.dls.bs == 16 and learn.recorder.lrs[0] == pytest.approx(.5*16/1024) and learn.recorder.lrs[4*n] == pytest.approx(.02)
+    for bs in (1024, 256, 2048):
+        one,two = effdstl_stages(300, teacher(), bs=bs)
+        assert one.lr == pytest.approx((.5*bs/1024, 1e-5*bs/1024)) and two.lr == pytest.approx((5e-2*bs/1024, 5e-4*bs/1024))
+    with pytest.raises(ValueError, match='bs'): effdstl_stages(300, teacher(), bs=0)
+
+def test_a_loss_that_explodes_is_said_once_and_one_that_falls_is_not():
+    with pytest.warns(UserWarning, match='the loss is .* the learning rate.*too large') as found:
+        quiet(learner(), 'fit_effdstl', 5, teacher(), stage1=dict(lr=(500., 400.)))
+    assert sum('too large' in str(o.message) for o in found) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*too large')
+        quiet(learner(), 'fit_effdstl', 5, teacher())
 
 @pytest.mark.parametrize('kwargs,error,words', [
     (dict(n_epoch=1), ValueError, 'at least 2, one for each stage, got 1'), (dict(n_epoch=0), ValueError, 'n_epoch must be at least 1'), (dict(n_epoch=2.5), TypeError, 'n_epoch'),
@@ -404,5 +422,5 @@ def test_bad_two_stages(kwargs, error, words):
 
 def test_a_strong_teacher_with_other_classes():
     learn = learner()
-    with pytest.raises(ValueError, match=r"student's shape \(16, 5\).*got \(16, 4\)"):
+    with pytest.raises(ValueError, match='has 4 outputs, and the student has 5 classes'):
         quiet(learn, 'fit_effdstl', 2, teacher(), nn.Linear(8, 4))

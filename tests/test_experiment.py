@@ -16,7 +16,7 @@ from fastkdtf.lab.experiment import *
 from fastkdtf.lab.recipes import Recipe, recipe
 from fastkdtf.lab.reproduction import Reproduction
 from fastkdtf.callback.checkpoint import Checkpoint
-from fastkdtf.lab.training import Campaign, Arm, train_run
+from fastkdtf.lab.training import Campaign, Arm, LearnerParts, train_run
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -72,14 +72,37 @@ def few(tmp_path_factory):
     (dict(scale=.05, epochs=200), 200, 2500, '200 epochs, 2,500 of 50,000 images'),
     (dict(epochs=3), 3, None, '3 of 200 epochs, 50,000 images'),
     (dict(epochs=300), 300, None, '300 instead of 200 epochs, 50,000 images'),
-    (dict(scale=.001), 1, 128, '1 of 200 epochs, 128 of 50,000 images'),   # a batch
-    (dict(scale=.001, n_classes=200), 1, 200, '1 of 200 epochs, 200 of 50,000 images'),   # an image of each class
-    (dict(scale=.5, n_train=100, n_classes=10), 100, None, '100 of 200 epochs, 100 images')])   # not even a batch
+    (dict(scale=.001), 1, 80, '1 of 200 epochs, 80 of 50,000 images, batches of 8 instead of 128 with learning rates in proportion'),   # ten batches
+    (dict(scale=.001, n_classes=200), 1, 200,
+     '1 of 200 epochs, 200 of 50,000 images, batches of 16 instead of 128 with learning rates in proportion'),   # an image of each class
+    (dict(scale=.5, n_train=60, n_classes=10), 100, None,
+     '100 of 200 epochs, 60 images, batches of 8 instead of 128 with learning rates in proportion')])   # not even ten batches
 def test_scaled(kwargs, n_epoch, subset, words): assert scaled(recipe(REG), **kwargs) == dict(n_epoch=n_epoch, train_subset=subset, words=words)
 
-def test_scaled_has_a_batch_of_every_network():
+def test_every_network_of_a_miniature_makes_ten_steps_an_epoch_and_the_rates_of_sgd_shrink_with_its_batch():
     r = recipe('yuan2019/T2/ResNeXt29/ReKD/from ResNet18')   # itself in batches of 64, its teacher of 128
-    assert r.schedule.bs == 64 and scaled(r, 1e-4)['train_subset'] == 128
+    for n in (80, 200, 1000, 3000):
+        small = with_enough_steps(r, n)
+        teacher,own = small.schedule_of('ResNet18'),small.schedule
+        assert n >= 10*teacher.bs and (teacher.bs, own.bs) == (128*small.batch_share, 64*small.batch_share)
+        assert teacher.lr/teacher.bs == pytest.approx(.1/128) and own.lr/own.bs == pytest.approx(.05/64)
+        assert with_enough_steps(small, n) == small
+    assert with_enough_steps(r, 50_000) == r and with_enough_steps(r, 1280) == r
+    adam = recipe('yuan2019/T2/Plain CNN/baseline')
+    assert with_enough_steps(adam, 200).schedule.lr == adam.schedule.lr == .01 and with_enough_steps(adam, 200).schedule.bs == 16
+
+def test_a_second_training_has_one_of_equal_length_without_the_method_and_all_its_controls_start_where_it_does():
+    arms = recipe_arms(recipe('song2023/T4b/ResNet18/MEALV2/after EffDstl'), 10, 8, data='digits')
+    method,without = arms['MEALV2'],arms['as long without it']
+    assert without.method is None and without.control_for == ['MEALV2'] and not without.named
+    assert (without.start, without.n_epoch, without.bs) == (method.start, method.n_epoch, method.bs) == ('EffDstl', None, method.bs)
+    for name,arm in arms.items(): assert arm.start == 'EffDstl' or 'MEALV2' not in arm.control_for, name
+
+def test_no_arm_of_a_miniature_makes_a_single_step_an_epoch(few, tmp_path):
+    runs = RecipeRuns(Plan(IMAGENET, (0,), .001, data=str(few), out=str(tmp_path), device='cpu'), {})
+    sizes = {name: arm.bs for name,arm in runs.campaign.arms.items()}
+    assert len(sizes) > 2 and len(runs.dls.train_ds) >= 80 and all(len(runs.dls.train_ds)//bs >= 10 for bs in sizes.values())
+    assert f"batches of {runs.dls.bs} instead of 512" in runs.words and not runs.full
 
 def test_stages_have_an_epoch_each():
     r = recipe('song2023/T1/ResNet18/EffDstl')
@@ -97,7 +120,7 @@ def test_steps_scale_too(small_networks):
         def before_step(self): rates.append(self.opt.hypers[0]['lr'])
     r = recipe(REG)
     dls = r.dataloaders(data='digits', train_subset=256, device='cpu')
-    train_run(None, 0, dls, r.model_fn(10), 10, r.fit, cbs=[Rates()])
+    train_run(None, 0, LearnerParts(dls, r.model_fn(10)), 10, r.fit, cbs=[Rates()])
     lr = r.schedule.lr*np.array([1]*3 + [.2]*3 + [.04]*2 + [.008]*2)
     assert np.allclose(np.array(rates).reshape(10, 2), lr[:,None], rtol=1e-12)
 
@@ -123,7 +146,7 @@ def test_record(few, small_networks, tmp_path):
     r, = lines(tmp_path, 'recipes')
     runs = {o['key']: o for o in lines(tmp_path)}
     assert (r['recipe'], r['data'], r['metric'], r['full']) == ('yuan2019/T2/ResNet18/ReKD/from MobileNetV2', 'cifar10', 'accuracy', False)
-    assert (r['n_epoch'], r['epochs'], r['n_train'], r['n_train_full'], r['words']) == (3, 200, 140, 50_000, '3 of 200 epochs, 140 of 200 images')
+    assert (r['n_epoch'], r['epochs'], r['n_train'], r['n_train_full'], r['words']) == (3, 200, 140, 50_000, '3 of 200 epochs, 140 of 200 images, batches of 8 instead of 128 with learning rates in proportion')
     assert (r['baseline'], r['method']) == ('ResNet18 baseline', 'ReKD') and list(r['runs'])[:3] == ['ResNet18 baseline', 'MobileNetV2 baseline', 'ReKD']
     assert r['controls'] == list(r['runs'])[3:] and r['controls']
     assert {k for o in r['runs'].values() for k in o} == runs.keys()
@@ -155,9 +178,9 @@ def test_batch_sizes_of_networks(tmp_path):
     "A network with another batch size is trained as in a campaign of its own, under the same key"
     dls = lambda bs: kd_dataloaders('digits', bs, train_subset=256, device='cpu', valid_pct=0)
     arm = dict(keep='best', settings=dict(data='digits'))
-    mixed = Campaign({'a': Arm(bs=64, **arm), 'b': Arm(**arm)}, dls(128), partial(small, 'net', 10), 2, 1, out=tmp_path/'mixed')
+    mixed = Campaign({'a': Arm(bs=64, **arm), 'b': Arm(**arm)}, LearnerParts(dls(128), partial(small, 'net', 10)), 2, 1, out=tmp_path/'mixed')
     for name,bs in (('a', 64), ('b', 128)):
-        own = Campaign({name: Arm(**arm)}, dls(bs), partial(small, 'net', 10), 2, 1, out=tmp_path/name)
+        own = Campaign({name: Arm(**arm)}, LearnerParts(dls(bs), partial(small, 'net', 10)), 2, 1, out=tmp_path/name)
         assert mixed.runs[name, 0].key == own.runs[name, 0].key
         ours,theirs = (c.train(name, 0)['history'] for c in (mixed, own))
         assert ours['train_loss'] == theirs['train_loss'] and ours['accuracy'] == theirs['accuracy']
@@ -171,11 +194,11 @@ def test_poor_teacher(small_networks, tmp_path):
     assert list(runs) == ['MobileNetV2 baseline', 'ResNet50, epoch 2', 'DeKD']
     poor = runs['ResNet50, epoch 2']
     assert [len(runs[o]['history']['accuracy']) for o in runs] == [8, 2, 8] and runs['DeKD']['teacher_accuracy'] == poor['last']['accuracy']
-    r,kept = recipe(DEKD),[]
+    r,kept = with_enough_steps(recipe(DEKD), 144),[]
     class Keep(Callback):
         def after_epoch(self): kept.append({k: v.clone() for k,v in self.model.state_dict().items()})
     dls = r.dataloaders(data='digits', train_subset=144, device='cpu')
-    whole = train_run(None, 0, dls, partial(small, 'resnet50_4stage', 10), 8, r.schedule_of('ResNet50').fit, cbs=[Keep()])
+    whole = train_run(None, 0, LearnerParts(dls, partial(small, 'resnet50_4stage', 10)), 8, r.schedule_of('ResNet50').fit, cbs=[Keep()])
     assert whole['history']['train_loss'][:2] == poor['history']['train_loss']
     saved = torch.load(tmp_path/'weights'/'last'/f"{poor['key'].rsplit('/', 1)[1]}.pt")
     assert all(torch.equal(saved[k], v) for k,v in kept[1].items())
@@ -209,14 +232,16 @@ def test_other_images(tmp_path):
     assert there['ResNet18 baseline'].model_fn.keywords == {} and not there['TfKD_self'].teacher
     assert there['TfKD_self'].method.args == ('timm/resnet18.tv_in1k',)
     runs = RecipeRuns(Plan(IMAGENET, (0,), .05, data='digits', out=str(tmp_path), device='cpu'), {})
-    assert runs.words == 'digits instead of imagenet, 4 of 90 epochs, 512 of 1,438 images' and not runs.full
+    assert runs.words == ('digits instead of imagenet, 4 of 90 epochs, 80 of 1,438 images, '
+                          'batches of 8 instead of 512 with learning rates in proportion') and not runs.full
     z = runs.campaign.arms['ResNet18 baseline'].model_fn().eval()(torch.zeros(2, 3, 8, 8))
     assert z.shape == (2, 10)
 
 def test_other_images_have_no_full_run(small_networks, tmp_path):
     quick(REG, tmp_path)
     r, = lines(tmp_path, 'recipes')
-    assert r['data'] == 'digits' and r['full_hours'] is None and r['words'] == 'digits instead of cifar100, 2 of 200 epochs, 144 of 1,438 images'
+    assert r['data'] == 'digits' and r['full_hours'] is None and r['words'] == ('digits instead of cifar100, 2 of 200 epochs, 144 of 1,438 images, '
+        'batches of 8 instead of 128 with learning rates in proportion')
 
 
 # ---------------------------------------------------------------- mistakes

@@ -1,12 +1,20 @@
-"Settings in words: the same in every process, other words for other settings"
-import os, subprocess, sys
+"What changes the numbers of a training changes its fingerprint; how a setting is written does not"
+import os, subprocess, sys, threading
+from copy import deepcopy
+from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
-import pytest, torch
+import numpy as np, pandas as pd, pytest, torch
+import torch.nn.functional as F
+from fastai.vision.all import (Adam, CrossEntropyLossFlat, DataLoaders, Flip, ImageDataLoaders, MixUp, Normalize, PILImage, Resize, SGD,
+                               Transform, aug_transforms, imagenet_stats, set_seed)
+from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
 
-from fastkdtf.all import Correct, LsrKD, NetworkTeacher, UniformTeacher
+from fastkdtf.all import Augment, Correct, Distill, LsrKD, NetworkTeacher, TeacherCorrection, UniformTeacher, create_model, kd_dataloaders
 from fastkdtf.fingerprint import fingerprint, settings_digest
+from fastkdtf.lab.training import Arm, Campaign, LearnerParts
 
 class Cut:
     def __init__(self, size): self.size = size
@@ -14,27 +22,35 @@ class Steps:
     def __init__(self, *steps): self.steps = steps
 class Named:
     def __init__(self, identity): self.identity = identity
+class Slotted:
+    __slots__ = 'size',
+    def __init__(self, size): self.size = size
+class Mine(LsrKD):
+    def __init__(self, gain=1., **kwargs):
+        super().__init__(**kwargs)
+        self._gain = gain
 
 @pytest.mark.parametrize('x,words', [
-    (None, None), (3, 3), (.5, .5), ('a', 'a'), (True, True),
-    ({1: (2, [3])}, {'1': [2, [3]]}), ({'b', 'a'}, ["'a'", "'b'"]), (nn.Linear, 'Linear'),
-    (partial(torch.optim.SGD, momentum=.9), ['SGD', [], {'momentum': .9}]),
-    (Steps(Cut(4)), ['Steps', {'steps': [['Cut', {'size': 4}]]}]),
+    (None, None), (3, 3), (.5, .5), ('a', 'a'), (True, True), (3., 3), (np.float32(3), 3), (torch.tensor(3), 3), (float('nan'), 'nan'),
+    ({1: (2, [3])}, {'1': [2, [3]]}), ({'b', 'a'}, ['a', 'b']), (nn.Linear, 'torch.nn.modules.linear.Linear'),
+    (partial(torch.optim.SGD, momentum=.9), ['torch.optim.sgd.SGD', [], {'momentum': .9}]),
     (Named('resnet8'), 'resnet8'), (UniformTeacher(), 'UniformTeacher()')])
 def test_words(x, words): assert fingerprint(x) == words
 
 def test_an_address_is_no_identity():
-    assert fingerprint(Named('<f at 0x7f3c>')) == ['Named', {'identity': '<f at 0x7f3c>'}]
+    assert fingerprint(Named('<f at 0x7f3c>'))[1] == {'identity': '<f at 0x7f3c>'}
     assert '0x' not in str(fingerprint(object()))
 
-def test_classes_go_by_their_name_whatever_identity_they_have():
+def test_classes_go_by_what_they_are_whatever_identity_they_have():
     class Teaches:
         identity = 'always the same'
-    assert fingerprint(Teaches()) == 'always the same' and fingerprint(NetworkTeacher) == 'NetworkTeacher'
+    assert fingerprint(Teaches()) == 'always the same' != fingerprint(Teaches)
+    assert fingerprint(NetworkTeacher) == 'fastkdtf.teachers.network.NetworkTeacher'
 
-def test_tensors_go_by_value():
+def test_tensors_go_by_value_and_shape():
     x = torch.tensor([1., 2.])
-    assert fingerprint(x) == fingerprint(x.long()) == fingerprint(x.half()) != fingerprint(x+1)
+    assert fingerprint(x) == fingerprint(x.long()) == fingerprint(x.half()) == fingerprint(x.numpy()) != fingerprint(x+1)
+    assert fingerprint(x) != fingerprint(x[None]) and fingerprint(torch.tensor([2**60])) != fingerprint(torch.tensor([2**60+1]))
 
 def test_networks_that_teach_go_by_their_weights():
     torch.manual_seed(0)
@@ -42,10 +58,10 @@ def test_networks_that_teach_go_by_their_weights():
     words = [fingerprint(NetworkTeacher(net, teacher_norm=None)) for net in (a, b, a)]
     assert words[0] == words[2] != words[1]
 
-def test_objects_within_objects_end_somewhere():
+def test_objects_that_hold_themselves_end_somewhere():
     ring = Named(None)
     ring.next = ring
-    assert len(str(fingerprint(ring))) < 10_000
+    assert fingerprint(ring) == fingerprint(deepcopy(ring)) and len(str(fingerprint(ring))) < 10_000
 
 def test_the_digits_of_0_1_0():
     assert settings_digest(dict(alpha=.1, tau=3.)) == settings_digest(dict(tau=3., alpha=.1)) == 'aeda755dd0a2' != settings_digest(dict(alpha=.2, tau=3.))
@@ -54,10 +70,220 @@ def test_the_digits_of_0_1_0():
 def test_another_process_says_the_same():
     code = '''
 from functools import partial
-from fastkdtf.all import Correct, LsrKD
+from fastkdtf.all import Augment, Correct, LsrKD
 from fastkdtf.fingerprint import fingerprint, settings_digest
-print(settings_digest(dict(x=fingerprint([{'a', 'b', 'c', 'd'}, partial(LsrKD, alpha=.2), ~Correct(), print]))))'''
+k = .5
+print(settings_digest(dict(x=fingerprint([{'a', 'b', 'c', 'd'}, partial(LsrKD, alpha=.2), ~Correct(), print, lambda pct: k*pct]))))'''
+    k = .5
     here = settings_digest(dict(x=fingerprint([{'d', 'c', 'b', 'a'}, partial(LsrKD, alpha=.2), ~Correct(), print])))
-    for seed in '12':
-        there = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': seed}, capture_output=True, text=True)
-        assert there.stdout.strip() == here
+    told = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': seed}, capture_output=True, text=True).stdout.strip()
+            for seed in '12'}
+    assert len(told) == 1 and len(told.pop()) == len(here)
+
+# what cannot be told
+
+@pytest.mark.parametrize('make', [lambda: open(os.devnull), lambda: (i for i in range(3)), threading.Lock, lambda: [dict(log=open(os.devnull))],
+                                  lambda: partial(print, file=open(os.devnull))])
+def test_what_another_process_cannot_tell_apart_is_refused(make):
+    with pytest.raises(ValueError, match='cannot be told from another .* keep nothing'): fingerprint(make())
+    fingerprint(make(), refuse=False)
+
+def test_a_function_over_an_open_file_is_refused():
+    file = open(os.devnull)
+    with pytest.raises(ValueError, match='cannot be told'): fingerprint(lambda: file.read())
+
+# functions and classes
+
+def weight(share): return lambda pct: share*pct
+bound = .1
+def bounded(pct): return min(pct, bound)
+
+def test_functions_go_by_what_they_do():
+    def a(pct):
+        "With words"
+        number = pct + 1   # and a comment
+        return number
+    def b(pct):
+        other = pct + 1
+        return other
+    assert fingerprint(weight(.5)) == fingerprint(weight(.5)) != fingerprint(weight(.6))
+    assert fingerprint(a).split()[1] == fingerprint(b).split()[1]
+    assert fingerprint(lambda p, q=1: p) != fingerprint(lambda p, q=2: p) and fingerprint(lambda p, *, q=1: p) != fingerprint(lambda p, *, q=2: p)
+
+def test_a_global_that_a_function_reads_counts(monkeypatch):
+    before = fingerprint(bounded)
+    monkeypatch.setitem(globals(), 'bound', .2)
+    assert fingerprint(bounded) != before
+
+def test_a_function_that_a_function_calls_counts():
+    def outer(step): return lambda pct: step(pct)
+    assert fingerprint(outer(lambda p: p)) != fingerprint(outer(lambda p: 2*p))
+
+def test_libraries_go_by_name_and_two_of_one_name_differ():
+    assert fingerprint(F.cross_entropy) == 'torch.nn.functional.cross_entropy'
+    assert fingerprint(SGD) != fingerprint(torch.optim.SGD)
+
+def made(body, **names):
+    exec(f'class Own:\n    rate = .5\n    def __call__(self, x): return {body}', names)
+    return names['Own']
+def test_a_class_goes_by_its_methods():
+    assert fingerprint(made('x+1')) == fingerprint(made('x + 1')) != fingerprint(made('x+2'))
+    assert fingerprint(made('x+1')()) != fingerprint(made('x+2')())
+
+# networks
+
+def net(p=.1, act=nn.ReLU, seed=0, hook=None, gain=None, tied=False):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 4), act(), nn.Dropout(p), nn.Linear(4, 4))
+    if hook: model[0].register_forward_hook(hook)
+    if gain: model.gain = gain
+    if tied: model[3].weight = model[0].weight
+    return model
+
+def test_networks_go_by_structure_attributes_hooks_and_weights():
+    changed = [dict(p=.2), dict(act=nn.Tanh), dict(seed=1), dict(hook=lambda m, x, y: y*2), dict(hook=lambda m, x, y: y*3), dict(gain=2.), dict(tied=True)]
+    words = [fingerprint(net(**change)) for change in [{}, *changed]]
+    assert len(set(words)) == 8 and fingerprint(net()) == words[0] == fingerprint(deepcopy(net()).eval())
+    frozen = net()
+    frozen[0].weight.requires_grad_(False)
+    assert fingerprint(frozen) not in words
+
+# loaders
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('photos')
+    for name in 'ab':
+        (folder/name).mkdir()
+        for i in range(8): PILImage.create(np.random.default_rng(i).integers(0, 255, (20, 24, 3)).astype(np.uint8)).save(folder/name/f'{i}.png')
+    return folder
+
+def from_folder(folder, items=None, batches=(), bs=4, **kwargs):
+    return ImageDataLoaders.from_folder(folder, valid_pct=.25, seed=1, item_tfms=items or Resize(16), batch_tfms=list(batches), bs=bs,
+                                        **{'num_workers': 0, **kwargs})
+
+def test_a_loader_that_was_used_is_the_same_loader(photos):
+    dls = from_folder(photos, batches=aug_transforms())
+    first = fingerprint(dls)
+    for _ in range(2): list(dls.train), list(dls.valid)
+    assert fingerprint(dls) == first == fingerprint(from_folder(photos, batches=aug_transforms()))
+    assert first == fingerprint(from_folder(photos, batches=aug_transforms(), num_workers=2))
+
+def test_telling_a_loader_changes_no_draw(photos):
+    def batch(tell):
+        dls = from_folder(photos, batches=aug_transforms())
+        dls.train.rng.seed(0)
+        set_seed(0)
+        if tell: fingerprint(dls)
+        return dls.one_batch()[0]
+    assert torch.equal(batch(True), batch(False))
+
+def test_loaders_go_by_samples_transforms_and_batches(photos, tmp_path):
+    import shutil
+    for change in ('replaced', 'renamed', 'moved'): shutil.copytree(photos, tmp_path/change)
+    PILImage.create(np.zeros((20, 24, 3), np.uint8)).save(tmp_path/'replaced'/'b'/'7.png')
+    (tmp_path/'renamed'/'b').rename(tmp_path/'renamed'/'c')
+    class Brighter(Transform):
+        def __init__(self, by): self.by = by
+        def encodes(self, x:PILImage): return x
+    others = [from_folder(tmp_path/'replaced'), from_folder(tmp_path/'renamed'), from_folder(photos, Resize(18)), from_folder(photos, Resize(16, method='squish')),
+              from_folder(photos, bs=5), from_folder(photos, batches=[Flip()]), from_folder(photos, batches=[Flip(p=.4)]),
+              from_folder(photos, batches=[Normalize.from_stats(*imagenet_stats)]), from_folder(photos, batches=aug_transforms(max_rotate=11)),
+              from_folder(photos, [Resize(16), Brighter(1)]), from_folder(photos, [Resize(16), Brighter(2)]), from_folder(photos, shuffle=False)]
+    words = [json_of(fingerprint(dls)) for dls in [from_folder(photos), *others]]
+    assert len(set(words)) == len(words) == 13
+    assert json_of(fingerprint(from_folder(tmp_path/'moved'))) == words[0]
+
+def json_of(words): return str(words)
+
+def test_files_that_a_table_names_count_by_content(photos, tmp_path):
+    import shutil
+    shutil.copytree(photos, tmp_path/'photos')
+    table = pd.DataFrame([[f'{label}/{i}.png', label] for label in 'ab' for i in range(8)])
+    def loaders(): return ImageDataLoaders.from_df(table, tmp_path/'photos', seed=1, item_tfms=Resize(16), bs=4, num_workers=0)
+    before = fingerprint(loaders())
+    assert fingerprint(loaders()) == before
+    PILImage.create(np.zeros((20, 24, 3), np.uint8)).save(tmp_path/'photos'/'a'/'3.png')
+    assert fingerprint(loaders()) != before
+
+def test_other_data_sets_go_by_what_they_hold():
+    class Own(torch.utils.data.Dataset):
+        def __init__(self, x, flip=False): self.x,self.flip = x,flip
+        def __len__(self): return len(self.x)
+        def __getitem__(self, i): return self.x[i],i%2
+    def loaders(dataset): return DataLoaders.from_dsets(dataset, dataset, bs=4, num_workers=0)
+    x = torch.arange(32.).reshape(8, 4)
+    y = x.clone()
+    y[5, 2] += 1
+    words = [str(fingerprint(loaders(dataset))) for dataset in (Own(x), Own(y), Own(x, True), Own(x[:7]), list(zip(x, range(8))), list(zip(y, range(8))))]
+    assert len(set(words)) == 6 and str(fingerprint(loaders(Own(x.clone())))) == words[0]
+
+def test_paths_go_by_what_lies_there(tmp_path, monkeypatch):
+    (tmp_path/'imgs').mkdir()
+    (tmp_path/'imgs'/'a.txt').write_text('1')
+    monkeypatch.chdir(tmp_path)
+    told = {str(fingerprint(path)) for path in (Path('imgs'), Path('./imgs'), Path('imgs/../imgs'), tmp_path/'imgs')}
+    assert len(told) == 1
+    (tmp_path/'imgs'/'a.txt').write_text('2')
+    assert str(fingerprint(Path('imgs'))) not in told and str(tmp_path) not in str(told)
+
+# campaigns
+
+small = partial(create_model, 'resnet8', 10)
+@pytest.fixture(scope='module')
+def dls(): return kd_dataloaders('digits', bs=64, train_subset=128, device='cpu')
+
+def dropped(p):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(p), nn.Linear(3*8*8, 10))
+
+def key(dls, method=LsrKD, model_fn=small, n_epoch=1, seed=0, fit='fit', lr=1e-3, settings=None, out=None, precision='32', **arm):
+    campaign = Campaign({'baseline': Arm(), 'm': Arm(method, **arm)}, LearnerParts(dls, model_fn), n_epoch, [seed], fit, lr, out, settings=settings, precision=precision)
+    return campaign.runs['m', seed].key
+
+def constant(learn, n_epoch, lr=.1, cbs=()): learn.fit(n_epoch, lr, cbs=cbs)
+
+def test_forty_single_changes_make_forty_other_runs(dls, photos):
+    a,b = (NetworkTeacher(net_, teacher_norm=None) for net_ in (small(), small()))
+    changes = [dict(n_epoch=2), dict(seed=1), dict(fit='fit_one_cycle'), dict(fit=constant), dict(fit=partial(constant, lr=.2)), dict(lr=2e-3), dict(lr=None),
+               dict(model_fn=partial(create_model, 'wrn_16_1', 10)), dict(model_fn=partial(create_model, 'resnet14', 10)),
+               dict(model_fn=partial(dropped, 0.)), dict(model_fn=partial(dropped, .9)), dict(bs=32), dict(settings=dict(note=1)), dict(settings=dict(opt=SGD)),
+               dict(settings=dict(opt=lambda p, lr: SGD(p, lr, mom=0.))), dict(settings=dict(opt=lambda p, lr: SGD(p, lr, mom=.99))), dict(method=MixUp),
+               dict(method=partial(MixUp, .3)), dict(method=Mine), dict(method=partial(Mine, gain=2.)), dict(method=None),
+               dict(method=lambda: LsrKD(alpha=.2)), dict(method=partial(LsrKD, tau=2.)), dict(method=partial(LsrKD, gamma=.5)),
+               dict(method=partial(LsrKD, alpha=lambda pct: .1)), dict(method=partial(LsrKD, alpha=lambda pct: .9)), dict(method=partial(LsrKD, alpha=weight(.5))),
+               dict(method=lambda: Distill(UniformTeacher(), alpha=.1, tau=3.)), dict(method=lambda: Distill(UniformTeacher(), alpha=.1, tau=3., scale=1)),
+               dict(method=lambda: Distill(UniformTeacher(), alpha=.1, tau=3., rewrite=TeacherCorrection(.5))), dict(method=lambda: Distill(a)), dict(method=lambda: Distill(b)),
+               dict(method=lambda: Distill(lambda step: step.z.detach())), dict(method=lambda: Distill(lambda step: -step.z.detach())),
+               dict(method=[LsrKD, MixUp]), dict(precision='bf16')]
+    loaders = [kd_dataloaders('digits', bs=64, train_subset=127, device='cpu'), kd_dataloaders('digits', bs=64, train_subset=128, device='cpu', seed=1),
+               kd_dataloaders('digits', bs=64, train_subset=128, device='cpu', augment=Augment(flip=True)), kd_dataloaders('digits', bs=60, train_subset=128, device='cpu')]
+    digits = [run.rsplit('/')[-1] for run in [key(dls), *[key(dls, **change) for change in changes], *map(key, loaders)]]
+    assert len(digits) == 41 and len(set(digits)) == 41, [n for n in range(41) if digits.count(digits[n]) > 1]
+
+def test_twenty_ways_to_write_one_run(dls, tmp_path):
+    ways = [dict(), dict(method=LsrKD()), dict(method=[LsrKD]), dict(method=(LsrKD(),)), dict(method=lambda: LsrKD()), dict(method=partial(LsrKD)),
+            dict(method=partial(LsrKD, alpha=.1)), dict(method=partial(LsrKD, tau=3)), dict(method=lambda: [LsrKD(tau=3.)]),
+            dict(method=partial(LsrKD, tau=np.float32(3))), dict(method=partial(LsrKD, tau=np.int64(3))), dict(method=partial(LsrKD, alpha=np.float64(.1))),
+            dict(lr=.001), dict(lr=np.float64(1e-3)), dict(model_fn=lambda: create_model('resnet8', 10)), dict(model_fn=partial(create_model, 'resnet8', n_classes=10)),
+            dict(bs=64), dict(out=tmp_path), dict(settings={}), dict(precision='32')]
+    keys = [key(dls, **way) for way in ways] + [key(kd_dataloaders('digits', bs=64, train_subset=128, device='cpu'))]
+    assert len(keys) == 21 and len(set(keys)) == 1, [i for i,k in enumerate(keys) if k != keys[0]]
+
+def test_settings_are_one_however_their_numbers_and_paths_are_written(dls, tmp_path):
+    (tmp_path/'imgs').mkdir(), (tmp_path/'x').mkdir()
+    for a,b in [(3, 3.), (1, np.float32(1)), (tmp_path/'imgs', tmp_path/'x'/'..'/'imgs'), ((1, 2), [1, 2]), ({'a', 'b'}, {'b', 'a'})]:
+        assert key(dls, settings=dict(x=a)) == key(dls, settings=dict(x=b))
+
+def test_runs_of_a_campaign_that_keeps_nothing_may_hold_what_cannot_be_told(dls, tmp_path):
+    file = open(os.devnull)
+    def teacher(step): return step.z.detach()+len(file.name)
+    assert key(dls, method=lambda: Distill(teacher))
+    with pytest.raises(ValueError, match='cannot be told'): key(dls, method=lambda: Distill(teacher), out=tmp_path)
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.builds(Fraction, st.integers(), st.integers(1)),
+                    lambda parts: st.lists(parts) | st.dictionaries(st.text(), parts) | st.builds(Cut, parts) | st.builds(Slotted, parts), max_leaves=8))
+def test_a_copy_has_the_same_fingerprint_and_json_holds_it(x):
+    words = fingerprint(x)
+    assert settings_digest(dict(x=words)) == settings_digest(dict(x=fingerprint(deepcopy(x)))) == settings_digest(dict(x=fingerprint(words)))

@@ -1,28 +1,38 @@
 "Batches, losses and labels of another kind than ours: right, or refused with a sentence"
+import gc
+from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.basics import DataLoaders, Learner, SGD
-from fastai.callback.all import GradientAccumulation, MixUp
-from fastai.callback.core import Callback
+from fastai.basics import DataLoaders, Learner, SGD, load_learner
+from fastai.callback.all import CSVLogger, GradientAccumulation, MixUp
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
+from fastai.callback.schedule import lr_find as _   # Learner.lr_find
 from fastai.callback.progress import ProgressCallback
 from fastai.layers import NoneReduce
 from fastai.losses import CrossEntropyLossFlat
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
+from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.callback.survival import residual_blocks
 from fastkdtf.callback.term import loss_kind
 from fastkdtf.closed_form import label_loss
-from fastkdtf.core import TwoValued, check_labels, first_output, looks_like_probabilities
+from fastkdtf.core import Batch, TwoValued, check_labels, first_output, looks_like_probabilities
 from fastkdtf.losses import CKMLoss, KDLoss
-from fastkdtf.teachers.base import Teacher
+from fastkdtf.teachers.base import FunctionTeacher, Teacher, networks_of
 from fastkdtf.teachers.cache import CachedTeacher
+from fastkdtf.teachers.frozen import FrozenCopy
+from fastkdtf.teachers.memory import MemoryTeacher, is_due
+from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
 from fastkdtf.vision.data import kd_dataloaders
 from fastkdtf.vision.loader import batch_info
 from fastkdtf.vision.models import create_model
@@ -142,16 +152,16 @@ def test_a_mixer_of_another_library_is_known_by_what_it_holds(every):
             want = want + (part*(.7*F.cross_entropy(z, labels, reduction='none') + .3*400*kl)).mean()
         assert o.loss == pytest.approx(want.item(), rel=1e-5)
 
-def test_tsais_mixup():
+def test_tsais_mixup(tmp_path):
     tsai = pytest.importorskip('tsai.data.mixed_augmentation')
-    held = []
+    held,mixer,keep = [],tsai.MixUp1d(),Keep()
     class Note(Callback):
         order,run_valid = 5.4,False
         def after_loss(self): held.append([(self.learn.y, mixer.lam), (mixer.yb1[0], 1-mixer.lam)])
-    mixer = tsai.MixUp1d()
-    steps = fit([mixer, LsrKD(), Note()])
-    assert len(steps) == len(held) == 2
-    for o,pairs in zip(steps, held):
+    learn = digits_learner(tmp_path, digit_net(), mixer, LsrKD(), Note(), keep)
+    with learn.no_logging(): learn.fit(1)
+    assert len(keep.steps) == len(held) == 2
+    for o,pairs in zip(keep.steps, held):
         z = o.pred.double()
         base = sum((part*F.cross_entropy(z, labels, reduction='none')).mean() for labels,part in pairs)
         assert o.loss == pytest.approx((.9*base + lsr(z, o.y) - .9*F.cross_entropy(z, o.y)).item(), rel=1e-5)
@@ -352,13 +362,10 @@ def test_an_interrupted_pass_leaves_no_sub_network_behind():
     net,method = Cut(),StochasticDepth(.01, seed=0)
     learn = Learner(DataLoaders(*[DataLoader(TensorDataset(x, y), 16)]*2), net, CrossEntropyLossFlat(), opt_func=SGD, cbs=method).remove_cb(ProgressCallback)
     with learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(1)
-    drawn = lambda: [block._drawn for block in residual_blocks(net)]
-    assert any(bits is not None for bits in drawn())
-    learn.remove_cb(method)
-    assert len(drawn()) == 3 and all(bits is None for bits in drawn())
+    drawn = [block._drawn for block in residual_blocks(net)]
+    assert len(drawn) == 3 and all(bits is None for bits in drawn)
 
 def test_a_method_that_could_teach_nothing_is_refused():
-    from fastkdtf.callback.effdstl import WSL
     net = create_model('resnet8', K)
     with pytest.raises(ValueError, match='wsl would teach'): fit([SelfGuidance(full_backward=False), WSL(linear())], net=net)
 
@@ -367,3 +374,370 @@ def test_logits_far_below_the_largest_stay_finite_in_half_precision():
     z = torch.tensor([[0., -1e5, 3.]])
     values,_ = pack_logits(z)
     assert values.isfinite().all() and torch.equal(unpack_logits(values, None, 3).softmax(1), torch.tensor([[-3., -65504., 0.]]).softmax(1))
+
+# what is resumed
+
+def resumable(folder, cbs, seed=0, n_epoch=4, fit='fit'):
+    "A training that `Checkpoint` keeps in the folder, with batches in random order"
+    dls = DataLoaders(DataLoader(TensorDataset(x, y), 16, shuffle=True, generator=torch.Generator()), DataLoader(TensorDataset(x, y), 16))
+    seed_run(seed, dls)
+    learn = Learner(dls, linear(), CrossEntropyLossFlat(), opt_func=SGD, lr=.1, cbs=cbs, path=folder).remove_cb(ProgressCallback)
+    with learn.no_logging(): getattr(learn, fit)(n_epoch, cbs=[Checkpoint(folder/'run.pt')])
+    return learn
+
+class Average(Callback):
+    "A moving average of the weights, as users write it: nothing says what its state is"
+    def __init__(self, decay=.8): self.decay,self.steps = decay,0
+    def before_fit(self):
+        self.net,self.plain = ModelEmaV3(self.learn.model, decay=self.decay),{k: v.clone() for k,v in self.learn.model.state_dict().items()}
+        self.losses,self.last,self.total = [],{},np.zeros(2)
+    def after_step(self):
+        self.net.update(self.learn.model)
+        for k,v in self.learn.model.state_dict().items(): self.plain[k] = torch.lerp(v, self.plain[k], self.decay)
+        self.steps += 1
+    def after_batch(self):
+        if not self.training: return
+        self.losses.append(self.learn.loss.item())
+        self.last = {'loss': (np.float32(self.losses[-1]), self.learn.loss.detach()), 3: None}
+        self.total += self.steps
+
+class StopAt(Callback):
+    order = 2000
+    def __init__(self, at): self.at = at
+    def after_batch(self):
+        if self.training and self.train_iter == self.at: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('fit', ['fit', 'fine_tune'])
+def test_a_callback_without_a_state_dict_goes_on_as_if_nothing_had_happened(fit, tmp_path, capsys):
+    expected = resumable(tmp_path/'undisturbed', [LsrKD(), Average()], fit=fit).average
+    with pytest.raises(KeyboardInterrupt): resumable(tmp_path/'a', [LsrKD(), Average(), StopAt(5)], fit=fit)
+    with pytest.warns(UserWarning, match='average goes on without its losses'): again = resumable(tmp_path/'a', [LsrKD(), Average()], seed=7, fit=fit).average
+    assert 'average has no state_dict; what it held was loaded: steps, net, plain, last, total' in capsys.readouterr().out
+    for a,b in ((again.net.state_dict(), expected.net.state_dict()), (again.plain, expected.plain)):
+        assert a.keys() == b.keys() and len(a) == 2
+        for k in a: assert torch.equal(a[k], b[k]), k
+    assert again.last == expected.last and type(again.last['loss'][0]) is np.float32 and again.steps == expected.steps
+    assert (again.total == expected.total).all() and again.total.dtype == float
+    assert again.losses == expected.losses[-len(again.losses):] and 0 < len(again.losses) < 8   # a log is not kept, and named
+
+def test_settings_of_a_callback_are_those_of_the_call_and_not_of_the_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [Average(.8), StopAt(5)])
+    assert resumable(tmp_path, [Average(.5)]).average.decay == .5
+
+def test_the_weights_of_the_file_are_there_when_other_callbacks_begin(tmp_path):
+    class Look(Callback):
+        def before_fit(self): seen.append(self.learn.model[1].weight.detach().clone())
+        def before_epoch(self): seen.append(self.learn.model[1].weight.detach().clone())
+    seen = []
+    with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [StopAt(5)])
+    resumable(tmp_path, [Look()], seed=7)
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+def test_what_cannot_be_kept_is_named(tmp_path):
+    class Odd(Callback):
+        def before_fit(self): self.queue,self.net = SimpleNamespace(),None
+        def after_step(self): self.net = linear()   # not there yet when the fit goes on
+    with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [Odd(), StopAt(5)])
+    with pytest.warns(UserWarning, match='odd goes on without its queue, net'): resumable(tmp_path, [Odd()])
+
+def test_a_callback_that_is_gone_is_named(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [Average(), StopAt(5)])
+    resumable(tmp_path, [])
+    assert 'not in this fit, though they were before: average' in capsys.readouterr().out
+
+@pytest.mark.parametrize('append', [False, True])
+@pytest.mark.parametrize('fit', ['fit', 'fine_tune'])
+@pytest.mark.parametrize('at', [1, 3, 5, 8])
+def test_a_log_that_is_resumed_is_the_undisturbed_one(append, fit, at, tmp_path):
+    "Rows of epochs that were logged, but not saved, are written once"
+    rows = lambda folder: [line.split(',')[:3] for line in (folder/'history.csv').read_text().splitlines()]
+    make = lambda: [LsrKD(), CSVLogger(append=append)]
+    for name in ('undisturbed', 'a'): (tmp_path/name).mkdir()
+    resumable(tmp_path/'undisturbed', make(), fit=fit)
+    with pytest.raises(KeyboardInterrupt): resumable(tmp_path/'a', [*make(), StopAt(at)], fit=fit)
+    if at == 8:   # stopped between the log and the file
+        with open(tmp_path/'a'/'history.csv', 'a') as f: f.write('3,.1,.1,.1,.1,00:00\n')
+    learn = resumable(tmp_path/'a', make(), seed=7, fit=fit)
+    assert rows(tmp_path/'a') == rows(tmp_path/'undisturbed') and len(rows(tmp_path/'a')) == 5 + 2*(append and fit == 'fine_tune')
+    assert learn.csv_logger.append == append
+    resumable(tmp_path/'a', make(), seed=7, fit=fit)   # complete: nothing is trained, and nothing is lost
+    assert rows(tmp_path/'a') == rows(tmp_path/'undisturbed')
+
+# what one step is
+
+class NotesRefreshes(MemoryTeacher):
+    "Notes the number of the step, and of the samples before it, at each refresh"
+    def _refresh(self):
+        super()._refresh()
+        self.notes_.append(self.learn.made)
+
+class Made(Callback):
+    "Count the optimizer's steps"
+    order,start = -5,0
+    def before_fit(self): self.learn.made = self.start
+    def after_step(self): self.learn.made += 1
+
+def refreshes(interval, n_samples, bs, n_epoch, n_acc=None, start_epoch=0, drop_last=False, start=0):
+    "Steps made before each refresh, and in all"
+    data = TensorDataset(torch.randn(n_samples, 3, 8, 8), torch.arange(n_samples)%K)
+    loader = DataLoader(data, bs, drop_last=drop_last)
+    teacher,made = NotesRefreshes(1, interval),Made()
+    teacher.notes_,made.start = [],start
+    cbs = [Distill(teacher, .3, 2.), made] + ([GradientAccumulation(n_acc)] if n_acc else [])
+    learn = Learner(DataLoaders(loader, loader), linear(), CrossEntropyLossFlat(), opt_func=SGD, lr=.01, cbs=cbs).remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit(n_epoch, start_epoch=start_epoch)
+    return teacher.notes_,learn.made
+
+@pytest.mark.parametrize('n_samples,bs,n_acc,n_epoch,drop_last', [
+    (40, 16, 32, 6, False), (50, 16, 32, 6, False), (50, 16, 24, 4, False), (33, 8, 20, 5, False), (50, 16, 32, 6, True), (50, 16, 16, 4, False), (21, 4, 100, 12, False)])
+def test_an_epoch_of_accumulated_steps_is_counted_in_samples_that_carry_over(n_samples, bs, n_acc, n_epoch, drop_last):
+    "κ = 1 epoch is the steps of the whole training over its epochs, exactly"
+    moved,made = refreshes(1, n_samples, bs, n_epoch, n_acc, drop_last=drop_last)
+    due = [t-1 for t in range(1, made+2) if is_due(t, Fraction(made, n_epoch))]   # the last step may have begun
+    assert moved and moved in (due, [t for t in due if t < made])
+
+@pytest.mark.parametrize('n_acc', [None, 32])
+@pytest.mark.parametrize('interval', [.75, 1, 2])
+def test_a_training_that_starts_at_a_later_epoch_refreshes_where_the_whole_one_would(n_acc, interval):
+    whole,made = refreshes(interval, 40, 16, 6, n_acc)
+    begin = refreshes(interval, 40, 16, 6, n_acc)[1]//2   # three of six epochs
+    later,_ = refreshes(interval, 40, 16, 6, n_acc, start_epoch=3, start=begin)
+    assert later == [t for t in whole if t >= begin] and later
+
+# a teacher that several have
+
+class Asked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net,self.n = linear(),0
+    def forward(self, x):
+        self.n += 1
+        return self.net(x)
+
+def counted(teacher, *methods, **kwargs):
+    "Fit with methods that share a teacher of `Asked`, whose number of passes a class counts"
+    n = [0]
+    class Counts(type(teacher)):
+        def __call__(self, batch):
+            n[0] += 1
+            return super().__call__(batch)
+    teacher.__class__ = Counts
+    return fit([method(teacher) for method in methods], **kwargs),n[0]
+
+a_term = partial(Distill, alpha=.3, tau=2., name='a')
+b_term = partial(Distill, alpha=.3, tau=3., name='b')
+
+def kd_by_hand(zt, z, tau):
+    t = (zt/tau).softmax(1)
+    return tau**2*(t*(t.log()-(z/tau).log_softmax(1))).sum(1).mean()
+
+def test_a_network_that_two_methods_share_is_run_once_a_batch():
+    net = linear().eval()
+    steps,n = counted(NetworkTeacher(net), a_term, b_term)
+    assert n == len(steps) == 2
+    for o in steps:
+        z,zt = o.pred.double(),net(o.x).double()
+        want = .4*F.cross_entropy(z, o.y) + .3*kd_by_hand(zt, z, 2.) + .3*kd_by_hand(zt, z, 3.)
+        assert o.loss == pytest.approx(want.item(), rel=1e-5)
+
+def test_a_mean_of_probabilities_depends_on_the_temperature_and_is_asked_by_each():
+    nets = [linear().eval(), linear().eval()]
+    steps,n = counted(EnsembleTeacher(nets), a_term, b_term)
+    assert n == 4
+    for o in steps:
+        z,mean = o.pred.double(),lambda tau: sum((net(o.x).double()/tau).softmax(1) for net in nets)/2
+        soft = lambda tau: tau**2*(mean(tau)*(mean(tau).log()-(z/tau).log_softmax(1))).sum(1).mean()
+        assert o.loss == pytest.approx((.4*F.cross_entropy(z, o.y) + .3*soft(2.) + .3*soft(3.)).item(), rel=1e-5)
+    assert counted(EnsembleTeacher(nets), a_term, partial(b_term, tau=2.))[1] == 2
+    assert counted(EnsembleTeacher(nets, 'logits'), a_term, b_term)[1] == 2
+
+@pytest.mark.parametrize('makers', [(a_term, b_term), (b_term, a_term), (partial(a_term, alpha=0.), b_term), (a_term, partial(b_term, alpha=0.))])
+def test_a_memory_that_two_methods_share_counts_each_step_once(makers):
+    teacher = NotesRefreshes(1, interval_steps=3)
+    teacher.notes_ = []
+    fit([Made(), *(make(teacher) for make in makers)], n_epoch=4)
+    assert teacher.notes_ == [2, 5]   # before steps 3 and 6 of 8
+
+def test_a_teacher_that_is_a_rewrites_too_is_run_once_and_counts_once():
+    from fastkdtf.targets import Replace
+    net = linear()
+    method = lambda teacher: Distill(teacher, .3, 2., rewrite=Replace(teacher, 'full'))
+    assert counted(NetworkTeacher(net), method)[1] == 2
+
+def test_a_shared_memory_resumes(tmp_path):
+    def run(folder, *more, seed=0):
+        teacher = MemoryTeacher(2, interval_steps=3)
+        return resumable(folder, [a_term(teacher), b_term(teacher), *more], seed)
+    expected = run(tmp_path/'undisturbed').model
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/'a', StopAt(5))
+    again = run(tmp_path/'a', seed=7).model
+    for p,q in zip(again.parameters(), expected.parameters(), strict=True): assert torch.equal(p, q)
+
+# functions as teachers
+
+def test_a_function_finds_its_networks_wherever_they_are():
+    net = linear()
+    class Has:
+        def __init__(self): self.nets = {'one': [net]}
+        def method(self, batch): return self.nets['one'][0](batch.xb[0])
+        def __call__(self, batch): return self.method(batch)
+    def outer(batch): return inner(batch)
+    def inner(batch): return net(batch.xb[0])
+    def given(net, batch): return net(batch.xb[0])
+    forms = dict(closure=lambda batch: net(batch.xb[0]), nested=outer, partial=partial(given, net), method=Has().method, object=Has(), uses_a_global=uses_a_global)
+    for name,form in forms.items():
+        found = networks_of(form)
+        assert len(found) == 1 and found[0] is (a_global_network if name == 'uses_a_global' else net), name
+    assert networks_of(lambda batch: batch.z*0) == []
+
+a_global_network = linear()
+def uses_a_global(batch): return a_global_network(batch.xb[0])
+
+def test_a_function_runs_its_networks_without_a_graph_and_in_evaluation_mode_and_leaves_them_as_they_were():
+    net,seen = nn.Sequential(linear(), nn.Dropout(.5)),[]
+    net[1].eval()
+    def ask(batch):
+        seen.append((torch.is_grad_enabled(), net.training, net[0].training, net[1].training))
+        return net(batch.xb[0])
+    steps = fit([KnowledgeDistillation(ask)])
+    assert seen == [(False,)*4]*2 and (net.training, net[0].training, net[1].training) == (True, True, False)
+    zt = net.eval()(steps[0].x).double()
+    z = steps[0].pred.double()
+    assert steps[0].loss == pytest.approx((.1*F.cross_entropy(z, steps[0].y) + .9*kd_by_hand(zt, z, 4.)).item(), rel=1e-5)
+    class Fails(Exception): pass
+    def fail(batch):
+        net.training
+        raise Fails
+    net.train()
+    with pytest.raises(Fails): FunctionTeacher(fail)(Batch(y, xb=(x,)))
+    assert net.training and net[1].training
+
+def test_the_student_is_left_in_training_mode_where_a_function_asks_it():
+    net,seen = linear(),[]
+    def ask(batch):
+        seen.append(net.training)
+        return batch.z.detach()
+    fit([KnowledgeDistillation(ask)], net=net)
+    assert seen == [True, True]
+
+def digits_learner(folder, net, *cbs):
+    "On loaders that can be exported"
+    dls = kd_dataloaders('digits', bs=16, train_subset=32, device='cpu')
+    return Learner(dls, net, CrossEntropyLossFlat(), opt_func=SGD, lr=.01, cbs=cbs, path=folder).remove_cb(ProgressCallback)
+
+def digit_net(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+def test_a_function_with_a_network_is_not_exported(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3000), nn.Linear(3000, 10))
+    learn = digits_learner(tmp_path, digit_net(), KnowledgeDistillation(lambda batch: net(batch.xb[0])))
+    with learn.no_logging(): learn.fit(1)
+    learn.export('a.pkl')
+    assert (tmp_path/'a.pkl').stat().st_size < 800_000 < sum(p.nbytes for p in net.parameters())
+    loaded = load_learner(tmp_path/'a.pkl')
+    loaded.dls = learn.dls
+    with loaded.no_logging(), pytest.raises(ValueError, match="this teacher's function was left out"): loaded.fit(1)
+
+def test_an_ensemble_answers_before_it_is_attached():
+    nets = [linear().eval(), linear().eval()]
+    said = EnsembleTeacher(nets)(Batch(y, xb=(x,)))
+    assert torch.allclose(said.softmax(1), sum(net(x).softmax(1) for net in nets)/2, atol=1e-5)
+
+# what is let go
+
+def at_the_end(event):
+    class End(Callback):
+        order,run_valid = 30,False
+    def end(self):
+        if self.learn.train_iter == 1: raise KeyboardInterrupt
+    setattr(End, event, end)
+    return End()
+
+METHODS = dict(LsrKD=LsrKD, KD=lambda: KnowledgeDistillation(linear()), MemoryReplay=lambda: MemoryReplay(2, interval_steps=1),
+               ensemble=lambda: KnowledgeDistillation(EnsembleTeacher([linear(), linear()])), WSL=lambda: WSL(linear()), CKM=lambda: CKM(linear()),
+               SelfGuidance=SelfGuidance, no_full=lambda: SelfGuidance(full_backward=False))
+
+def held(method):
+    "Tensors with a graph, and copies of networks, that can be reached from a method"
+    gc.collect()
+    found,todo,seen = [],[vars(method).get(name) for name in vars(method) if name != '_learn'],set()
+    while todo:
+        o = todo.pop()
+        if id(o) in seen or isinstance(o, (Learner, type, str, int)): continue
+        seen.add(id(o))
+        if isinstance(o, FrozenCopy) or isinstance(o, Tensor) and o.grad_fn is not None: found.append(o)
+        elif isinstance(o, Batch): found.append(o)
+        elif isinstance(o, dict): todo += o.values()
+        elif isinstance(o, (list, tuple)): todo += o
+        elif hasattr(o, '__dict__') and not isinstance(o, nn.Module): todo += vars(o).values()
+    return found
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step'])
+@pytest.mark.parametrize('name', METHODS)
+def test_ctrl_c_leaves_no_copy_and_no_graph_and_the_learner_as_it_was(name, event):
+    method,loaders = METHODS[name](),DataLoaders(*[DataLoader(TensorDataset(x, y), 16)]*2)
+    net = create_model('resnet8', K) if isinstance(method, SelfGuidance) else linear()
+    learn = Learner(loaders, net, CrossEntropyLossFlat(), opt_func=SGD, lr=.01, cbs=[method, at_the_end(event)]).remove_cb(ProgressCallback)
+    with learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(1)
+    assert held(method) == [] and torch.is_grad_enabled() and not learn.metrics and '_with_events' not in vars(learn)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+@pytest.mark.parametrize('signal', [CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException])
+@pytest.mark.parametrize('name', ['KD', 'SelfGuidance', 'no_full'])
+@pytest.mark.parametrize('event', ['before_batch', 'after_loss'])
+def test_a_skipped_batch_leaves_no_graph(name, signal, event):
+    class Skip(Callback):
+        order,run_valid = 30,False
+        def after_epoch(self): seen.append((method.batch, torch.is_grad_enabled()))
+        def after_fit(self): seen.append((method.batch, torch.is_grad_enabled()))
+    def skip(self): raise signal
+    setattr(Skip, event, skip)
+    method,seen = METHODS[name](),[]
+    fit([method, Skip()], net=create_model('resnet8', K) if isinstance(method, SelfGuidance) else None)
+    assert seen and all(o == (None, True) for o in seen) and held(method) == []
+
+@pytest.mark.parametrize('make', [SelfGuidance, StochasticDepth])
+@pytest.mark.parametrize('signal', [CancelFitException, CancelEpochException, KeyboardInterrupt])
+def test_a_fit_that_stops_in_the_middle_of_a_pass_leaves_the_network_whole(make, signal):
+    class Skip(Callback):
+        order,run_valid = 30,False
+        def before_batch(self): raise signal
+    net = create_model('resnet8', K)
+    learn = Learner(DataLoaders(*[DataLoader(TensorDataset(x, y), 16)]*2), net, CrossEntropyLossFlat(), opt_func=SGD, cbs=[make(.01, seed=0) if make is StochasticDepth else make(p_last=.01), Skip()])
+    with learn.no_bar(), learn.no_logging():
+        try: learn.fit(1)
+        except KeyboardInterrupt: pass
+    bits = [(block._drawn, block._bits) for block in residual_blocks(net)]
+    assert len(bits) == 3 and set(bits) == {(None, None)}
+
+@pytest.mark.parametrize('make', [SelfGuidance, StochasticDepth])
+def test_summary_and_lr_find_leave_a_network_that_was_never_trained_so_as_it_was(make, tmp_path):
+    net = create_model('resnet8', 10)
+    learn = digits_learner(tmp_path, net, make())
+    before = net.eval()(x)
+    with learn.no_logging():
+        learn.summary()
+        assert torch.equal(net.eval()(x), before) and not residual_blocks(net)
+        learn.lr_find(num_it=12, show_plot=False)
+        assert torch.equal(net.eval()(x), before) and not residual_blocks(net)
+        learn.fit(1)
+        assert len(residual_blocks(net)) == 3
+        learn.lr_find(num_it=12, show_plot=False)
+        assert len(residual_blocks(net)) == 3   # what was trained so stays so
+
+def test_a_learner_can_be_exported_in_the_middle_of_a_fit(tmp_path):
+    class InBetween(Callback):
+        def after_epoch(self): self.learn.export('a.pkl')
+    learn = digits_learner(tmp_path, digit_net(), LsrKD(), InBetween())
+    with learn.no_logging(): learn.fit(1)
+    loaded = load_learner(tmp_path/'a.pkl')
+    loaded.dls = learn.dls
+    with loaded.no_logging(): loaded.fit(1)
+    assert '_with_events' not in vars(loaded)
+
+def test_watching_targets_of_copies_lets_the_learner_be_evaluated(tmp_path):
+    from fastkdtf.lab.interpret import WatchTargets
+    learn = digits_learner(tmp_path, digit_net(), MemoryReplay(1, interval_steps=1), watch := WatchTargets())
+    with learn.no_logging(): learn.fit(1)
+    seen = watch.seen
+    assert set(seen) == {'memory_replay'}
+    assert len(learn.validate()) == 1 and watch.seen is seen

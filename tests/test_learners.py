@@ -306,7 +306,7 @@ def test_teacher_from_a_file():
     teacher_of('text').export('teacher.pkl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        learners = [fitted(made('text', [KnowledgeDistillation(o), Spy()]), 1, RATES['text']) for o in (teacher_of('text'), 'teacher.pkl')]
+        learners = [fitted(made('text', [KnowledgeDistillation(o), Spy()]), 1, RATES['text']) for o in (teacher_of('text'), load_learner('teacher.pkl'))]
     assert all(torch.equal(a, b) for a,b in zip(*map(traces, learners)))
 
 @pytest.mark.parametrize('kind', ['text', 'logits_only'])
@@ -409,5 +409,5 @@ def test_a_teacher_of_other_inputs_is_refused(learner, own, other):
     with pytest.raises(ValueError, match='other words or columns than the student: number [0-9]+ is'):
         learner(dls=own(), cbs=KnowledgeDistillation(teacher)).fit(1)
     teacher.export('teacher.pkl')
-    with pytest.raises(ValueError, match='other words or columns'): learner(dls=own(), cbs=KnowledgeDistillation('teacher.pkl')).fit(1)
+    with pytest.raises(ValueError, match='other words or columns'): learner(dls=own(), cbs=KnowledgeDistillation(load_learner('teacher.pkl'))).fit(1)
     with learner(dls=own(), cbs=KnowledgeDistillation(learner(dls=own()))).no_bar() as same: same.fit(1)

@@ -1,9 +1,9 @@
 """The HTML report: its numbers against SciPy and NumPy loops, its tags, what it loads, and what records can do to it"""
-import json, math, re
+import csv, json, math, re
 from html import unescape
 from html.parser import HTMLParser
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from scipy import stats
 
 import matplotlib
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from fastkdtf.lab.draw import Look, draw_curves, house_style, note, palette, panel, round_ticks, spread, strips, style_sheet
 from fastkdtf.lab.interpret import evaluate
 from fastkdtf.lab.page import failures, headline, pooled_reliability, report_html, write_report
-from fastkdtf.lab.report import Comparison, comparisons, read_runs
+from fastkdtf.lab.report import Comparison, comparisons, csv_safe, read_runs
 from fastkdtf.lab.runs import Ledger
 
 void = set('meta link br hr img input'.split())
@@ -161,11 +161,11 @@ def test_headline():
     says = {o.split()[0]: o for o in rest}
     assert says['A'].startswith('A is ahead of A control') and interval(accs['A'], accs['A control']) in says['A'] and interval(accs['A'], accs['baseline']) in says['A']
     assert says['C'].startswith('C is behind baseline') and says['No'].startswith('No difference is shown between B and baseline')
-    assert rest[3:] == ['Held against baseline only, as no other control was run: B, C.']   # the control is not judged
+    assert rest[3:] == ['Held against baseline only, as no other control was run: B, C.', Comparison(study()).covers]   # the control is not judged
 
 def test_ahead_of_the_baseline_only():
     records = [r for m,v in (('baseline', [.90, .91, .92]), ('A', [.92, .93, .941]), ('control', [.93, .92, .94])) for r in [record(m, s, a, control_for=['A'] if m == 'control' else []) for s,a in enumerate(v)]]
-    first,second = headline(Comparison(records))
+    first,second,_ = headline(Comparison(records))
     assert first.endswith('none (0 of 1).')
     assert second.startswith('A is ahead of baseline') and 'no difference is shown to control' in second
 
@@ -391,3 +391,37 @@ def test_many_methods_and_long_names():
     page = Page(html)
     assert len(html) < 700_000 and len(page.labels('Reliability of')) == 31 and len(page.labels('a method with')) > 60
     assert len({key for n in names[1:] for key in keys_of(html, n)}) == 30   # colour and mark tell them apart
+
+odd = ['cost in $', '$x$ and $y', '_hidden', '=HYPERLINK("http://a")', '+1', '-1', '@name', 'tab\there', '\x01\x02', 'line\nbreak', '\udcff', '%s %d', '\\alpha', '', ' ', '<b>', 'a, b']
+
+@pytest.mark.parametrize('name', odd)
+def test_a_method_may_have_any_name(name, tmp_path):
+    "In plots, legends, tables, pages and CSV files"
+    records = [record(m, s, .5+.01*s+.1*i, i) for i,m in enumerate(('baseline', name)) for s in range(2)]
+    c = Comparison(records)
+    page = Page(report_html(records))
+    assert sum(a.get('aria-label', '').startswith(f'{name} minus baseline') for _,a in page.tags) == 1
+    c.save(tmp_path)
+    write_report(c, tmp_path)
+    ax = c.plot_curves()[1]
+    ax.figure.canvas.draw()
+    assert len(ax.get_legend().get_texts()) == 2, 'no name is left out of the legend'
+    shown = ax.get_legend().get_texts()[1].get_text().replace(r'\$', '$').strip()
+    assert shown == ''.join(o if o.isprintable() else ' ' for o in name).strip()
+    plt.close('all')
+    cells = list(csv.reader((tmp_path/'table.csv').read_text(encoding='utf-8', errors='surrogateescape').splitlines(keepends=True)))
+    assert not any(cell and cell[0] in '=+-@\t\r' and not re.fullmatch(r'-?[\d.e-]+', cell) for row in cells for cell in row), cells
+
+def test_a_table_without_formulas_keeps_its_numbers():
+    table = pd.DataFrame({'=a': [-1., 2.], 'words': ['-1', 'x'], 'count': [-1, 3]}, index=['@i', 'j'])
+    safe = csv_safe(table)
+    assert list(safe.columns) == ["'=a", 'words', 'count'] and list(safe.index) == ["'@i", 'j']
+    assert safe['words'].tolist() == ["'-1", 'x'] and safe['count'].tolist() == [-1, 3] and safe["'=a"].tolist() == [-1., 2.]
+
+def test_a_run_whose_seconds_are_null_breaks_no_report():
+    records = study()
+    for r in records[4:6]: r['seconds_per_epoch'] = None
+    page = Page(report_html(records))
+    assert page.labels('Cost against gain') and 'nan' not in page.text.lower()
+    for r in records: r['seconds_per_epoch'] = None
+    assert not Page(report_html(records)).labels('Cost against gain')

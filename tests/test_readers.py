@@ -48,9 +48,9 @@ cinic_names = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', '
 @pytest.fixture
 def cinic(tmp_path):
     root = tmp_path/'CINIC-10'
-    for split,n in ('train',3),('valid',2),('test',1):
+    for k,(split,n) in enumerate([('train',3),('valid',2),('test',1)]):
         for c,nm in enumerate(cinic_names):
-            for i in range(n): save(root/split/nm/f'{"cifar10-" if i else ""}n0{c}_{i}.png', noise(32, 32, c*100+i) if c or i else Image.new('L', (32,32), 9))
+            for i in range(n): save(root/split/nm/f'{"cifar10-" if i else ""}n0{c}_{i}.png', noise(32, 32, k*5000+c*100+i) if c or i else Image.new('L', (32,32), 9+k))
     (root/'README').write_text('CINIC-10'); (root/'imagenet-contributors.csv').write_text('a,b\n')
     return root
 
@@ -137,8 +137,8 @@ def test_many_images_come_by_threads_in_order(tmp_path, monkeypatch):
     "A bar for large sets, one array, and every image in its place"
     shown = []
     monkeypatch.setattr(readers, 'parallel', lambda *args, parallel=readers.parallel, **kw: shown.append(kw['progress']) or parallel(*args, **kw|dict(progress=False)))
-    files = {f'{i}': lambda i=i: i for i in range(6000)}
-    monkeypatch.setattr(readers, '_image_array', lambda f, nm, size: np.full((2,3,3), f()%256, np.uint8))
+    files = {f'{i}': readers._File(4, lambda i=i: i) for i in range(6000)}
+    monkeypatch.setattr(readers, '_opened', lambda files, name: Image.new('RGB', (3,2), (files[name].read()%256,)*3))
     recs = readers._image_records(files, {o: int(o)%7 for o in files}, None, '0')
     assert shown==[True] and recs['image'].shape==(6000,3,2,3)
     assert (recs['image']==(np.arange(6000)%256)[:,None,None,None]).all() and (recs['label']==np.arange(6000)%7).all()

@@ -1,5 +1,6 @@
 """The papers' tables as data, every recipe built and stepped, and the papers' schedules against plain PyTorch loops."""
 import ast, re
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from types import SimpleNamespace
@@ -254,6 +255,40 @@ def test_settings_and_schedules_are_joined(id):
     assert settings.items() <= r.settings.items() and (len(settings) < 4 or r.settings.keys() == settings.keys())
     assert sources.items() <= r.sources.items() and r.sources.keys() == r.settings.keys()
     for k,v in schedule.items(): assert getattr(r.schedule, k) == v, k
+
+def test_a_recipe_shows_what_is_printed_beside_what_is_used_instead():
+    "The settings and schedules where the authors' code has another number than the paper, all of them"
+    settings,schedules = {},{}
+    for i in every.index[every.runnable]:
+        r = recipe(i)
+        for name,(used,source,printed,where) in r.overridden.items():
+            assert used != printed and source in ('code', 'decided here') and where not in ('code', 'decided here')
+            assert f'{printed!r}, {where}' in repr(r) and (f'{name}={used!r} ({source}; printed: {printed!r}, {where})' in repr(r))
+            if name in ('alpha', 'tau'): settings[i] = name,used,printed
+            if name in ('bs', 'lr', 'wd'): schedules.setdefault(name, {})[i] = used,printed
+            assert (r.settings.get(name) if name in r.settings else getattr(r.schedule, name)) == used
+    assert settings == {'yuan2019/T8/ShuffleNetV2/TfKD_reg': ('tau', 10, 20), 'yuan2020/S4/ShuffleNetV2/TfKD_reg': ('tau', 10, 20), **{
+        i: ('alpha', .9, .95) for i in every.index if '/DenseNet121/TfKD_self' in i and recipe(i).data == 'cifar100'}}
+    assert set(schedules['bs'].values()) == {(64, 128)} and set(schedules['lr'].values()) == {(.05, .1)} and len(schedules['bs']) == len(schedules['lr']) > 10
+    assert set(schedules['wd'].values()) == {(0., 5e-4)} and len(schedules['wd']) == 3   # of the plain CNN
+
+def test_normal_kd_from_resnext29_has_the_printed_weight_and_dekd_its_own():
+    for i in every.index[every.runnable]:
+        r = recipe(i)
+        if (r.student, r.teacher, r.data) != ('MobileNetV2', 'ResNeXt29', 'cifar100'): continue
+        assert (r.settings['alpha'], r.sources['alpha']) == {'KD': (.6, 'T10'), 'ReKD': (.6, 'T10'), 'DeKD': (.95, 'T11')}[r.method_name], i
+
+def test_two_stages_are_shown_as_two_schedules():
+    r = recipe('song2023/T1/ResNet18/EffDstl')
+    one,two = r.schedules
+    assert (one.epochs, one.lr, one.lr_end, one.wd, one.bs) == (240, .5, 1e-5, 4e-5, 1024) and (two.epochs, two.lr, two.lr_end, two.wd) == (60, 5e-2, 5e-4, 0.)
+    assert 'stage 1: 240 epochs' in repr(r) and 'stage 2: 60 epochs' in repr(r) and 'training:' not in repr(r)
+    for i in every.index: assert len(recipe(i).schedules) == (2 if recipe(i).method_name == 'EffDstl' and recipe(i).runnable else 1)
+
+def test_a_miniatures_batches_shrink_in_every_schedule_and_in_both_stages():
+    r = replace(recipe('song2023/T1/ResNet18/EffDstl'), batch_share=1/64)
+    assert [(s.bs, s.lr, s.lr_end) for s in r.schedules] == [(16, .5/64, 1e-5/64), (16, 5e-2/64, 5e-4/64)]
+    assert (r.fit is recipe(r.id).fit) and r.schedule_of('ResNet34').bs == 16 and "batch: 0.015625 of the paper's size" in repr(r) and 'batch 16' in repr(r)
 
 def test_every_recipe_that_can_be_run_has_a_schedule():
     for i in every.index[every.runnable]:

@@ -9,7 +9,9 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from fastkdtf.lab.interpret import evaluate, reliability
-from fastkdtf.lab.report import Comparison, mean_sd, number_or_nan, paired_difference, seeds_needed, t_interval, verdict
+from fastkdtf.lab.report import (Comparison, comparisons, counted_images, csv_safe, holm, mean_sd, number_or_nan, paired_difference, paired_p, seeds_needed,
+                                 seeds_to_show, t_interval, verdict, welch_interval)
+from fastkdtf.lab.page import headline
 
 few = settings(max_examples=60, deadline=None)
 
@@ -31,7 +33,17 @@ def test_paired_difference_is_scipys(pairs, confidence):
 def test_paired_difference_of_few():
     assert paired_difference([.9], [.8])[0] == pytest.approx(.1)
     assert all(math.isnan(o) for o in paired_difference([.9], [.8])[1:])
-    assert paired_difference([.9, .8], [.8, .7]) == pytest.approx((.1, .1, .1))
+
+def test_equal_differences_have_an_interval_of_some_width():
+    "A fifth of an image, of as many as the accuracies can be shares of, a hundred at least"
+    half = stats.t.ppf(.975, 1)*.2/100/math.sqrt(2)
+    assert paired_difference([.9, .8], [.8, .7]) == pytest.approx((.1, .1-half, .1+half))
+    assert paired_difference([.9, .8], [.8, .7], n_images=1000) == pytest.approx((.1, .1-half/10, .1+half/10))
+    base = np.float32(np.array([330, 335])/360).tolist()   # as `evaluate` returns them
+    for gain,said in ((1, 'open'), (2, 'ahead'), (-1, 'open'), (-2, 'behind'), (0, 'open')):
+        ours = np.float32(np.array([330+gain, 335+gain])/360).tolist()
+        assert verdict(paired_difference(ours, base)) == said
+        assert (paired_p(ours, base) < .05) == (said != 'open')
 
 
 @few
@@ -42,6 +54,7 @@ def test_mean_spread_and_interval_are_those_of_0_1_0(values, confidence):
     assert (mean, sd) == (pytest.approx(np.mean(values), abs=1e-9), pytest.approx(np.std(values, ddof=1), abs=1e-9))
     half = float(stats.t.ppf((1+confidence)/2, len(values)-1))*sd/math.sqrt(len(values))
     assert t_interval(mean, sd, len(values), confidence) == pytest.approx((mean-half, mean+half), rel=1e-9, abs=1e-9)
+    if sd < 1e-6: return   # of equal differences below
     assert paired_difference(values, np.zeros(len(values)), confidence) == pytest.approx((mean, mean-half, mean+half), rel=1e-9, abs=1e-9)
 
 def test_too_few_values():
@@ -79,38 +92,131 @@ def with_effect(effect, n=4):
     return effect + d/d.std(ddof=1)
 
 @pytest.mark.parametrize('effect,level,power', [(.3, .05, .8), (.5, .05, .8), (.8, .05, .8), (1., .05, .9), (1.5, .01, .8), (2., .05, .8), (4., .05, .8), (9., .05, .8), (-.7, .05, .8)])
-def test_seeds_needed_is_the_smallest_with_that_power(effect, level, power):
-    d = with_effect(effect)
-    n = seeds_needed(d, np.zeros(4), power=power, level=level)
+def test_seeds_to_show_is_the_smallest_with_that_power(effect, level, power):
+    n = seeds_to_show(effect, power=power, level=level)
     assert power_of(n, abs(effect), level) >= power - 1e-3
     assert n == 2 or power_of(n-1, abs(effect), level) < power + 1e-3
 
-def test_seeds_needed_by_simulation():
-    n = seeds_needed(with_effect(1.), np.zeros(4))
+def test_seeds_to_show_by_simulation():
+    n = seeds_to_show(1.)
     found = stats.ttest_1samp(np.random.default_rng(0).normal(1., 1., (20_000, n)), 0, axis=1).pvalue < .05
     assert .79 < found.mean() < .87
 
-def test_seeds_needed_at_the_ends():
-    base = np.array([.91, .923, .934])
-    assert math.isnan(seeds_needed([.9], [.8]))
-    assert seeds_needed(base, base) == math.inf
-    assert seeds_needed(base+[1e-5, 0, -.99e-5], base) == math.inf      # more than `most`
-    assert seeds_needed([1., 2.], [0., 1.]) == 2
-    assert seeds_needed(base+[1e-5, 0, -.9e-5], base) > 6000 and seeds_needed(base+[1e-5, 0, -.9e-5], base, most=1000) == math.inf
+def test_seeds_to_show_at_the_ends():
+    assert seeds_to_show(0.) == math.inf and seeds_to_show(.02) == math.inf and seeds_to_show(.031) < 10_000   # more than `most`
+    assert seeds_to_show(.05, most=1000) == math.inf and seeds_to_show(1e9) == seeds_to_show(-1e9) == 2
+
+def test_fewer_than_five_seeds_say_nothing_of_how_many_are_needed():
+    for n in range(5): assert all(map(math.isnan, seeds_needed(with_effect(1., n) if n > 1 else [1.]*n, np.zeros(n))))
+    assert all(map(math.isnan, seeds_needed([.5, math.nan, .6, .7, .8, .9], [.4]*6)))
+    assert 2 <= seeds_needed(with_effect(1., 5), np.zeros(5))[0] < math.inf
+
+def test_the_range_of_seeds_covers_the_true_number_in_80_percent_at_least_and_seldom_promises_few_where_there_is_no_effect():
+    rng = np.random.default_rng(0)
+    for effect in (.5, 1.):
+        needed,drawn = seeds_to_show(effect),rng.normal(effect, 1, (300, 6))
+        ranges = [seeds_needed(d, np.zeros(6)) for d in drawn]
+        assert .75 < np.mean([low <= needed <= high for low,high in ranges]) < .95
+    nothing = [seeds_needed(d, np.zeros(5)) for d in rng.normal(0, 1, (300, 5))]
+    assert np.mean([high <= 10 for _,high in nothing]) < .03 and np.mean([high == math.inf for _,high in nothing]) > .7
 
 def test_seeds_needed_of_equal_differences():
-    "One more right out of 360, for every seed"
-    base = np.array([330, 335, 341])
-    assert seeds_needed((base+1)/360, base/360) == 2 and seeds_needed(np.array([.91, .923, .934])+.25, [.91, .923, .934]) == 2
+    base = np.array([330, 335, 341, 338, 329])
+    assert seeds_needed((base+5)/360, base/360) == (2, 2)
+    few,many = seeds_needed((base+1)/360, base/360, n_images=360)   # one more right, for every seed
+    assert 2 <= few <= many <= 5
+    assert seeds_needed(base/360, base/360)[1] == math.inf
 
 @few
-@given(numbers)
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=5, max_size=12))
 def test_seeds_needed_does_not_depend_on_units_or_signs(pairs):
     a,b = np.array(pairs).T
     d = a-b
     if d.std() < 1e-3 or abs(d.mean()) < 1e-3: return
-    n = seeds_needed(a, b)
-    assert n >= 2 and seeds_needed(b, a) == n and seeds_needed(8*a, 8*b) == n
+    low,high = seeds_needed(a, b)
+    assert 2 <= low <= high and seeds_needed(b, a) == (low, high) and seeds_needed(8*a, 8*b) == (low, high)
+
+
+# ---------------------------------------------------------------- how often it errs
+
+def tables(n_tables, n_methods, n_seeds, n_images, accuracy=.9, seed=0):
+    "Accuracies of methods that are equally good, on as many images: `[tables, methods, seeds]`"
+    return np.random.default_rng(seed).binomial(n_images, accuracy, (n_tables, n_methods, n_seeds))/n_images
+
+def found_one(accs, n_images):
+    "True if the headline of such a table names a method as ahead or behind, baseline first"
+    base,*others = accs
+    p = holm([paired_p(other, base, n_images) for other in others])
+    return (p < .05).any()
+
+@pytest.mark.parametrize('n_seeds', [2, 3, 5, 10])
+@pytest.mark.parametrize('n_images', [100, 360, 1000, 10_000])
+def test_with_no_effect_five_percent_of_tables_are_ahead_or_behind(n_seeds, n_images):
+    accs = tables(5000, 2, n_seeds, n_images, seed=n_seeds*n_images)
+    wrong = np.mean([found_one(one, n_images) for one in accs])
+    assert .04 < wrong < .06
+    told = np.array([found_one(one, n_images) for one in accs[:300]])
+    inferred = np.array([verdict(paired_difference(one[1], one[0])) != 'open' for one in accs[:300]])   # how many images there were
+    assert not (inferred & ~told).any() and (told & ~inferred).sum() <= 3
+
+@pytest.mark.parametrize('n_seeds,n_images,n_methods', [(2, 100, 6), (3, 360, 11), (5, 1000, 6)])
+def test_with_many_methods_five_percent_of_tables_at_most_name_one(n_seeds, n_images, n_methods):
+    accs = tables(2000, n_methods, n_seeds, n_images)
+    wrong = np.mean([found_one(one, n_images) for one in accs])
+    alone = np.mean([any(paired_p(other, one[0], n_images) < .05 for other in one[1:]) for one in accs])
+    assert wrong < .06 and alone > .1
+
+def test_where_seeds_differ_by_less_than_an_image_ties_do_not_err_more():
+    "The spread over seeds is smaller than one image, so most accuracies are equal"
+    rng = np.random.default_rng(0)
+    for n_seeds in (2, 3, 5, 10):
+        for spread in (.3, .6, 1.):
+            counts = np.round(rng.normal(90, spread, (2000, 2, n_seeds)))
+            assert np.mean([found_one(one/100, 100) for one in counts]) < .06
+
+def test_a_zero_width_would_have_erred_in_more_than_a_tenth_of_tables():
+    counts = np.round(np.random.default_rng(0).normal(90, 1., (4000, 2, 2)))
+    d = counts[:,1]-counts[:,0]
+    before = np.mean((d[:,0] == d[:,1]) & (d[:,0] != 0))
+    assert before > .1
+
+def test_the_sentences_of_the_page_err_as_rarely():
+    "Whole tables, from records to the headline"
+    accs,wrong = tables(400, 4, 3, 360),0
+    for one in accs:
+        records = [record(name, s, last=a, rank=i, control_for=('A',)*(name == 'LS')) for i,(name,row) in enumerate(zip(('baseline', 'A', 'B', 'LS'), one)) for s,a in enumerate(row)]
+        wrong += any(' is ahead of ' in words or ' is behind ' in words for words in headline(Comparison(records)))
+    assert wrong/400 < .07
+
+@few
+@given(st.lists(st.floats(0, 1) | st.just(math.nan), max_size=8))
+def test_holm_is_its_step_down_procedure(p):
+    "The smallest is rejected at .05/m, the next at .05/(m-1), … until one is not"
+    known = sorted((value, i) for i,value in enumerate(p) if not math.isnan(value))
+    rejected = set()
+    for rank,(value,i) in enumerate(known):
+        if value*(len(known)-rank) >= .05: break
+        rejected.add(i)
+    out = holm(p)
+    assert {i for i,value in enumerate(out) if value < .05} == rejected
+    assert all(math.isnan(o) == math.isnan(value) and not o < value for o,value in zip(out, p)) and not (out > 1).any()
+
+@few
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8))
+def test_p_is_below_five_percent_just_where_the_interval_misses_zero(pairs):
+    a,b = np.array(pairs).T
+    if 0 < (a-b).std() < 1e-6: return
+    p,difference = paired_p(a, b),paired_difference(a, b)
+    if abs(p-.05) > 1e-6: assert (p < .05) == (verdict(difference) != 'open')
+    if (a-b).std() > 1e-6: assert p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-6, abs=1e-12)
+
+@pytest.mark.parametrize('n', [100, 333, 359, 360, 3000, 9973, 10_000, 50_000])
+def test_the_number_of_images_is_found_from_accuracies(n):
+    k = np.random.default_rng(n).integers(n//2, n, 6)
+    for accs in (k/n, np.float32(k/n)):
+        found = counted_images(accs)
+        assert found <= n and n%found == 0 or found == 100*math.ceil(n/100) or np.allclose(accs*found, np.round(accs*found), atol=1e-2)
+    assert counted_images([math.pi/4, math.e/3, .123456789]) is None and counted_images([]) is None and counted_images([math.nan]) is None
 
 
 # ---------------------------------------------------------------- calibration
@@ -199,12 +305,12 @@ def test_table_is_the_formulas():
         assert row.nll == pytest.approx(of(records, name, 'last', 'nll').mean()) and row.ece == pytest.approx(of(records, name, 'last', 'ece').mean())
         assert row.seconds_per_epoch == pytest.approx(of(records, name, 'seconds_per_epoch').mean())
         if name == 'baseline':
-            assert row[['difference', 'low', 'high', 'seeds_needed', 'overhead']].isna().all()
+            assert row[['difference', 'low', 'high', 'seeds_low', 'seeds_high', 'overhead']].isna().all()
             continue
         base = of(records, 'baseline', 'last', 'accuracy')
         test = stats.ttest_rel(last, base).confidence_interval(.95)
         assert (row.difference, row.low, row.high) == pytest.approx(((last-base).mean(), test.low, test.high))
-        assert row.seeds_needed == seeds_needed(last, base)
+        assert math.isnan(row.seeds_low) and math.isnan(row.seeds_high)   # of four seeds
         assert row.overhead == pytest.approx((of(records, name, 'seconds_per_epoch')/of(records, 'baseline', 'seconds_per_epoch')).mean()-1)
     assert table.control_for['CE ×2'] == 'TfKDReg, LsrKD' and table.control_for['baseline'] == ''
 
@@ -248,7 +354,8 @@ def test_what_is_shown():
     assert a['95 % interval'] == '[-1.71, +23.71]'
     assert c.shown.loc['baseline', 'NLL'] == '1.234' and c.shown.loc['baseline', 'ECE %'] == '5.67'
     for o in ('digits, resnet8', 'test set', 'baseline', 'mean ± sd'): assert o in repr(c) and o in c._repr_html_()
-    assert '∞' in repr(Comparison([record(m, s) for m in ('baseline', 'A') for s in (0, 1)]))
+    assert c.covers in repr(c) and c.covers in c._repr_html_()
+    assert '–∞' in repr(Comparison([record(m, s) for m in ('baseline', 'A') for s in range(5)]))
 
 def test_diverged_runs():
     "As the ledger returns them, nulls for what is not a number"
@@ -283,7 +390,90 @@ def test_curves_of_unequal_runs():
     c.plot_curves()
     plt.close('all')
 
-def test_no_seeds_needed_of_what_is_no_number(): assert math.isnan(seeds_needed([.5, math.nan], [.4, .4]))
+
+def test_what_was_named_is_judged_also_where_it_controls_another_method():
+    smoothed = dict(callbacks=[dict(callback='LsrKD', alpha=.1, tau=1.)])
+    records = [record('baseline', 0), record('LsrKD', 0, rank=1), {**record('LSR', 0, rank=2, control_for=('LsrKD',)), **smoothed}]
+    assert Comparison(records).methods == ['LsrKD', 'LSR'] and Comparison(records).controls('LsrKD') == ['LSR']   # written by 0.1.0
+    scaled = dict(callbacks=[dict(callback='ScaledCE', factor=2.)])
+    for named,methods in ((True, ['A', 'CE ×2']), (False, ['A'])):
+        c = Comparison([record('baseline', 0), {**record('A', 0, rank=1), 'named': True}, {**record('CE ×2', 0, rank=2, control_for=('A',)), **scaled, 'named': named}])
+        assert c.methods == methods and c.rivals('A') == ['CE ×2', 'baseline']
+        assert any(words.startswith('No difference') or 'cannot' in words for words in headline(c) if 'CE ×2 and' in words) == named
+
+def test_the_headline_says_why_a_method_is_held_against_the_baseline_only():
+    def described(name, controls, rank): return {**record(name, 0, rank=rank), 'description': [['controls', controls]] if controls else None}
+    c = Comparison([record('baseline', 0), described('A', 'none known', 1), described('B', 'the baseline', 2), described('C', 'CE ×2', 3), described('D', None, 4)])
+    said = headline(c)
+    for words in ('baseline only, as no matched control is known: A.', 'baseline only, which is the matched control: B.', 'baseline only, as no other control was run: C, D.'):
+        assert f'Held against {words}' in said
+
+@pytest.mark.parametrize('n_seeds,splits,said', [(1, 0, 'One seed gives no interval'), (3, 0, 'differs between 3 seeds of the training. They do not cover the split'),
+                                                 (4, 4, 'differs between 4 splits of the data and 4 seeds'), (6, 3, '3 splits of the data and 6 seeds')])
+def test_every_headline_says_what_its_intervals_cover(n_seeds, splits, said):
+    split = lambda s: dict(split=dict(number=s%splits, of=splits, group='g')) if splits else {}
+    c = Comparison([{**record(m, s, last=.5+.01*s, rank=i), **split(s)} for i,m in enumerate(('baseline', 'A')) for s in range(n_seeds)])
+    assert any(said in words for words in headline(c)) and said in repr(c)
+
+def test_seeds_of_one_split_are_averaged_before_the_interval():
+    base,ours = [.70, .71, .80, .82, .75, .74],[.72, .72, .83, .86, .75, .75]
+    records = [{**record(m, s, last=a, rank=i), 'settings': dict(split=s%3), 'split': dict(number=s%3, of=3, group='g')}
+               for i,(m,v) in enumerate((('baseline', base), ('A', ours))) for s,a in enumerate(v)]
+    c, = comparisons(records)   # in one table, though the splits have settings of their own
+    d = np.subtract(ours, base)
+    means = [d[[i, i+3]].mean() for i in range(3)]
+    expected = stats.ttest_1samp(means, 0).confidence_interval(.95)
+    assert c.difference('A') == pytest.approx((d.mean(), expected.low, expected.high)) and c.table.loc['A'].low == pytest.approx(expected.low)
+    assert c.table.loc['A'].seeds == 6
+
+def test_the_spread_of_splits_is_in_the_interval():
+    "Gains of -1, 0 and 1 point on three splits, nearly the same for all seeds of one: six seeds do not hide the three splits"
+    gain = {0: -.01, 1: 0., 2: .013}
+    records = [{**record(m, s, last=.7+(m == 'A')*(gain[s%3]+.001*(s > 2)), rank=i), 'split': dict(number=s%3, of=3, group='g')} for i,m in enumerate(('baseline', 'A')) for s in range(6)]
+    together = Comparison(records).difference('A')
+    apart = Comparison([{k: v for k,v in r.items() if k != 'split'} for r in records]).difference('A')
+    assert together[0] == pytest.approx(apart[0]) and together[2]-together[1] > 2*(apart[2]-apart[1])
+
+def test_the_teachers_accuracy_stands_beside_its_students():
+    records = [record(m, s, rank=i) for i,m in enumerate(('baseline', 'KD')) for s in (0, 1)]
+    assert 'teacher' not in Comparison(records).table
+    for r,a in zip(records[2:], (.8, .9)): r['teacher_accuracy'] = a
+    c = Comparison(records)
+    assert c.shown['teacher acc %'].tolist() == ['–', '85.00'] and 'Teacher: accuracy' in c.caption
+
+@few
+@given(st.lists(st.floats(60, 80), min_size=2, max_size=6), st.lists(st.floats(60, 80), min_size=2, max_size=6))
+def test_welchs_interval_is_scipys(a, b):
+    if np.std(a) < 1e-3 or np.std(b) < 1e-3: return
+    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(.95)
+    found = welch_interval(np.mean(a), np.std(a, ddof=1), len(a), np.mean(b), np.std(b, ddof=1), len(b))
+    assert found == pytest.approx((np.mean(a)-np.mean(b), expected.low, expected.high), rel=1e-6, abs=1e-9)
+
+def test_welchs_interval_is_not_known_without_spreads_and_runs():
+    for given_ in ((1., math.nan, 3, 2., .1, 3), (1., .1, 1, 2., .1, 3), (1., .1, 3, 2., .1, math.nan)):
+        difference,*ends = welch_interval(*given_)
+        assert difference == -1. and all(map(math.isnan, ends))
+    assert welch_interval(1., 0., 3, 2., 0., 3) == (-1., -1., -1.)
+
+nulls = st.lists(st.sampled_from(['seconds_per_epoch', 'accuracy', 'nll', 'ece', 'best', 'history', 'reliability', 'whole history']), max_size=5)
+
+@settings(max_examples=15, deadline=None)
+@given(nulls, nulls)
+def test_whatever_a_diverged_run_lacks_the_report_is_written(first, second):
+    "JSON has no not-a-number: each number of a record may be null"
+    from fastkdtf.lab.page import failures, report_html
+    records = study()
+    for r,lost in ((records[1], first), (records[6], second)):
+        for what in lost:
+            if what == 'seconds_per_epoch': r[what] = None
+            elif what == 'best': r['best'] = dict(accuracy=None, nll=None, ece=None)
+            elif what == 'history': r['history'] = {k: [None]*len(v) for k,v in r['history'].items()}
+            elif what == 'whole history': r['history'] = {}
+            elif what == 'reliability': r['last'][what] = [[None, None, None]]*15
+            else: r['last'][what] = None
+    c = Comparison(records)
+    html = report_html(c)
+    assert 'nan' not in repr(c.shown).lower() and 'Accuracy' in html and isinstance(failures(c), list)
 
 
 # ---------------------------------------------------------------- files and plots

@@ -526,7 +526,7 @@ def forget():
 
 def test_run_environment(monkeypatch):
     env = run_environment()
-    assert {'python', 'torch', 'torchvision', 'fastai', 'timm', 'fastkdtf', 'commit', 'dirty', 'platform', 'date'} == set(env)
+    assert {'python', 'torch', 'torchvision', 'fastai', 'timm', 'fastkdtf', 'commit', 'dirty', 'platform', 'device', 'threads', 'processor', 'date'} == set(env)
     assert json.loads(json.dumps(env)) == env
     assert env['commit'] is None or len(env['commit']) == 40
     monkeypatch.setenv('PATH', '')

@@ -16,7 +16,7 @@ import fastkdtf.lab.sweep
 from fastkdtf.callback.distill import LsrKD, MemoryReplay
 from fastkdtf.lab.recipes import recipe, recipes
 from fastkdtf.lab.sweep import paper_grid, search_space, sweep
-from fastkdtf.lab.training import Campaign, Arm, method_identity
+from fastkdtf.lab.training import Campaign, Arm, LearnerParts, method_identity
 
 optuna = pytest.importorskip('optuna')
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
@@ -170,7 +170,7 @@ def with_loss(*args, **kwargs): return Learner(*args, loss_func=CrossEntropyLoss
 def real_campaign(r, dls, seeds, n_epoch, out, controls, settings, make=LsrKD, model_fn=net, **kwargs):
     s = {**r.settings, **settings}
     arms = {'net baseline': Arm(), 'LsrKD': Arm(partial(make, **s))}
-    return Campaign(arms, dls, model_fn, n_epoch, seeds, lr=.02, out=out, baseline='net baseline', learner=with_loss)
+    return Campaign(arms, LearnerParts(dls, model_fn, with_loss), n_epoch, seeds, lr=.02, out=out, baseline='net baseline')
 
 def lines(out): return [json.loads(o) for o in (Path(out)/'results.jsonl').read_text().splitlines()]
 def ledger_numbers(out): return {r['key']: json.dumps([r[k] for k in ('last', 'best', 'history')]) for r in lines(out)}

@@ -840,7 +840,7 @@ def test_a_distilled_learner_teaches_the_next(tmp_path):
     "Born-again networks: the file carries a callback whose teacher is gone"
     first = trained([KnowledgeDistillation(network())], 1)
     first.export(tmp_path/'first.pkl')
-    from_file,live = (trained([KnowledgeDistillation(o)], 1, seed=4) for o in (tmp_path/'first.pkl', first))
+    from_file,live = (trained([KnowledgeDistillation(o)], 1, seed=4) for o in (load_learner(tmp_path/'first.pkl'), first))
     assert same(from_file, live)
 
 
@@ -884,7 +884,7 @@ def test_classes_are_matched_by_name(as_what, student, teacher, tmp_path):
         if as_what == 'file':
             t.export(tmp_path/'t.pkl')
             t = tmp_path/'t.pkl'
-        t = NetworkTeacher(t)
+        t = NetworkTeacher(t, trust=as_what == 'file')
     learn = learner(model_fn=lambda: conv_net(len(student)), dls=dls_of(student))
     x,got = logits_of(t, learn)
     where = [teacher.index(o) for o in student]
@@ -944,7 +944,7 @@ def test_teacher_norm(student, fast):
 def test_a_normalised_file_teaches_a_plain_student(tmp_path):
     net = network()
     learner(model_fn=lambda: net, dls=dls_of(norm=B)).export(tmp_path/'t.pkl')
-    image,got = logits_of(NetworkTeacher(tmp_path/'t.pkl'), learner(dls=dls_of(norm=None)))
+    image,got = logits_of(NetworkTeacher(tmp_path/'t.pkl', trust=True), learner(dls=dls_of(norm=None)))
     close(got, says(net, norm(image, B)))
 
 @pytest.mark.parametrize('intact', [True, False], ids=['head as pretrained', 'new head'])
@@ -1047,9 +1047,11 @@ def test_sources_module_learner_and_exported_file(wrap, how, tmp_path):
     net = network()
     teacher = learner(model_fn=lambda: net)
     teacher.export(tmp_path/'teacher.pkl')
-    for o in (net, teacher, wrap(tmp_path/'teacher.pkl')):
+    path = wrap(tmp_path/'teacher.pkl')
+    with pytest.raises(ValueError, match='teacher.pkl.*runs the code in it.*trust=True'): make(path)
+    for o in (net, teacher, path):
         before = rng_state()
-        t = make(o)
+        t = NetworkTeacher(path, trust=True) if o is path else make(o)
         same_rng(before)
         speaks_like(t, net)
 
@@ -1107,6 +1109,7 @@ def test_a_file_that_is_no_exported_learner(kind, tmp_path):
     with pytest.raises(ValueError) as e: NetworkTeacher(path)
     assert 'strange.pkl' in str(e.value)
     if kind == 'weights': assert 'arch' in str(e.value)
+    with pytest.raises(ValueError, match='strange.pkl'): NetworkTeacher(path, trust=True)
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('kind', [o for o in FILES if o != 'weights'])
@@ -1169,7 +1172,7 @@ def test_a_file_beats_a_timm_name_and_other_arguments_are_refused(monkeypatch):
     net = network()
     learner(model_fn=lambda: net).export('resnet18')
     monkeypatch.setattr(timm, 'create_model', lambda *a, **k: pytest.fail('there is a file'))
-    speaks_like(NetworkTeacher('resnet18'), net)
+    speaks_like(NetworkTeacher('resnet18', trust=True), net)
     for model in (net, 'resnet18'):
         with pytest.raises(TypeError): NetworkTeacher(model, no_such_argument=1)
 
@@ -1186,9 +1189,9 @@ def test_identity():
     twin = copy.deepcopy(net)
     twin[2] = nn.Sigmoid()
     assert NetworkTeacher(twin).identity != base, 'same weights, other function'
-    hooked(net).eval()
+    with_hooks = NetworkTeacher(hooked(net).eval()).identity
     logits_of(NetworkTeacher(net), learner())
-    assert NetworkTeacher(net).identity == base
+    assert NetworkTeacher(net).identity == with_hooks != base
 
 
 # ---------------------------------------------------------------- ensembles

@@ -6,10 +6,11 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.distill.html.md"""
 
 # %% auto #0
 __all__ = ['check_schedule', 'ByEpoch', 'Distill', 'LsrKD', 'TfKDReg', 'KnowledgeDistillation', 'MemoryReplay', 'ScaledCE',
-           'ScaledLS', 'matched_controls']
+           'ScaledLS', 'scaled_loss', 'describe_sum', 'matched_controls']
 
 # %% ../../nbs/31_callback.distill.ipynb #4a4a6ae3
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from fractions import Fraction
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import Callback, Learner
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ..core import *
@@ -31,6 +33,8 @@ from ..teachers.network import as_teacher
 from .term import LossTerm, known_classes, own_autocast
 
 # %% ../../nbs/31_callback.distill.ipynb #67bdce6d
+def _unique(things): return list({id(o): o for o in things}.values())
+
 def _at(value, pct): return float(value(pct)) if callable(value) else value
 
 def check_schedule(
@@ -66,8 +70,9 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped',)
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared')
     skipped,checked,_label_matters = False,False,True
+    owned,shared = (),()   # the teachers that this method looks after; those that others have too
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path, # of targets: a `Teacher`, a network as `NetworkTeacher` takes it, or `batch → logits`
@@ -81,6 +86,7 @@ class Distill(LossTerm):
         multiplier:float=1., # that multiplier
         name:str|None=None, # needed for a second callback of the same class
     ):
+        check_types(Distill.__init__, locals())
         super().__init__(name)
         if isinstance(alpha, tuple): self.alpha = tuple(check_schedule('alpha', weight, '[0,inf)') for weight in alpha)
         else:                        self.alpha = check_schedule('alpha', alpha, '[0,1]')
@@ -105,6 +111,22 @@ class Distill(LossTerm):
             if getattr(rewrite, 'teacher', None) is None: continue
             rewrite.teacher = as_teacher(rewrite.teacher)
             self.teachers[rewrite] = rewrite.teacher
+        self.look_after_all()
+
+    def look_after_all(self):
+        "Look after every teacher of this method, also those that others have"
+        self.owned = _unique(self.teachers.values())
+
+    def _share_teachers(self):
+        "Leave a teacher that several methods have to the first of them that uses it, so that it counts each step once"
+        methods = [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, Distill) and cb.run]   # as fastai calls them
+        for method in methods: method._find_teachers()
+        n_held = Counter(id(teacher) for method in methods for teacher in method.teachers.values())
+        taken = set()
+        for method in sorted(methods, key=lambda method: method.idle):
+            method.shared = [teacher for teacher in method.owned if n_held[id(teacher)] > 1]
+            method.owned = [teacher for teacher in method.owned if id(teacher) not in taken]
+            taken |= {id(teacher) for teacher in method.owned}
 
     # how much, and how soft
 
@@ -147,10 +169,10 @@ class Distill(LossTerm):
         super().before_fit()
         self.skipped,self.checked = False,False
         if not self.fitting: return
-        self._find_teachers()
+        self._share_teachers()
         self._check_mixing()
         self._label_matters = self._asks_label()
-        for teacher in self.teachers.values(): teacher.attach(self.learn)
+        for teacher in self.owned: teacher.attach(self.learn)
 
     def _check_mixing(self):
         "Check that no callback mixes images where what is remembered belongs to one"
@@ -167,16 +189,24 @@ class Distill(LossTerm):
 
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return `dl` as the teachers arrange it"
-        for teacher in self.teachers.values(): dl = dl if self.idle else teacher.arrange(dl)
+        for teacher in self.owned: dl = dl if self.idle else teacher.arrange(dl)
         return dl
 
     def after_epoch(self):
+        super().after_epoch()
         if not self.fitting: return
-        for teacher in self.teachers.values(): teacher.after_epoch()
+        for teacher in self.owned: teacher.after_epoch()
 
     def after_fit(self):
         super().after_fit()
-        if not self.fitting: return
+        if self.fitting: self._let_go()
+
+    def taken_off(self, learn:Learner):
+        "Take the columns along, and let go of the teachers' copies"
+        super().taken_off(learn)
+        self._let_go()
+
+    def _let_go(self):
         for teacher in self.teachers.values(): teacher.detach()
 
     def _asks_label(self):
@@ -195,7 +225,7 @@ class Distill(LossTerm):
         pct = self.learn.pct_train
         (hard,soft),tau = self.weights(pct),self.temperatures(pct)
         self._check_mixing()
-        for teacher in self.teachers.values(): teacher.before_batch()
+        for teacher in self.owned: teacher.before_batch()
         self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
         self.ask(self.batch, before_student=True)
 
@@ -208,7 +238,15 @@ class Distill(LossTerm):
             early = teacher.before_student and not (teacher.reads_label and self.mixing)   # mixed images have two labels, so it is asked for each
             if early != before_student or not (batch.soft or teacher.every_batch): continue
             precision = own_autocast(self.learn) if before_student else nullcontext()   # after the student's pass it is still in force
-            with torch.no_grad(), precision: batch.answers[key] = teacher(batch)
+            with torch.no_grad(), precision: batch.answers[key] = self._answer(teacher, batch)
+
+    def _answer(self, teacher, batch):
+        "What the teacher says; what it has said of this batch already, if that does not depend on who asks"
+        asked = [cb for cb in self.siblings if isinstance(cb, Distill) and cb.batch] if batch.z is None and teacher in self.shared else []
+        for method in asked:
+            for key,answer in method.batch.answers.items():
+                if method.teachers[key] is teacher and (method.batch.tau == batch.tau or not teacher.asks_tau): return answer
+        return teacher(batch)
 
     def hear(self,
         batch:Batch, # with the student's logits, and all answers
@@ -216,8 +254,8 @@ class Distill(LossTerm):
         "Check the answers and hand them to the parts; one that is infinite or not a number becomes 0, and `batch.finite` False"
         for key,teacher in self.teachers.items():
             logits = check_teacher_logits(batch.answers[key], batch.z, batch.axis if teacher.before_student else 1)
-            if isinstance(logits, Tensor):
-                finite = logits.isfinite().all()
+            finite = logits.isfinite().all() if isinstance(logits, Tensor) else None
+            if finite is not None and not (finite.is_cpu and finite):   # another device is not waited for
                 batch.finite = finite if batch.finite is None else batch.finite & finite
                 logits = torch.where(finite, logits, 0.)
             logits = self._prepare(logits, batch)
@@ -241,7 +279,7 @@ class Distill(LossTerm):
         losses = 0.
         for y,portion in labels:
             z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
-            labelled = batch.labelled(y, z)
+            labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
             self.hear(labelled)
@@ -310,7 +348,7 @@ class Distill(LossTerm):
 
     def before_backward(self):
         "Show the batch to the teachers that are made of the training"
-        watching = [teacher for teacher in self.teachers.values() if teacher.observes]
+        watching = [teacher for teacher in self.owned if teacher.observes]
         if self.batch is None or not watching: return
         z,y = classification_batch(at_least_float32(first_output(self.learn.pred).detach()), self.learn.y, self.batch.axis)
         for teacher in watching: teacher.observe(self.batch.labelled(y, z))
@@ -325,7 +363,7 @@ class Distill(LossTerm):
     def after_cancel_step(self): self.skipped = True   # half precision saw an overflow
     def after_step(self):
         if not self.skipped:
-            for teacher in self.teachers.values(): teacher.after_step()
+            for teacher in self.owned: teacher.after_step()
         self.skipped = False
 
     # what it is
@@ -333,9 +371,9 @@ class Distill(LossTerm):
     @property
     def columns(self)->dict: return {**super().columns, **self.teacher.columns}
 
-    def state_dict(self)->dict: return dict(teachers=[teacher.state_dict() for teacher in self.teachers.values()])
+    def state_dict(self)->dict: return dict(teachers=[teacher.state_dict() for teacher in self.owned])
     def load_state_dict(self, state:dict):
-        for teacher,saved in zip(self.teachers.values(), state['teachers']): teacher.load_state_dict(saved)
+        for teacher,saved in zip(self.owned, state['teachers']): teacher.load_state_dict(saved)
 
     def describe(self,
         n_classes:int|None=None, # number of classes; None once attached to a learner
@@ -350,10 +388,6 @@ class Distill(LossTerm):
         hard,soft,target = self.weights(pct)[0],self.soft_weight(n_classes, pct),self._label_target(n_classes, pct)
         notes = self._notes(n_classes, pct, target)
         return Description(type(self).__name__, self.settings, n_classes, hard, soft, self.temperatures(pct)[1], target, notes, gradient, loss, adds)
-
-    def own_controls(self, n_classes:int)->dict:
-        "Return further controls, as `{name: callback}`, for a method that knows some beside those of `describe`"
-        return {}
 
     def _label_target(self, n_classes, pct):
         "The softened target `(on the label, elsewhere)`; None where it does not depend on the label alone"
@@ -415,6 +449,7 @@ class KnowledgeDistillation(Distill):
         name:str|None=None, # needed for a second callback of the same class
     ):
         rewrite = LogitStandardisation() if standardise else ()
+        check_types(KnowledgeDistillation.__init__, locals())
         super().__init__(teacher, alpha, tau, scale, rewrite=rewrite, variant=variant, multiplier=multiplier, name=name)
 
 # %% ../../nbs/31_callback.distill.ipynb #8d262b0b
@@ -461,11 +496,44 @@ class ScaledLS(Distill):
         self.settings = dict(epsilon=epsilon, factor=factor)
 
 # %% ../../nbs/31_callback.distill.ipynb #b76f0599
-def matched_controls(
-    method:Distill, # the method to be held against them
+def scaled_loss(
+    hard:float, # weight of `H(q, p)`
+    soft:float, # weight of `D_KL(u, p)`
+)->Distill:
+    "Make the control with these weights"
+    return ScaledLS(soft/(hard+soft), hard+soft) if soft else ScaledCE(hard)
+
+def describe_sum(
+    terms:Iterable, # each a `LossTerm`; none for the plain loss
     n_classes:int,
-)->dict: # name → callback
-    "Make the controls of a method: cross-entropy of the same scale, label smoothing of the equivalent ε and scale, and its own"
-    controls = method.describe(n_classes).controls
-    scaled = {name: ScaledLS(soft/(hard+soft), hard+soft) if soft else ScaledCE(hard) for name,(hard,soft) in controls.items()}
-    return {**scaled, **getattr(method, 'own_controls', lambda n_classes: {})(n_classes)}
+)->Description:
+    "Describe what several methods do together: their weights, gradients and targets add up"
+    described = [term.describe(n_classes) for term in terms]
+    if len(described) == 1: return described[0]
+    gradients = [one.soft_gradient for one in described]
+    if None in gradients: return Description('sum', {}, n_classes, 1., 1., gradient=None)
+    total,targets = sum(gradients),[one.target for one in described if one.soft_gradient]
+    sums = [sum(g*one.target[i] for g,one in zip(gradients, described) if g) for i in (0,1)] if None not in targets else None
+    target = tuple(part/total for part in sums) if sums and total else None
+    tau = 1. if all(one.exact for one in described) else 2.   # any temperature but 1 says 'to first order'
+    return Description('sum', {}, n_classes, 1+sum(one.hard-1 for one in described), tau*total, tau, target)
+
+def matched_controls(
+    method:Callback|Iterable, # the method to be held against them, or its callbacks
+    n_classes:int,
+)->dict: # name → callback, or a list of them
+    """Make the controls of a method: cross-entropy of the same scale, and label smoothing of the equivalent ε and scale
+
+    Callbacks that are no `LossTerm` are part of the controls too. A method may name further ones as `own_controls`."""
+    cbs = list(L(method))
+    terms,others = [cb for cb in cbs if isinstance(cb, LossTerm)],[cb for cb in cbs if not isinstance(cb, LossTerm)]
+    if not terms: return {}
+    whole = describe_sum(terms, n_classes)
+    itself = whole.as_control if all(isinstance(term, Distill) for term in terms) else None   # others do more than their loss says
+    losses = {name: weights for name,weights in whole.matched.items() if name != itself and (others or name != 'CE')}
+    parts = {name: [scaled_loss(*weights)] for name,weights in losses.items()}
+    for term in terms:
+        rest = [other for other in terms if other is not term]
+        for name,cb in term.own_controls(n_classes).items(): parts[' + '.join([name, *(o.name for o in rest)])] = [cb, *rest]
+    named = {' + '.join([name, *(cb.name for cb in others)]): [*others, *own] for name,own in parts.items()}
+    return {name: own[0] if len(own) == 1 else own for name,own in named.items()}

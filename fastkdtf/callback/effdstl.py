@@ -36,30 +36,33 @@ class WatchedDistill(Distill):
 
     Under MixUp and CutMix a sample counts for each of its labels by the label's portion."""
     _stateattrs = Distill._stateattrs + ('means',)
-    means = None
+    means = None   # set when a fit begins
     fact_names = ()   # a subclass's
 
     def _new_means(self):
         super()._new_means()
-        self.means = {name: RunningMean() for name in self.fact_names}
+        self.means = RunningMean()   # of all facts together
 
-    def _fact(self, name): return self.means[name].value
+    def _fact(self, i):
+        means = self.means.value
+        return means[i] if isinstance(means, Tensor) else means
 
     @property
-    def columns(self)->dict: return {**super().columns, **{name: partial(self._fact, name) for name in self.fact_names}}
+    def columns(self)->dict: return {**super().columns, **{name: partial(self._fact, i) for i,name in enumerate(self.fact_names)}}
 
     def watch(self, batch:Batch, portion:float|Tensor):
         "Add the facts of a batch, unless its labels are probabilities"
         if batch.y.is_floating_point(): return
-        keep = batch.y != batch.ignore_index
-        if isinstance(portion, Tensor) and portion.ndim: portion = portion.view(-1, *[1]*(keep.ndim-1))
-        counted = keep*portion
-        n = counted.sum().clamp(min=1e-9)
+        keep,n = kept(batch.y, batch.ignore_index),batch.y.numel()
         with torch.no_grad():
-            for name,fact in self.facts(batch).items():
-                fact = fact.float()
-                if fact.ndim > keep.ndim: fact = fact.mean(0)
-                self.means[name].add((fact*counted).sum()/n, n)
+            found = self.facts(batch)
+            facts = [found[name] if found[name].ndim == batch.y.ndim else found[name].float().mean(0) for name in self.fact_names]
+            facts = torch.stack(facts)
+            if keep is not None or isinstance(portion, Tensor) or portion != 1:
+                if isinstance(portion, Tensor) and portion.ndim: portion = portion.view(-1, *[1]*(batch.y.ndim-1))
+                counted = (torch.ones_like(batch.y) if keep is None else keep)*portion
+                facts,n = facts*counted,counted.sum()
+            self.means.add_sum(facts.flatten(1).sum(1), n)
 
 # %% ../../nbs/32_callback.effdstl.ipynb #22234818
 class WSL(WatchedDistill):

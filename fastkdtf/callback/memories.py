@@ -55,6 +55,7 @@ class PSKD(TaughtDistill):
         device:str|torch.device|None=None, # where they are kept; None: beside the student
         name:str|None=None, # needed for a second callback of the same class
     ):
+        check_types(PSKD.__init__, locals())
         alpha = ByEpoch(partial(_grow, check_number('alpha_t', alpha_t, '[0,1]'))) if alpha_t else 0.
         super().__init__(LastPrediction(dtype, device), alpha, 1., 1, 'ce', name=name)
         self.settings = dict(alpha_t=alpha_t, dtype=dtype, device=device)
@@ -76,6 +77,7 @@ class OnlineLabelSmoothing(TaughtDistill):
     ):
         check_schedule('alpha', alpha, '[0,1]')
         soft = partial(_rest, alpha) if callable(alpha) else 1-alpha
+        check_types(OnlineLabelSmoothing.__init__, locals())
         super().__init__(ClassMeans(first, even), (alpha, soft), 1., 1, 'ce', name=name)
         self.settings = dict(alpha=alpha, first=first, even=even)
 

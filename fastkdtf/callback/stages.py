@@ -43,6 +43,8 @@ class Stage:
     bs:int|None=None # batch size of the training loader
 
     def __post_init__(self):
+        check_types(Stage, vars(self))
+        if isinstance(self.lr, (int, float)): check_number('lr', self.lr, '[0,inf)')
         check_whole('n_epoch', self.n_epoch)
         check_choice('fit', self.fit, _fit_methods)
         if self.wd is not None: check_number('wd', self.wd, '[0,inf)')
@@ -93,7 +95,8 @@ class OneHistory(Callback):
     order = 51   # after the recorder, before progress and trackers
     def __init__(self,
         columns:Iterable=(), # of methods, in the order in which they are shown
-    ): self.names,self.past = list(columns),None
+        one_loss:bool=True, # smooth the training loss over all fits; False: begin anew with each, as fastai does
+    ): self.names,self.one_loss,self.past = list(columns),one_loss,None
 
     def keep(self, recorder:Recorder):
         "Remember a fit that ended"
@@ -118,7 +121,7 @@ class OneHistory(Callback):
         for row in self.past['values']:
             value = dict(zip(old_names, row))
             recorder.values.append(L(value.get(name, math.nan) for name in new_names))
-        recorder.smooth_loss.count,recorder.smooth_loss.val = self.past['smooth']
+        if self.one_loss: recorder.smooth_loss.count,recorder.smooth_loss.val = self.past['smooth']
 
     def before_epoch(self):
         "Number the epoch among those of all stages"

@@ -20,8 +20,10 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
 from fastai.layers import NoneReduce
-from fastai.learner import Callback, Learner, ValueMetric
-from fastai.torch_core import find_bs
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+                                  CancelStepException, CancelTrainException, CancelValidException)
+from fastai.learner import Learner, ValueMetric
+from fastcore.basics import noop
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +69,7 @@ def own_autocast(
 )->AbstractContextManager:
     "Return the context of the learner's half precision; one that does nothing without it"
     for cb in learn.cbs:
-        if isinstance(cb, MixedPrecision): return cb.autocast
+        if isinstance(cb, MixedPrecision): return getattr(cb, 'autocast', None) or nullcontext()
     return nullcontext()
 
 def check_mixer(
@@ -117,7 +119,11 @@ class RunningMean:
 
     def add(self, value:Tensor, n:int):
         "Take in the mean `value` of `n` samples"
-        self.total,self.n = self.total + value.detach()*n,self.n + n
+        self.add_sum(value.detach()*n, n)
+
+    def add_sum(self, total:Tensor, n:int|Tensor):
+        "Take in the sum `total` over `n` samples"
+        self.total,self.n = total + self.total,self.n + n
 
     @property
     def value(self)->float|Tensor:
@@ -154,18 +160,57 @@ class GivenAway(Callback):
     def before_fit(self):
         raise ValueError(f'the method {self._name} was given to another learner since, and would do nothing here: give each learner a callback of its own')
 
+_signals = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+            CancelTrainException, CancelValidException)   # after these, fastai fires further events
+
 class OneLearner(Callback):
-    "A callback that works for one learner at a time, and cleans up when it is taken off"
+    """A callback that works for one learner at a time, and cleans up when it is taken off, or when an error or Ctrl-C ends a fit
+
+    A subclass that defines `before_fit` or `after_fit` calls these."""
     _learn = None
-    def taken_off(self, learn:Learner): "Clean up after `learn`, which an interrupt may have left in the middle of a fit"
+    _only_train_loop = True   # `learn.summary` does without: it is no fit
+    def taken_off(self, learn:Learner): "Clean up after `learn`, which may have stopped in the middle of a batch"
 
     def _set_learn(self, learn):
         old = self._learn
-        if old is not None and learn is None: self.taken_off(old)
+        if old is not None and learn is not old: self._leave(old)
         if old is not None and learn not in (None, old): old.cbs = old.cbs.map(lambda cb: GivenAway(self.name) if cb is self else cb)
         self.__dict__['_learn'] = learn
 
+    def _leave(self, learn):
+        if getattr(vars(learn).get('_with_events'), '__self__', None) is self: del learn._with_events
+        self.taken_off(learn)
+
     learn = property(attrgetter('_learn'), _set_learn, doc="The learner")
+
+    @property
+    def fitting(self)->bool:
+        "True in a fit"
+        return is_fit(self.learn)
+
+    def before_fit(self):
+        "Let an error, after which fastai fires no event, clean up"
+        if self.fitting: vars(self.learn).setdefault('_with_events', self._guarded)
+
+    def after_fit(self): vars(self.learn).pop('_with_events', None)
+
+    def _guarded(self, f, event_type, ex, final=noop):   # a method, so that a learner can be exported in a fit
+        learn = self.learn
+        try: type(learn)._with_events(learn, f, event_type, ex, final)
+        except _signals: raise
+        except BaseException:
+            for cb in learn.cbs:
+                if isinstance(cb, OneLearner): cb._leave(learn)
+            raise
+
+    def __call__(self, event_name:str):
+        "Handle an event, if there is a method for it: fastai would look for one on learner and model too, which takes longer than a loss"
+        if event_name == 'after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
+
+    def __setattr__(self, name, value):
+        "Set an attribute; what the class names need not be looked for on learner and model"
+        if hasattr(type(self), name): object.__setattr__(self, name, value)
+        else:                         super().__setattr__(name, value)
 
 class LossTerm(OneLearner):
     """A method that adds a term to the training loss
@@ -174,11 +219,13 @@ class LossTerm(OneLearner):
     `contribution(labels)`, the triple (weight of the base loss, weight of the soft loss, soft loss). It may show more `columns`."""
     _stateattrs = ('base_mean', 'soft_mean', 'batch', 'siblings')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
-    siblings,batch = (),None
+    siblings,batch,base_mean,soft_mean = (),None,None,None
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
-    ): self._name = name
+    ):
+        check_types(LossTerm.__init__, dict(name=name))
+        self._name = name
 
     @property
     def name(self)->str: return self._name or super().name
@@ -204,10 +251,11 @@ class LossTerm(OneLearner):
         "Return the loader of an epoch of training: `dl`, or one that gives its samples in another arrangement"
         return dl
 
-    @property
-    def fitting(self)->bool:
-        "True in a fit"
-        return is_fit(self.learn)
+    def own_controls(self,
+        n_classes:int,
+    )->dict: # name → callback
+        "Return controls that the method knows beside those that follow from its description"
+        return {}
 
     @property
     def columns(self)->dict:
@@ -230,6 +278,7 @@ class LossTerm(OneLearner):
 
     def before_fit(self):
         "Find the siblings, check them and the learner, and add the columns"
+        super().before_fit()
         terms = [cb for cb in self.learn.cbs if isinstance(cb, LossTerm) and cb.run]
         self.siblings,self.batch = sorted(terms, key=lambda term: term.name),None
         self._check_names()
@@ -245,10 +294,12 @@ class LossTerm(OneLearner):
         if twice: raise ValueError(f'two methods are called {twice[0]!r}: give one of them a name=, or average several teachers with EnsembleTeacher')
 
     def _check_weights(self):
-        taken = max(sum(1-term.hard_weight(pct/100) for term in self.siblings) for pct in range(101))
+        shares = max(([1-term.hard_weight(pct/100) for term in self.siblings] for pct in range(101)), key=sum)
+        taken = sum(shares)
         if taken <= 1+1e-9: return
-        names = ', '.join(term.name for term in self.siblings)
-        raise ValueError(f'the methods {names} take {taken:.3g} of the hard loss between them; lower their alpha to a sum of at most 1')
+        names,fits = ', '.join(term.name for term in self.siblings),[math.floor(100*share/taken)/100 for share in shares]
+        such = ', '.join(f'alpha={share:g} for {term.name}' for term,share in zip(self.siblings, fits) if share)
+        raise ValueError(f'the methods {names} take {taken:.3g} of the hard loss between them; lower their alpha to a sum of at most 1, such as {such}')
 
     def _new_means(self): self.base_mean,self.soft_mean = RunningMean(),RunningMean()
     def _base_value(self): return self.base_mean.value
@@ -256,7 +307,9 @@ class LossTerm(OneLearner):
 
     def before_train(self): self._new_means()
     def after_batch(self): self.batch = None
+    after_train = after_epoch = after_batch   # a batch that stopped the epoch has no `after_batch`
     def after_fit(self):
+        super().after_fit()
         self.batch = None
         if self.fitting: TermMetric.drop(self.learn)
 
@@ -264,28 +317,32 @@ class LossTerm(OneLearner):
         "Return the batch under way, before the student has seen it; `kwargs` are further fields"
         learn,mixing = self.learn,self.mixing
         if mixing: check_mixer(mixing)
-        kind = loss_kind(self.base_loss_func)
+        axis,ignore_index,reduction = loss_kind(mixing.old_lf if mixing else learn.loss_func)
         info = None if mixing else batch_info(learn.dl, learn.xb)   # a mixed image is no longer one of the data set
-        return Batch(learn.y, xb=plain_tensors(tuple(learn.xb)), idx=info and info.idx, view=info and info.view, **kind._asdict(), **kwargs)
+        idx,view = (None, None) if info is None else (info.idx, info.view)
+        return Batch(plain_tensors(learn.y), xb=plain_tensors(tuple(learn.xb)), idx=idx, view=view, axis=axis, ignore_index=ignore_index,
+                     reduction=reduction, **kwargs)
 
     def labels(self)->list:
         "Return the labels of this batch as pairs (labels, portion): two under MixUp and CutMix"
-        mixing = self.mixing
-        if not mixing: return [(self.learn.y, 1.)]
-        both = [(self.learn.y, mixing.lam), (mixing.yb1[0], 1-mixing.lam)]
+        mixing,y = self.mixing,plain_tensors(self.learn.y)
+        if not mixing: return [(y, 1.)]
+        both = [(y, mixing.lam), (plain_tensors(mixing.yb1[0]), 1-mixing.lam)]
         return both if isinstance(mixing, MixHandler) else labels_of(mixing, both, self.learn)
 
     def after_loss(self):
         "Add every method's term, by name, so that the order of callbacks never matters"
-        terms = [term for term in self.siblings if term.run]
-        if self is not terms[0] or not len(self.learn.yb): return
-        base,labels,n = self.learn.loss,self.labels(),find_bs(self.learn.yb)
-        total,shown = self.learn.loss_grad,base   # regularisers add to the first only
+        terms,learn = [term for term in self.siblings if term.run],self.learn
+        if self is not terms[0] or not len(learn.yb): return
+        base,labels = plain_tensors(learn.loss),self.labels()   # plain: a subclass makes each operation ten times as slow
+        n,parts = len(labels[0][0]),[]
         for term in terms:
             hard,weight,soft = term.contribution(labels)
-            parts = [(hard-1)*base]*(hard != 1) + ([weight*soft] if weight else [])
-            for part in parts: total,shown = total+part,shown+part
+            if hard != 1: parts.append((hard-1)*base)
+            if weight: parts.append(weight*soft)
             if soft is not None: term.soft_mean.add(soft, n)
         self.base_mean.add(base, n)
-        self.learn.loss_grad = total
-        self.learn.loss = shown.clone()
+        if not parts: return
+        added = sum(parts[1:], parts[0])
+        learn.loss_grad = plain_tensors(learn.loss_grad) + added   # regularisers add to this one only
+        learn.loss = base.detach() + added.detach()

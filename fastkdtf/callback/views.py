@@ -70,6 +70,8 @@ class CSKD(TaughtDistill):
         same:bool=False, # the partner is the image itself, augmented anew: the control
         name:str|None=None, # needed for a second callback of the same class
     ):
+        check_types(CSKD.__init__, locals())
+        if not callable(lam): check_number('lam', lam, '[0,inf)')
         super().__init__(ClassPartner(same), (1., lam), tau, name=name)
         self.settings = dict(lam=lam, tau=tau, same=same)
 

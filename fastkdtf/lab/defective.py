@@ -27,11 +27,13 @@ from torch import nn
 from ..core import *
 from ..callback.checkpoint import Checkpoint
 from ..callback.distill import KnowledgeDistillation
-from ..files import replacing, run_lock
+from ..files import read_json, replacing, run_lock
+from ..pickles import read_saved
 from ..fingerprint import settings_digest
 from .procedures import Student, Taught
 from .training import *
-from ..teachers.network import NetworkTeacher, as_teacher, class_names, input_stats
+from ..teachers.inputs import class_names, input_stats
+from ..teachers.network import NetworkTeacher, as_teacher
 
 # %% ../../nbs/42a_lab.defective.ipynb #e070a594
 class KeepEpochs(Callback):
@@ -133,7 +135,7 @@ class PoorTeachers(list):
         "Write `teachers.json`, and the weights beside it"
         folder,told = Path(folder),[]
         for teacher in self:
-            told.append({name: getattr(teacher, name) for name in ('epoch', 'valid_accuracy', 'accuracy', 'asked', 'vocab', 'stats')})
+            told.append({name: getattr(teacher, name) for name in _told_of_teachers})
             weights = {name: tensor.cpu() for name,tensor in teacher.weights.items()}
             with replacing(folder/f'epoch{teacher.epoch}.pt') as f: torch.save(weights, f)
         whole = dict(setting=self.setting, missing=self.missing, key=self.key, teachers=told)
@@ -149,13 +151,25 @@ class PoorTeachers(list):
         folder = Path(folder)
         if not (folder/'teachers.json').is_file():
             raise FileNotFoundError(f'{folder} holds no teachers.json: give a folder that PoorTeachers.save wrote')
-        whole = json.loads((folder/'teachers.json').read_text())
+        whole = _read_told(folder/'teachers.json')
         teachers = [_load_teacher(folder/f"epoch{told['epoch']}.pt", told, model_fn()) for told in whole.pop('teachers')]
         return cls(teachers, **whole)
 
+_told_of_teachers = 'epoch','valid_accuracy','accuracy','asked','vocab','stats'
+
+def _read_told(file):
+    "Return what `PoorTeachers.save` wrote into `teachers.json`. Raises `ValueError` for anything else"
+    try:
+        whole = read_json(file.read_bytes())
+        known = set(whole) == {'setting', 'missing', 'key', 'teachers'}
+        known = known and all(set(told) == set(_told_of_teachers) for told in whole['teachers'])
+    except (ValueError, TypeError): known = False
+    if not known: raise ValueError(f'{file} is damaged, or not what PoorTeachers.save wrote: give the folder that it wrote')
+    return whole
+
 def _load_teacher(file, told, model):
     "Return a saved teacher. Raises `ValueError` if its weights are damaged, or of another network"
-    try: model.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+    try: model.load_state_dict(read_saved(file))
     except FileNotFoundError: raise
     except Exception as e:
         network = type(model).__name__
@@ -185,8 +199,8 @@ def _check_checkpoints(n_epoch, at_epochs, at_accuracies, fit):
 
 def _train_teachers(student, campaign, keep, key, cbs=()):
     "Train once, and return the weights that `keep` kept as teachers"
-    dls,(run,) = student.dls,campaign.runs.values()
-    train_run(None, run.seed, dls, student.model_fn, run.n_epoch, campaign.fit, campaign.lr, [keep, *cbs], student.learner)
+    run, = campaign.runs.values()
+    train_run(None, run.seed, student, run.n_epoch, campaign.fit, campaign.lr, [keep, *cbs])
     teachers = [_poor_teacher(student, **kept) for kept in keep.kept]
     if keep.missing:
         never = ', '.join(f'{100*accuracy:g} %' for accuracy in keep.missing)
@@ -195,7 +209,7 @@ def _train_teachers(student, campaign, keep, key, cbs=()):
 
 def _poor_teacher(student, epoch, valid_accuracy, asked, weights):
     "Return weights that were kept as a teacher, with its accuracy on the test set"
-    learn = student.learner(student.dls, student.model_fn())
+    learn = student(0)
     learn.model.load_state_dict(weights)
     test = reported_scores(learn)['accuracy'] if evaluation_set(student.dls) == 2 else None
     stats = input_stats(student.dls.train) or ([0.], [1.])

@@ -6,8 +6,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.draw.html.md"""
 
 # %% auto #0
 __all__ = ['style_sheet', 'palette', 'chart_style', 'Look', 'note', 'round_ticks', 'house_style', 'panel', 'strips', 'figure',
-           'draw_accuracies', 'draw_differences', 'draw_curves', 'draw_reliability', 'draw_point', 'draw_baseline',
-           'spread', 'save_png']
+           'plain', 'draw_accuracies', 'draw_differences', 'draw_curves', 'draw_reliability', 'draw_point',
+           'draw_baseline', 'spread', 'save_png']
 
 # %% ../../nbs/45a_lab.draw.ipynb #56408665
 import math
@@ -263,10 +263,18 @@ def figure(
     "Return an HTML figure with its title and an explanation above"
     return ft('figure', Figcaption(H3(title), P(how)), *body, cls=cls)
 
+# %% ../../nbs/45a_lab.draw.ipynb #4f939ad6
+def plain(
+    text:object,
+)->str:
+    "Return a text as matplotlib must get it to write just that, without characters that cannot be printed"
+    text = ''.join(c if c.isprintable() else ' ' for c in str(text)).replace('$', r'\$')
+    return f' {text}' if text[:1] in ('', '_') else text
+
 # %% ../../nbs/45a_lab.draw.ipynb #a944191b
 def _rows(ax, names):
     "Give each name a row, the first on top"
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names)-.5, -.5))
+    ax.set(yticks=range(len(names)), yticklabels=map(plain, names), ylim=(len(names)-.5, -.5))
     ax.grid(False, axis='y')
     round_ticks(ax.xaxis)
 
@@ -283,25 +291,29 @@ def draw_accuracies(
     accuracies:dict, # name → (seed, accuracy in per cent) of each run
     look:Look,
     at:float=math.nan, # a line at the baseline's mean
+    unit:str=' %', # of the values
 ):
     "Draw a row for each method: a mark for each seed and a bar at their mean"
     for i,(name,runs) in enumerate(accuracies.items()):
         values = [value for _,value in runs]
-        _seeds(ax, i, name, values, look, .65, [f'{name}, seed {seed}: {value:.2f} %' for seed,value in runs])
+        _seeds(ax, i, name, values, look, .65, [f'{name}, seed {seed}: {f"{value:.2f}" if unit else f"{value:.4g}"}{unit}' for seed,value in runs])
         note(ax.plot([np.mean(values)]*2, [i-.35, i+.35], color=look.colour(name), linewidth=3)[0], row=i)
     if math.isfinite(at): ax.axvline(at, color=palette()['zero'], linewidth=1.25, zorder=1)
     _rows(ax, list(accuracies))
+
+def _difference(value, points): return f'{value:+.2f}{points}' if points else f'{value:+.3g}'
 
 def draw_differences(
     ax:plt.Axes,
     rows:Sequence, # of (name, label, (mean, low, high), difference of each seed), in points
     look:Look,
+    points:str=' points', # behind a difference
 ):
     "Draw a row for each pair of methods: the mean of the difference with its interval, and faint marks for the seeds"
     for i,(name,label,(mean,low,high),seeds) in enumerate(rows):
-        _seeds(ax, i, name, seeds, look, .35, [f'{value:+.2f} points' for value in seeds])
+        _seeds(ax, i, name, seeds, look, .35, [f'{_difference(value, points)}' for value in seeds])
         note(ax.plot([low, high], [i, i], color=look.colour(name), linewidth=2.5)[0], row=i)
-        note(ax.plot([mean], [i], **look.mark(name))[0], f'{label}: {mean:+.2f} points', row=i)
+        note(ax.plot([mean], [i], **look.mark(name))[0], f'{label}: {_difference(mean, points)}', row=i)
     ax.axvline(0, color=palette()['zero'], linewidth=1.25, zorder=1)
     _rows(ax, [label for _,label,*_ in rows])
 
@@ -320,7 +332,7 @@ def draw_curves(
         beside = np.r_[False, known[:-1]] | np.r_[known[1:], False] if len(known) else known
         alone = np.flatnonzero(known & ~beside)   # a lone point shows as a dot
         dots = dict(marker='o', markersize=2, markevery=alone)
-        line = ax.plot(epochs, mean, label=name, linewidth=2, solid_capstyle='round', zorder=order, **dots, **look.line(name))
+        line = ax.plot(epochs, mean, label=plain(name), linewidth=2, solid_capstyle='round', zorder=order, **dots, **look.line(name))
         note(line[0], name, cut=top is not None)
         if band and len(values) > 1 and known.any():
             fill = dict(color=look.colour(name), alpha=.13, linewidth=0, zorder=order)
@@ -370,7 +382,7 @@ def draw_baseline(
     label:str='baseline',
 ):
     "Draw the baseline as a line with its band"
-    ax.axhline(mean, color='black', lw=1.5, label=label)
+    ax.axhline(mean, color='black', lw=1.5, label=plain(label))
     if not math.isnan(sd): ax.axhspan(mean-sd, mean+sd, color='black', alpha=.1, lw=0)
 
 def spread(

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .draw import save_png
-from .report import Comparison, last_accuracy
-from .training import Arm, Campaign
+from .report import Comparison, csv_safe, last_accuracy
+from .training import Arm, Campaign, LearnerParts
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
 
@@ -141,7 +141,7 @@ class Exploration(Comparison):
         "Write what `Comparison.save` does, and `schemes.csv` and `schemes.png`"
         out = super().save(out)
         if self.rewritten:
-            self.grid.to_csv(out/'schemes.csv')
+            csv_safe(self.grid).to_csv(out/'schemes.csv')
             self.plot_schemes()
             save_png(out/'schemes.png')
         return out
@@ -169,7 +169,7 @@ def explore(
     arms = {Exploration.weak: Arm(SoftOnly(weak)), Exploration.strong: Arm(SoftOnly(strong))}
     for scheme,make in schemes.items():
         for subset,on in subsets.items(): arms[f'{scheme} | {subset}'] = Arm(SoftOnly(weak, make(on)))
-    return Campaign(arms, dls, model_fn, n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
+    return Campaign(arms, LearnerParts(dls, model_fn), n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
 
 # %% ../../nbs/43_lab.explore.ipynb #9c3332bd
 @contextmanager

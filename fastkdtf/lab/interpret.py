@@ -63,6 +63,7 @@ class WatchTargets(Callback):
     ): self.i,self.y,self.seen = check_whole('i', i, 0),None,{}
 
     def after_epoch(self):
+        if not is_fit(self.learn): return   # `validate`: the methods rest
         x,y = (o[self.i:self.i+1].as_subclass(Tensor) for o in self.dls.valid.one_batch()[:2])
         training = self.model.training
         with torch.no_grad(): z = self.model.eval()(x)

@@ -19,21 +19,24 @@ from fastcore.xml import A, Body, Br, Dd, Div, Dl, Dt, Footer, H1, H2, H3, H4, H
 from fastcore.xml import Safe, Section, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml
 
 from .draw import *
-from .report import Comparison, column_names, comparisons, last_accuracy, mean_sd, number_or_nan, paired_difference, verdict
+from .report import Comparison, comparisons, last_score, mean_sd, number_or_nan, t_interval, verdict
 
 # %% ../../nbs/45b_lab.page.ipynb #8e2ea040
-def _points(mean, low, high):
+def _points(score, mean, low, high):
     if math.isnan(mean): return 'not known'
-    return f'{100*mean:+.2f} points' + ('' if math.isnan(low) else f' [{100*low:+.2f}, {100*high:+.2f}]')
+    return score.signed(mean) + score.points + ('' if math.isnan(low) else f' [{score.signed(low)}, {score.signed(high)}]')
 
-def _sentence(c, name):
+def _sentence(c, name, verdicts):
     "Say how a method stands to its rivals; return 'ahead' | 'mixed' | 'open' and the sentence"
     found = {rival: c.difference(name, rival) for rival in c.rivals(name)}
     if all(math.isnan(mean) for mean,*_ in found.values()):
         return 'open',f'{name} cannot be judged: runs of it, or of what it is held against, diverged or are missing.'
     def listed(said):
         "Name the rivals with this verdict, and the differences to them"
-        return ' and '.join(f'{rival} ({_points(*difference)})' for rival,difference in found.items() if verdict(difference) == said)
+        def words(rival, difference):
+            by_chance = c.alone(name, rival) != said   # alone it would be shown
+            return f"{rival} ({_points(c.score, *difference)}{', which may be chance among so many' if by_chance else ''})"
+        return ' and '.join(words(*pair) for pair in found.items() if verdicts[name, pair[0]] == said)
     ahead,behind,rest = map(listed, ('ahead', 'behind', 'open'))
     said = [f'ahead of {ahead}']*bool(ahead) + [f'behind {behind}']*bool(behind)
     if not said: return 'open',f'No difference is shown between {name} and {rest}.'
@@ -44,9 +47,12 @@ def headline(
     c:Comparison, # finished runs of one setting
     at_most:int=6, # methods that are named one by one where nothing is shown for them
 )->list: # sentences, the summary first
-    "Say which methods are ahead of their matched controls and of the baseline, and where no difference is shown. Intervals are of 95 %"
+    """Say which methods are ahead of their matched controls and of the baseline, and where no difference is shown
+
+    Verdicts are corrected for their number, so that where there is no effect, 5 % of tables at most show one."""
     if not c.methods: return ['There is no method to judge in these runs, only the baseline and controls.']
-    judged = {name: _sentence(c, name) for name in c.methods}
+    verdicts = c.verdicts()
+    judged = {name: _sentence(c, name, verdicts) for name in c.methods}
     def of(kind): return {name: words for name,(found,words) in judged.items() if found == kind}
     ahead,unclear = of('ahead'),of('open')
     summary = 'Shown to be ahead of the baseline and of every matched control that was run'
@@ -56,20 +62,28 @@ def headline(
 
 def _reservations(c, at_most):
     "Say what the runs cannot show"
+    def named(names): return ', '.join(names) if len(names) <= at_most else f'{len(names)} methods'
     out,alone = [],[name for name in c.methods if not c.controls(name)]
     if c.baseline not in c.names: out.append(f'There is no run of {c.baseline}, so no difference to it.')
-    elif alone:
-        names = ', '.join(alone) if len(alone) <= at_most else f'{len(alone)} methods'
-        out.append(f'Held against {c.baseline} only, as no other control was run: {names}.')
-    if len({r['seed'] for r in c.records}) == 1: out.append('One seed gives no interval: nothing here can be told from chance.')
-    return out
+    elif alone: out += [f'{said}: {named(names)}.' for said,names in _why_alone(c, alone).items()]
+    return [*out, c.covers]
+
+def _why_alone(c, names):
+    "Group methods that were held against the baseline only by the reason, in words"
+    reasons = {'none known': 'as no matched control is known', 'the baseline': 'which is the matched control'}
+    found = {}
+    for name in names:
+        why = reasons.get(', '.join(c.known_controls(name)), 'as no other control was run')
+        found.setdefault(f'Held against {c.baseline} only, {why}', []).append(name)
+    return found
 
 # %% ../../nbs/45b_lab.page.ipynb #b740f890
 def _diverged(record):
     "True if the last loss or accuracy of a run is not a number"
     history = record['history']
     losses = [history[column][-1] for column in ('train_loss', 'valid_loss') if history.get(column)]
-    return any(math.isnan(number_or_nan(value)) for value in (record['last']['accuracy'], record['last']['nll'], *losses))
+    known = [record['last'][name] for name in ('nll', 'valid_loss') if name in record['last']]
+    return any(math.isnan(number_or_nan(value)) for value in (last_score(record), *known, *losses))
 
 def failures(
     c:Comparison, # finished runs of one setting
@@ -78,8 +92,8 @@ def failures(
     out,seeds = [],{r['seed'] for r in c.records}
     for name in c.names:
         for r in filter(_diverged, c.runs(name)):
-            accuracy = last_accuracy(r)
-            counted = '' if math.isnan(accuracy) else f' (accuracy {100*accuracy:.2f} %, which the table counts)'
+            value,score = last_score(r),c.score
+            counted = '' if math.isnan(value) else f' ({score.metric} {score.text(value)}{score.unit}, which the table counts)'
             out.append(f"{name}, seed {r['seed']}: diverged, its loss is not a number{counted}.")
         lacks = sorted(seeds - {r['seed'] for r in c.runs(name)})
         if lacks: out.append(f"{name}: no run with seed {', '.join(map(str, lacks))}.")
@@ -88,30 +102,30 @@ def failures(
 # %% ../../nbs/45b_lab.page.ipynb #73dd9481
 def _accuracy(c, look):
     def row(name):
-        values = [100*accuracy for accuracy in c.scores(name)]
+        values = c.scores(name)
         mean = mean_sd(values)[0]
-        shown = f'{mean:.2f} %' if math.isfinite(mean) else 'not a number'
-        return look.named(name), shown, f"{name}: mean {shown}; seeds {', '.join(f'{value:.2f}' for value in values)}"
+        shown = c.score.text(mean) + c.score.unit if math.isfinite(mean) else 'not a number'
+        return look.named(name), shown, f"{name}: mean {shown}; seeds {', '.join(map(c.score.text, values))}"
     how = 'A mark for each seed, a bar at their mean' + ('; the line is the mean of the baseline.' if c.baseline in c.names else '.')
-    return figure('Accuracy', how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
+    return figure('Accuracy' if c.score.metric == 'accuracy' else c.score.metric, how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
 
 def _differences(c, look):
-    pairs = [(name, rival) for name in c.names if name != c.baseline for rival in c.rivals(name)]
+    pairs = c.pairs
     if not pairs: return None
     def numbers(name, rival):
         "Return what `draw_differences` draws in a row"
-        seeds = 100*np.subtract(*c.paired(name, rival))
-        return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), 100), seeds
+        seeds = c.score.factor*np.subtract(*c.paired(name, rival))
+        return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), c.score.factor), seeds
     def draw(ax):
-        draw_differences(ax, [numbers(*pair) for pair in pairs], look)
-        ax.set_xlabel('difference in accuracy after the last epoch, points')
+        draw_differences(ax, [numbers(*pair) for pair in pairs], look, c.score.points)
+        ax.set_xlabel(plain(f"difference in {c.score.metric} after the last epoch{',' if c.score.points else ''}{c.score.points}"))
     def row(name, rival):
         "Return name, value and words of a row"
-        said,control = _points(*c.difference(name, rival)),name in c.control_for(rival)
+        said,control = _points(c.score, *c.difference(name, rival)),name in c.control_for(rival)
         shown = Span(look.named(name), ' ', Span(f'− {rival}', ' (control)' if control else None, cls='less'))
         return shown, said.replace(' points', ''), f"{name} minus {rival}, {'its matched control' if control else 'baseline'}: {said}"
     how = ('Differences within a seed: mean with its 95 % interval (Student t), faint marks for the seeds. '
-           'An interval that crosses the line at zero shows no difference.')
+           'An interval that crosses the line at zero shows no difference. Each interval stands alone, not corrected for their number.')
     return figure('Paired differences to matched controls and baseline', how, strips(draw, [row(*pair) for pair in pairs]))
 
 def _curves(c, look):
@@ -119,11 +133,11 @@ def _curves(c, look):
         "Draw a column of the histories, None where no run has it"
         curves = {name: c.curves(name, column) for name in c.names}
         if not any(np.isfinite(values).any() for values in curves.values()): return None
-        factor = 100 if column == 'accuracy' else 1
+        factor = c.score.factor if column == c.judged_column else 1
         ends = '; '.join(f'{name} {factor*values[:,-1].mean():.4g}' for name,values in curves.items() if values.size)
-        said = f'{column_names[column]} by epoch, mean over seeds at the end: {ends}'
+        said = f'{c.column_name(column)} by epoch, mean over seeds at the end: {ends}'
         return panel(partial(c.draw_column, column=column, look=look), said)
-    plots = [plot(column) for column in column_names]
+    plots = [plot(column) for column in c.columns]
     if not any(plots): return None
     band = '; the bands reach from the lowest seed to the highest' if len(c.names) <= 8 else ''
     how = f"Means over seeds{band}. Training losses contain each method's own terms and are not comparable between methods."
@@ -158,10 +172,11 @@ def _costs(c):
     "Return name, time ratio and difference in points, the latter two as mean, low, high"
     out = []
     for name in c.names:
-        ours,base = c.paired(name, value=lambda r: r['seconds_per_epoch'])
-        if name == c.baseline or not ours or math.isnan(c.difference(name)[0]): continue
-        ratio = paired_difference(np.divide(ours, base), np.zeros(len(ours)))
-        out.append((name, ratio, np.multiply(c.difference(name), 100)))
+        ratios = c.time_ratios(name)
+        if name == c.baseline or not ratios or math.isnan(c.difference(name)[0]): continue
+        mean,sd = mean_sd(ratios)
+        ratio = mean,*t_interval(mean, sd, len(ratios))
+        out.append((name, ratio, np.multiply(c.difference(name), c.score.factor)))
     return out
 
 def _label_points(ax, points):
@@ -171,23 +186,23 @@ def _label_points(ax, points):
     for (name,ratio,gain),height,apart in zip(points, heights, spread(heights, 13)):
         short = name if len(name) < 24 else name[:22]+'…'
         side,align = (-8,'right') if (ratio[0]-low)/(high-low) > .6 else (8,'left')
-        ax.annotate(short, (ratio[0], gain[0]), (side, apart-height+3), textcoords='offset points', ha=align)
+        ax.annotate(plain(short), (ratio[0], gain[0]), (side, apart-height+3), textcoords='offset points', ha=align)
 
 def _cost(c, look):
-    points = _costs(c)
+    points,score = _costs(c),c.score
     if not points: return None
     def draw(ax):
         zero = dict(color=palette()['zero'], linewidth=1.25, zorder=1)
         ax.axhline(0, **zero)
         ax.axvline(1, **zero)
         for name,ratio,gain in points:
-            draw_point(ax, ratio, gain, f'{name}: {ratio[0]:.2f} times the baseline per epoch, {_points(*gain/100)}', **look.mark(name))
+            draw_point(ax, ratio, gain, f'{name}: {ratio[0]:.2f} times the baseline per epoch, {_points(score, *gain/score.factor)}', **look.mark(name))
         for axis in (ax.xaxis, ax.yaxis): round_ticks(axis)
-        ax.set(xlabel='time per epoch, ratio to the baseline', ylabel='difference in accuracy to the baseline, points')
+        ax.set(xlabel='time per epoch, ratio to the baseline', ylabel=plain(f"difference in {score.metric} to the baseline{',' if score.points else ''}{score.points}"))
         if len(points) <= 12: _label_points(ax, points)
-    said = 'Cost against gain: ' + '; '.join(f'{name} {ratio[0]:.2f} times the time, {gain[0]:+.2f} points' for name,ratio,gain in points)
-    how = ('Time of a training epoch as a ratio to the baseline, and the paired difference in accuracy to it, '
-           'both with 95 % intervals over seeds. Better is up and to the left.')
+    said = 'Cost against gain: ' + '; '.join(f'{name} {ratio[0]:.2f} times the time, {score.signed(gain[0]/score.factor)}{score.points}' for name,ratio,gain in points)
+    how = (f'Time of a training epoch as a ratio to the baseline, and the paired difference in {score.metric} to it, '
+           f'both with 95 % intervals over seeds. Better is {"up" if score.higher else "down"} and to the left.')
     return figure('Cost against gain', how, look.legend([name for name,*_ in points]), panel(draw, said, 400, 290), cls='cost')
 
 # %% ../../nbs/45b_lab.page.ipynb #3c3896a6
@@ -225,7 +240,7 @@ def _methods(c, look):
     cards = Div(*(card(name) for name in c.names), cls='cards')
     return figure('What each method does', 'Effective weights and settings, as recorded with the runs.', cards)
 
-_other_fields = ('key method rank control_for seed baseline setting settings callbacks description last best history epoch_seconds '
+_other_fields = ('key method rank control_for named seed split baseline setting settings callbacks description last best history epoch_seconds '
                  'seconds_per_epoch evaluated_on teacher_accuracy').split()
 
 def _recorded(c, field):
@@ -237,7 +252,8 @@ def _recorded(c, field):
 
 def _conditions(c):
     first,seeds = c.records[0],sorted({r['seed'] for r in c.records})
-    settings = {'setting': first['setting'], 'evaluated_on': first['evaluated_on'], 'seeds': seeds, **(first.get('settings') or {})}
+    splits = {'splits': len(set(c.splits.values()))} if c.splits else {}
+    settings = {'setting': first['setting'], 'evaluated_on': first['evaluated_on'], 'seeds': seeds, **splits, **(first.get('settings') or {})}
     fields = dict.fromkeys(field for r in c.records for field in r if field not in _other_fields)
     environment = [(field, _recorded(c, field)) for field in fields] or [('environment', 'not recorded')]
     def card(pairs): return Div(_definitions(pairs), cls='card')
@@ -251,9 +267,9 @@ def _heading(c): return c.records[0]['setting'].split(':')[0]
 def _found(c):
     "Return the sentences of the section, and a reminder of how many intervals there are"
     first,*rest = headline(c)
-    pairs = [(name, rival) for name in c.names if name != c.baseline for rival in c.rivals(name)]
-    n = sum(math.isfinite(c.difference(*pair)[1]) for pair in pairs)
-    count = f'{n} intervals of 95 %, not corrected for their number: of intervals around no difference at all, one in twenty misses zero.'
+    n = len(c.verdicts()) if c.methods else 0
+    count = (f'These sentences are corrected for their {n} comparisons (Holm): if no method did anything, one such page of twenty would '
+             'name one. The intervals stand alone: of intervals around no difference at all, one in twenty misses zero.')
     return Div(P(Strong(first)), *map(P, rest), P(count, cls='less') if n > 1 else None, cls='found')
 
 def _section(c, look, i):
@@ -286,7 +302,7 @@ def report_html(
     "Make the report of a set of runs, a section for each setting"
     cs = _comparisons(runs)
     names = [name for c in cs for name in c.names]
-    look = Look(names, {c.baseline for c in cs}, {name for c in cs for name in c.names if c.control_for(name)})
+    look = Look(names, {c.baseline for c in cs}, {name for c in cs for name in c.names if c.only_control(name)})
     n_runs,n_methods = sum(len(c.records) for c in cs),len(set(names))
     about = f"{_plural(n_runs, 'run')} of {_plural(n_methods, 'method')} (baselines and controls included), {_plural(len(cs), 'setting')}."
     links = Nav(Ul(*(Li(A(_heading(c), href=f'#s{i}')) for i,c in enumerate(cs)))) if len(cs) > 1 else None
@@ -304,7 +320,7 @@ def write_whole(
     "Write a file that is there as a whole or not at all, whoever else writes it at the time"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    part.write_bytes(text.encode())
+    part.write_bytes(text.encode(errors='backslashreplace'))
     os.replace(part, path)
     return path
 

@@ -14,7 +14,7 @@ import html
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -150,12 +150,35 @@ def _flag(cell): return cell == '1'
 # how a cell of `schedules` is read; all others are numbers
 _read_cell = dict(milestones=_epochs, augment=_words, nesterov=_flag, optimizer=str, schedule=str, epochs=int, bs=int, size=int)
 
-def _schedule_and_notes(row):
-    "Return the schedule of a result, and the notes on it"
-    lines,known = _fitting('schedules', row),{field.name for field in fields(Schedule)}
-    cells = {name: cell for line in lines for name,cell in line.items() if name in known and cell}
-    values = {name: _read_cell.get(name, float)(cell) for name,cell in cells.items()}
-    return Schedule(**values), [line['note'] for line in lines]
+_not_printed = 'code','decided here'   # sources that are not the paper
+
+def _last(stated, printed=False):
+    "Return the statement that counts of several `(value, source)`, the last; or the last that the paper prints, None if it prints none"
+    return first(one for one in reversed(stated) if not printed or one[1] not in _not_printed)
+
+def _overridden(stated):
+    "Return what is used in place of what the paper prints: name → (value, source, printed value, its source)"
+    pairs = {name: (_last(all), _last(all, printed=True)) for name,all in stated.items()}
+    return {name: (*used, *printed) for name,(used,printed) in pairs.items() if printed and printed[0] != used[0]}
+
+def _stated_schedule(row):
+    "Return what is stated of a result's schedule, as lists of `(value, source)` by field, and the notes on it"
+    lines,known,stated = _fitting('schedules', row),{field.name for field in fields(Schedule)},{}
+    for line in lines:
+        for name,cell in line.items():
+            if name in known and cell: stated.setdefault(name, []).append((_read_cell.get(name, float)(cell), line['source']))
+    return stated, [line['note'] for line in lines]
+
+def _shrunk(schedule, share):
+    "Return a schedule with a share of its batch; SGD's learning rates shrink with the batch, as in the papers"
+    if share == 1: return schedule
+    rates = {name: getattr(schedule, name) for name in ('lr', 'lr_end')} if schedule.optimizer == 'sgd' else {}
+    return replace(schedule, bs=max(2, round(schedule.bs*share)), **{name: rate*share for name,rate in rates.items() if rate})
+
+def _in_words(stated, overridden):
+    "Write each statement that counts with its source, and what the paper prints where that is something else"
+    def printed(name): return '; printed: {2!r}, {3}'.format(*overridden[name]) if name in overridden else ''
+    return '; '.join(f'{name}={value!r} ({source}{printed(name)})' for name,(value,source) in stated.items())
 
 def fit_stages_of(
     learn:Learner, # with `stages`, a function of `n_epoch`
@@ -184,6 +207,7 @@ class Recipe:
     gain:float|None
     contradiction:str # where numbers in the paper disagree
     note:str # how damaged text was read, and what changes the meaning
+    batch_share:float=1. # of the paper's batch sizes and SGD's learning rates; less in a miniature, so that it makes enough steps
 
     @property
     def _row(self): return _rows()[self.id]
@@ -196,14 +220,17 @@ class Recipe:
         return f"{row['value'] or '–'}{sd}{gain}"
 
     @cached_property
-    def _stated_settings(self):
-        "Value and source of each setting, by name"
+    def _every_setting(self):
+        "Each `(value, source)` of each setting, by name, from the general to the particular"
         stated = {}
         for line in _fitting('settings', self._row):
             for part in filter(None, line['settings'].split('; ')):
                 name,value = part.split('=', 1)
-                stated[name.strip()] = ast.literal_eval(value),line['source']
+                stated.setdefault(name.strip(), []).append((ast.literal_eval(value), line['source']))
         return stated
+
+    @property
+    def _stated_settings(self): return {name: _last(stated) for name,stated in self._every_setting.items()}
 
     @property
     def settings(self)->dict:
@@ -214,6 +241,12 @@ class Recipe:
     def sources(self)->dict:
         "Source of each setting: a table or section, 'code' for the authors' code, 'decided here'"
         return {name: source for name,(_,source) in self._stated_settings.items()}
+
+    @property
+    def overridden(self)->dict: # name → (used, its source, printed, its source)
+        "Settings and parts of the schedule where another number than the paper's is used"
+        schedule = {} if self.start else _stated_schedule(self._row)[0]   # what the paper says of all networks is not meant for a second training
+        return {**_overridden(self._every_setting), **_overridden(schedule)}
 
     @property
     def defaults(self)->dict:
@@ -227,18 +260,29 @@ class Recipe:
     def missing(self)->list:
         "Sentences on what the paper does not state"
         notes = [line['note'] for line in _fitting('settings', self._row)]
-        return _sentences_on_what_is_missing([*notes, *_schedule_and_notes(self._row)[1]])
+        return _sentences_on_what_is_missing([*notes, *_stated_schedule(self._row)[1]])
+
+    def _schedule(self, row):
+        stated,_ = _stated_schedule(row)
+        return _shrunk(Schedule(**{name: _last(all)[0] for name,all in stated.items()}), self.batch_share)
 
     @property
     def schedule(self)->Schedule:
-        "Optimizer, learning rate, epochs, batch size and augmentation"
-        return _schedule_and_notes(self._row)[0]
+        "Optimizer, learning rate, epochs, batch size and augmentation; of a method in two stages, the first one's rates for all epochs"
+        return self._schedule(self._row)
+
+    @property
+    def schedules(self)->list:
+        "The schedule of each stage; of most methods there is one"
+        if self.method_name != 'EffDstl' or not self.runnable: return [self.schedule]
+        stages = self.method()(*[Awaited(network, 'best') for network in self.teacher_networks])
+        return [replace(self.schedule, epochs=stage.n_epoch, lr=stage.lr[0], lr_end=stage.lr[1], wd=stage.wd) for stage in stages]
 
     def schedule_of(self,
         printed:str, # a network, such as one of `teacher_names`
     )->Schedule:
         "Return how another network is trained beside it, without a method; so the student's own, for a baseline"
-        return _schedule_and_notes({**self._row, 'student': printed, 'method': 'baseline', 'teacher': ''})[0]
+        return self._schedule({**self._row, 'student': printed, 'method': 'baseline', 'teacher': ''})
 
     @property
     def stop(self)->int|None:
@@ -312,7 +356,7 @@ class Recipe:
         if name.endswith('-TC') and 'gamma' not in settings:
             raise ValueError(f'{self.id}: the paper does not state gamma: give it, as gamma=…')
         if name == 'LSR':      return partial(_lsr, n_classes or image_sets[self.data][0], **settings)
-        if name == 'EffDstl':  return partial(_effdstl, n_epoch=n_epoch or self.schedule.epochs, **settings)
+        if name == 'EffDstl':  return partial(_effdstl, n_epoch=n_epoch or self.schedule.epochs, bs=self.schedule.bs, **settings)
         if _is_replay(name):   return partial(MemoryReplay, **self._with_shrunk_interval(settings, n_epoch))
         return partial((_taught | _alone)[name], **settings)
 
@@ -378,7 +422,7 @@ class Recipe:
         made = self.method(n_classes, n_epoch, **settings)
         if self.method_name in _taught: made = made(*[Awaited(network, 'best') for network in self.teacher_networks])
         named = with_controls({self.method_name: made}, n_classes or image_sets[self.data][0])
-        return {name: control for name,(control,controlled) in named.items() if controlled}
+        return {name: control for name,(control,controlled,_) in named.items() if controlled}
 
     def cite(self)->str:
         "Return the paper's BibTeX, with the place of the number"
@@ -397,10 +441,13 @@ class Recipe:
         if self.stop: yield 'stops after', f'epoch {self.stop}'
         score = f' ({self.teacher_score})' if self.teacher_score else ''
         if self.teacher_names: yield 'taught by', ', '.join(self.teacher_names) + score
-        stated = [f'{name}={value!r} ({source})' for name,(value,source) in self._stated_settings.items()]
-        if stated: yield 'settings', '; '.join(stated)
+        if self._stated_settings: yield 'settings', _in_words(self._stated_settings, self.overridden)
         if self.defaults: yield 'our defaults', '; '.join(f'{name}={value!r}' for name,value in self.defaults.items())
-        yield 'training', str(self.schedule)
+        stages = self.schedules
+        for i,schedule in enumerate(stages, 1): yield f'stage {i}' if len(stages) > 1 else 'training', str(schedule)
+        changed = {name: (value, source) for name,(value,source,*_) in self.overridden.items() if name not in self.settings}
+        if changed: yield 'not as printed', _in_words(changed, self.overridden)
+        if self.batch_share != 1: yield 'batch', f"{self.batch_share:g} of the paper's size, and so the learning rates of SGD: both are shown as they are here"
         for sentence in self.missing: yield 'not stated', sentence
         if self.note: yield 'note', self.note
         if self.contradiction: yield 'contradiction', self.contradiction
@@ -424,11 +471,15 @@ def _model_fn(name, n_classes, small):
     return partial(create_model, name, n_classes, **stem)
 
 # %% ../../nbs/47_lab.recipes.ipynb #e8d4d9a5
-@cache
 def recipe(
     id:str, # such as 'yuan2019/T8/MobileNetV2/TfKD_reg', from `recipes().index`
 )->Recipe:
     "Return the recipe of a printed result. Raises `ValueError` naming close ones"
+    check_types(recipe, locals())
+    return _recipe(id)
+
+@cache
+def _recipe(id):
     rows = _rows()
     if id not in rows: raise ValueError(f'id={id!r} is no recipe; close ones: {_close_names(id, rows)}')
     row = dict(rows[id])
@@ -445,6 +496,7 @@ def recipes(
     runnable:bool|None=None, # those that can be trained here, or those that can't
 )->pd.DataFrame: # by `id`
     "Return the printed results as a table. Raises `ValueError` for a value that no result has"
+    check_types(recipes, locals())
     df = pd.DataFrame.from_dict(_rows(), orient='index').rename_axis('id')
     for column in ('value', 'sd', 'gain'): df[column] = pd.to_numeric(df[column])
     df['runnable'] = [recipe(id).runnable for id in df.index]

@@ -21,9 +21,11 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from ..core import *
+from ..fingerprint import fingerprint, settings_digest
 from ..vision.identity import loader_identity
-from ..files import replacing
-from .network import EnsembleTeacher, as_teacher, class_names
+from ..files import read_json, replacing
+from .inputs import class_names
+from .network import EnsembleTeacher, as_teacher
 from .base import Teacher
 
 # %% ../../nbs/24_teachers.cache.ipynb #aee6e40e
@@ -87,11 +89,11 @@ _about = dict(format='the format', teacher='the teacher (its weights, classes, n
 def _is_manifest(m):
     if not isinstance(m, dict) or not isinstance(m.get('about'), dict): return False
     counts = [m.get(name) for name in ('n_classes', 'rows', 'crc32')]
-    return all(isinstance(n, int) and n >= 0 for n in counts)
+    return all(isinstance(n, int) and 0 <= n < 2**48 for n in counts) and m['n_classes'] < 2**24
 
 def _read_manifest(path):
     "Return `path`'s content, or None where there is none"
-    try: m = json.loads(path.read_text(encoding='utf-8'))
+    try: m = read_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete its folder, and the cache fills anew') from e
     if _is_manifest(m): return m
@@ -262,6 +264,11 @@ def _n_views(dl):
                          'limit them, as in kd_dataloaders(augment=Augment(..., views=8)), or use the live teacher')
     return dl.augment.views
 
+def _identity_of(teacher):
+    "Return what identifies a teacher. Raises `ValueError` if another process could not tell"
+    words = fingerprint(teacher)
+    return words if isinstance(words, str) else settings_digest(words)
+
 def _data_identity(learn):
     "Return what identifies the training data and the classes. Raises `ValueError` where an image cannot be known again"
     dl = learn.dls.train
@@ -291,6 +298,7 @@ class CachedTeacher(Teacher):
         top_k:int|None=None, # keep so many classes, and spread the rest of the mass evenly; None: all
         dtype:str='float16', # 'float16', or 'float32': exactly the live teacher's targets
     ):
+        check_types(CachedTeacher.__init__, locals())
         self.teacher,self.path = as_teacher(teacher),Path(path)
         if not self.teacher.before_student or isinstance(self.teacher, CachedTeacher):
             raise TypeError(f'a cache takes a network, or an ensemble of networks, got {self.teacher!r}')
@@ -307,7 +315,7 @@ class CachedTeacher(Teacher):
         except ValueError: self.store = None   # its folder was deleted or changed since
         data = _data_identity(learn)
         self.teacher.attach(learn)
-        try: self.store = LogitStore(self.path, self.teacher.identity, data, self.top_k, self.dtype)
+        try: self.store = LogitStore(self.path, _identity_of(self.teacher), data, self.top_k, self.dtype)
         except BaseException:
             self.teacher.detach()
             raise
@@ -415,7 +423,7 @@ class CachedTeacher(Teacher):
     def settings(self)->dict: return dict(teacher=self.teacher, path=str(self.path), top_k=self.top_k, dtype=self.dtype)
 
     @property
-    def identity(self)->str: return f'{self.teacher.identity}, cached with top_k={self.top_k}, {self.dtype}'
+    def identity(self)->str: return f'{_identity_of(self.teacher)}, cached with top_k={self.top_k}, {self.dtype}'
 
     def __getstate__(self): return {**vars(self), 'learn': None, 'store': None}
     def __repr__(self): return f'CachedTeacher({self.teacher!r}, {str(self.path)!r}, top_k={self.top_k}, dtype={self.dtype!r})'

@@ -10,6 +10,7 @@ __all__ = ['is_due', 'MemoryTeacher']
 # %% ../../nbs/23_teachers.memory.ipynb #15bce598
 import math
 import warnings
+from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
@@ -18,11 +19,12 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_model
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..core import *
-from .frozen import FrozenCopy, copy_model
-from .base import Teacher
+from .base import Teacher, resets_state
+from .copying import check_has_weights, copy_model
+from .frozen import FrozenCopy
+from .inputs import map_tensors, tensors_in
 
 # %% ../../nbs/23_teachers.memory.ipynb #8a98d045
 def is_due(
@@ -32,10 +34,23 @@ def is_due(
     "True if the copies move before step `t`. Wang et al. 2020, Algorithm 1"
     return math.floor(t/interval) != math.floor((t-1)/interval)
 
-def _steps_per_epoch(learn):
-    "Steps of the optimizer in an epoch"
-    accumulated = next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 1)
-    return Fraction(learn.n_iter, math.ceil(accumulated/find_bs(learn.yb)))
+def _batch_sizes(learn):
+    "Samples of each batch of an epoch, as far as the loader tells; the last one may be smaller"
+    loader,first = learn.dl,find_bs(learn.yb)
+    size = next((n for n in (getattr(loader, name, None) for name in ('bs', 'batch_size')) if n), first)
+    try: left = len(loader.dataset) - size*(learn.n_iter-1)
+    except (AttributeError, TypeError): left = size
+    return [size]*(learn.n_iter-1) + [left if 0 < left < size else size]
+
+def _steps_until(learn, epoch):
+    "Steps of the optimizer in the epochs before `epoch`: with `GradientAccumulation`, which counts samples and goes on counting over epochs"
+    n_acc = next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 0)
+    steps,gathered,sizes = 0,0,_batch_sizes(learn)
+    if min(sizes) >= n_acc: return epoch*len(sizes)
+    for n in sizes*epoch:
+        gathered += n
+        if gathered >= n_acc: steps,gathered = steps+1,0
+    return steps
 
 def _fraction(value): return value if isinstance(value, Fraction) else max(Fraction(value).limit_denominator(10**6), Fraction(1, 10**6))
 
@@ -48,7 +63,7 @@ def _check_device(copy_device):
     if not devices: raise ValueError('copy_device is an empty list: name at least one device, or give None')
     if copy_device == 'spread': return copy_device
     for device in devices:
-        try: torch.device(device or 'cpu')
+        try: torch.device('cpu' if device is None else device)
         except (RuntimeError, TypeError) as e: raise ValueError(f'copy_device: {device!r} is no device ({str(e).splitlines()[0]})') from e
     return copy_device
 
@@ -73,7 +88,7 @@ class MemoryTeacher(Teacher):
     """Past copies of the student, refreshed every `interval`. Wang et al. 2020, Algorithm 1
 
     A new `fit` starts with new copies; `Checkpoint` keeps them, `learn.export` does not."""
-    before_student,asks_label = True,False
+    before_student,asks_label,asks_tau = True,False,False
     def __init__(self,
         n_copies:int=3, # how many, `n`
         interval:float|Fraction|None=None, # epochs between refreshes, `κ`; None: an eighth of the training
@@ -93,15 +108,18 @@ class MemoryTeacher(Teacher):
 
     def attach(self, learn:Learner):
         self.detach()
+        check_has_weights(learn.model)
         self.learn = learn
 
     def detach(self):
+        self.epoch = None
         self.learn,self.copies,self.resumed,self.kappa,self.steps = None,None,None,None,None
         self.done,self.checked,self.made = 0,0,0   # steps; the step whose refresh was looked at; networks
 
     def before_batch(self):
         "Make the copies at the first batch, and move them at the first one of each step that is due"
         if self.copies is None: self._begin()
+        self._reset_at_epoch()
         t = self.done+1
         if t == self.checked: return
         self.checked = t
@@ -109,10 +127,18 @@ class MemoryTeacher(Teacher):
 
     def after_step(self): self.done += 1
 
+    def _reset_at_epoch(self):
+        "Reset the state of recurrent copies when that of the student is reset"
+        epoch,began = getattr(self.learn, 'epoch', None),self.epoch
+        self.epoch = epoch
+        if epoch == began or not resets_state(self.learn): return
+        for net in set(self.copies): net.reset()
+
     def _begin(self):
         "Make the initial copies, or those of the checkpoint that is continued"
         model,saved = get_model(self.learn.model),self.resumed
         if self.kappa is None: self._set_interval()
+        if saved is None and self.done == 0: self.done = _steps_until(self.learn, getattr(self.learn, 'epoch', 0))   # with start_epoch, those that were not made here
         if saved is None or saved['copies'] is None: self.copies = [self._new(_synchronised(model))]*self.n_copies
         else:
             nets = [self._new(model) for _ in saved['copies']]
@@ -121,8 +147,9 @@ class MemoryTeacher(Teacher):
         self.resumed = None
 
     def _set_interval(self):
-        per_epoch,n_epoch = _steps_per_epoch(self.learn),self.learn.n_epoch
-        self.steps = per_epoch*n_epoch
+        n_epoch = self.learn.n_epoch
+        self.steps = Fraction(_steps_until(self.learn, n_epoch))
+        per_epoch = self.steps/n_epoch
         if self.interval_steps is not None: self.kappa = _fraction(self.interval_steps)
         else: self.kappa = per_epoch*(Fraction(n_epoch, 8) if self.interval is None else _fraction(self.interval))
         if self.kappa <= self.steps or hasattr(self.learn, 'lr_finder'): return
@@ -147,10 +174,19 @@ class MemoryTeacher(Teacher):
         return torch.stack([said[net] for net in self.copies])
 
     def _ask(self, net, xb):
-        if net.place is None and self.copy_dtype is None: return first_output(net(*xb))
-        device = first_tensor(xb).device
-        moved = lambda x: x.to(net.place or device, self.copy_dtype if x.is_floating_point() else None)
-        with torch.autocast(device.type, enabled=False): return first_output(net(*tree_map_only(Tensor, moved, xb))).to(device, torch.float32)
+        device = tensors_in(xb)[0].device
+        place = net.place or device
+        if place != device or self.copy_dtype is not None:
+            xb = map_tensors(lambda x: x.to(place, self.copy_dtype if x.is_floating_point() else None), xb)
+        with self._precision(device, place): logits = first_output(net(*xb))
+        logits = logits.to(device, None if self.copy_dtype is None else torch.float32)
+        return logits.clone() if logits.is_inference() else logits
+
+    def _precision(self, device, place):
+        "Return the autocast of a copy: that of the student, wherever the copy lives; none where `copy_dtype` says the precision"
+        if self.copy_dtype is not None: return torch.autocast(place.type, enabled=False)
+        if place.type == device.type: return nullcontext()
+        return torch.autocast(place.type, torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type))
 
     def state_dict(self)->dict:
         if self.copies is None: return self.resumed or dict(done=self.done, checked=self.checked, copies=None)

@@ -8,16 +8,17 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.data.html.md"""
 __all__ = ['stratified', 'KDDataLoaders', 'channel_stats', 'kd_dataloaders', 'npz_arrays', 'read_files', 'read_npz']
 
 # %% ../../nbs/10_vision.data.ipynb #8b3b069a
-import hashlib
+import hashlib, warnings
 from typing import NamedTuple
 import numpy as np
 from fastai.data.all import *
 from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.core import PILImage, imagenet_stats
+from PIL import Image
 from .augment import Augment
-from ..core import check_number, check_whole
-from .loader import CategorizeRecord, NormalizeBatch, RecordDL, image_tensor, to_records, with_index
-from .readers import check_size, imagenet_files, npz_arrays, read_files, read_npz
+from ..core import check_number, check_types, check_whole
+from .loader import CategorizeRecord, NormalizeBatch, RecordDL, image_tensor, to_records, to_rgb, with_index
+from .readers import check_size, imagenet_files, npz_arrays, read_files, read_npz, shared_images
 _all_ = ['npz_arrays', 'read_files', 'read_npz']   # what reads the files is at hand here too
 
 # %% ../../nbs/10_vision.data.ipynb #8f8c0d60
@@ -133,6 +134,7 @@ def _of_test(test, n, seed):
 class KDDataLoaders(DataLoaders):
     "fastai's `DataLoaders` with a third loader, `test`, which is also `dls[2]` (`learn.get_preds(ds_idx=2)`), and how it was `split`."
     split = None # for a run's record, see `kd_dataloaders`
+    split_again = None # a function `seed → KDDataLoaders` of the same data
     @property
     def test(self) -> DataLoader:
         "The loader of the test set"
@@ -158,6 +160,16 @@ def channel_stats(
     std = np.sqrt((freq*(values-mean[:,None])**2).sum(1))
     return mean, np.where(std>0, std, 1.)
 
+# %% ../../nbs/10_vision.data.ipynb #b62493ed
+def _report_shared(train, valid, test):
+    "Warn where images that are trained on are evaluated on too"
+    for part,recs in (('validation', valid), ('test', test)):
+        pairs = [] if recs is None else shared_images(train, recs)
+        if len(pairs):
+            i,j = pairs[0]
+            warnings.warn(f"{len(pairs):,} of {len(recs):,} {part} images are training images too, such as number {i}, "
+                          f"which is training image {j}: their accuracy measures memory", stacklevel=3)
+
 # %% ../../nbs/10_vision.data.ipynb #79f76aa1
 def _record_loaders(parts, names, augment, bs, device, num_workers):
     "Loaders of records in memory, in the order of `parts`: training images first"
@@ -170,16 +182,29 @@ def _record_loaders(parts, names, augment, bs, device, num_workers):
     return [dl, *(dl.new(dset, shuffle=False, drop_last=False) for dset in dsets[1:])]
 
 # %% ../../nbs/10_vision.data.ipynb #c1c961f0
+def _photo(o):
+    "Open an image file; other forms of images are fastai's business"
+    return PILImage(to_rgb(Image.open(o))) if isinstance(o, (str,Path)) else PILImage.create(o)
+
+class _Listed(Transform):
+    "The class of an image file: that of its folder, unless a list says another"
+    def __init__(self, listed): self.listed = listed
+    def encodes(self, o): return self.listed.get(Path(o).name) or parent_label(o)
+
+def _class_of(recs, names):
+    "What tells the class of image files"
+    listed = {file.name: names[label] for file,label in zip(recs['file'], recs['label']) if file.parent.name!=names[label]}
+    return _Listed(listed) if listed else parent_label
+
 def _file_loaders(parts, names, augment, bs, device, num_workers, size):
     "Loaders of image files with ImageNet's usual transforms; without `augment` training images are treated like the others"
     h,w = size or (224,224)
     middle = [Resize((round(h*8/7), round(w*8/7))), CropPad((h,w), order=Resize.order+1), ToTensor()]
     moved = [RandomResizedCrop((h,w)), FlipItem(), ToTensor()] if augment else middle
-    tfms = [PILImage.create], [parent_label, Categorize(vocab=names, sort=False)]
     norm = [IntToFloatTensor(), Normalize.from_stats(*imagenet_stats, cuda=False)]
     dls = []
     for i,recs in enumerate(parts):
-        training = i==0
+        training,tfms = i==0,([_photo], [_class_of(recs, names), Categorize(vocab=names, sort=False)])
         dset = Datasets(L(recs['file'].tolist()), tfms, split_idx=0 if augment and training else 1)
         dl = TfmdDL(dset, bs=bs, shuffle=training, drop_last=training, num_workers=num_workers, after_item=moved if training else middle,
                     after_batch=norm, device=device)
@@ -212,9 +237,13 @@ def kd_dataloaders(
     come from `dls.train.rng`, which fastai seeds from Python's `random` when the loader is made: call `set_seed` before, or set
     `dls.train.rng = random.Random(seed)`. With `valid_pct=0` and `train_subset`, `.valid` is as many images of the test set.
     `dls.split` says what was split how, in numbers, texts and None, for a run's record."""
+    check_types(kd_dataloaders, locals())
+    if num_workers is not None: check_whole('num_workers', num_workers, 0)
     bs,seed,files = check_whole('bs', bs),check_whole('seed', seed, 0),source=='imagenet'
     if valid_pct is not None: valid_pct = check_number('valid_pct', valid_pct, '[0,1)')
     _check_augment(augment, files)
+    again = partial(kd_dataloaders, source, bs, valid_pct=valid_pct, train_subset=train_subset, device=device, num_workers=num_workers,
+                    augment=augment, path=path, size=size)
     sets,names,default_pct = _read(source, path, size)
     if 'valid' in sets and valid_pct:
         raise ValueError(f"valid_pct={valid_pct} can't be used: {source} has a validation set of its own; use None, or 0 to leave it out")
@@ -227,10 +256,12 @@ def kd_dataloaders(
     valid = _of_test(test, train_subset, seed) if pct==0 else sets['valid'] if 'valid' in sets else recs[valid]
     if augment=='auto': augment = files or (_known_sets[source].augment if source in _known_sets else None)
     device,parts = ifnone(device, default_device()),(train,valid,test)
+    if not files: _report_shared(train, None if pct==0 else valid, test)
     if files: loaders = _file_loaders(parts, names, augment, bs, device, num_workers, check_size(size))
     else:     loaders = _record_loaders(parts, names, augment, bs, device, num_workers or 0)
     dls = with_index(KDDataLoaders(*loaders, device=device))
     digest = hashlib.blake2b(keep.astype('<i8').tobytes(), digest_size=8).hexdigest()
+    dls.split_again = again
     dls.split = dict(seed=seed, valid_pct=pct, n_train=len(train), n_valid=len(valid), n_test=len(test), train_digest=digest)
     if pct==0: dls.split['validated_on'] = 'the test set' if len(valid)==len(test) else f'{len(valid):,} images of the test set'
     return dls

@@ -8,71 +8,15 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.identity.html.md"""
 __all__ = ['loader_identity']
 
 # %% ../../nbs/10d_vision.identity.ipynb #ba17a6c3
-import hashlib, re
-from functools import partial
-from types import FunctionType
-import numpy as np, pandas as pd
+import hashlib, json, re
+import numpy as np
 from fastai.data.all import *
 from fastai.torch_core import no_random
 from fastai.vision.augment import RandTransform, Resize, ResizeMethod
+from ..fingerprint import fingerprint, pipelines_of, samples_fingerprint
 from .loader import IndexedDL
 
-# %% ../../nbs/10d_vision.identity.ipynb #db7d0dbf
-def _leaf(value):
-    "Bytes that name a plain value; None for anything else"
-    if isinstance(value, (str,bytes,int,float,bool,type(None),np.generic,torch.dtype)): return repr(value).encode()
-    if isinstance(value, Path): return value.name.encode()
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().as_subclass(Tensor)
-        if value.dtype==torch.bfloat16: value = value.float()
-        value = value.numpy()
-    if isinstance(value, (pd.DataFrame,pd.Series)): value = pd.util.hash_pandas_object(value).values
-    if not isinstance(value, np.ndarray) or value.dtype.hasobject: return None
-    return f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).reshape(-1).view(np.uint8).tobytes()
-
-def _is_value(x): return _leaf(x) is not None or isinstance(x, (dict,list,tuple,L,set,Transform,Pipeline,torch.nn.Module))
-
-def _feed(digest, x, depth=0):
-    "Put what `x` is and holds into `digest`: values by value, functions and other objects by name"
-    leaf = _leaf(x)
-    if leaf is not None:             digest.update(leaf)
-    elif isinstance(x, dict):        _feed(digest, list(x.items()), depth)
-    elif isinstance(x, partial):     _feed(digest, (x.func, x.args, x.keywords), depth)
-    elif isinstance(x, FunctionType): digest.update(f"{x.__module__}.{x.__qualname__}".encode())
-    elif isinstance(x, (list,tuple,L,np.ndarray,set)):
-        digest.update(f"[{len(x)}".encode())
-        for item in (sorted(x, key=repr) if isinstance(x, set) else x): _feed(digest, item, depth)
-    else: _feed_object(digest, x, depth)
-
-def _feed_object(digest, x, depth):
-    name = getattr(x, 'name', '') if isinstance(x, Transform) else ''
-    digest.update(f"{type(x).__module__}.{type(x).__qualname__}:{name}".encode())
-    if depth>=3: return
-    attrs = sorted(getattr(x, '__dict__', {}).items())
-    _feed(digest, {k:v for k,v in attrs if k[0]!='_' and _is_value(v)}, depth+1)
-
-def _digest(x):
-    digest = hashlib.blake2b(digest_size=16)
-    _feed(digest, x)
-    return digest.digest()
-
 # %% ../../nbs/10d_vision.identity.ipynb #d6433400
-def _samples(dset):
-    "A data set's samples as `_feed` shall see them: arrays by value, files by name and size"
-    items = getattr(dset, 'items', None)
-    if items is None: items = getattr(dset, 'tensors', None)
-    if items is None or isinstance(items, (np.ndarray,pd.DataFrame)): return items
-    paths = [item for item in items if isinstance(item, Path)]
-    if not paths or len(paths)<len(items): return items
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    return [(path.relative_to(base).as_posix(), path.stat().st_size if path.exists() else None) for path in paths]
-
-def _pipelines(dl):
-    sources = [*getattr(dl.dataset, 'tls', [])] or [dl.dataset]
-    of_items = [vars(source).get('tfms') for source in sources if hasattr(source, '__dict__')]
-    of_batches = [getattr(dl, name, None) for name in ('after_item','before_batch','after_batch')]
-    return [p for p in of_items+of_batches if isinstance(p, Pipeline)]
-
 def _holds_transforms(x):
     return isinstance(x, (list,tuple,L,dict,Transform,Pipeline,torch.nn.Module)) or type(x).__module__.startswith('torchvision.')
 
@@ -107,7 +51,7 @@ _unrecorded = ("a teacher's outputs for it can't be kept. Take it out (Resize(â€
 
 def _check_recorded(dl):
     split_idx = getattr(dl.dataset, 'split_idx', None)
-    for pipeline in _pipelines(dl):
+    for pipeline in pipelines_of(dl):
         for tfm in pipeline.fs:
             bad = first(t for t in _with_inner(tfm) if _is_random(t, split_idx))
             if bad is not None: raise ValueError(f"{type(bad).__name__} is random and not recorded: {_unrecorded}")
@@ -116,7 +60,7 @@ def _probe(dl, idx):
     "Digests of items `idx` as the loader makes them, before and after `after_batch`"
     raw = dl._raw(idx)
     batches = raw, dl.after_batch(raw)
-    return [_digest(to_detach(b, gather=False) if is_listy(b) or isinstance(b, Tensor) else b) for b in batches]
+    return [fingerprint(to_detach(b, gather=False) if is_listy(b) or isinstance(b, Tensor) else b) for b in batches]
 
 def _same_samples(dl, idx):
     "Digest of the samples `idx`, which must be the same for three seeds"
@@ -133,7 +77,7 @@ def loader_identity(
 ) -> str: # 32 hex digits
     """Name what `dl` gives for an index and a view: data set, transforms, augmentation, normalisation.
 
-    The name is the same in every process. Files count by name and size, functions by name; a few samples are looked at.
+    The name is the same in every process. Files count by name and content, functions by their code; a few samples are looked at.
     Raises `ValueError` if the indices are unknown or if samples depend on randomness that isn't recorded."""
     dl = getattr(dl, '__dict__', {}).get('dl', dl)
     if not isinstance(dl, IndexedDL): raise ValueError("this loader doesn't know the indices of its samples: call with_index(dls) first")
@@ -141,9 +85,6 @@ def loader_identity(
     _check_recorded(dl)
     size = len(dl.dataset)
     idx = np.unique(np.linspace(0, size-1, n).astype(int)).tolist() if size else []
-    digest = hashlib.blake2b(digest_size=16)
-    if idx: digest.update(_same_samples(dl, idx))
     augment = repr(dl.augment) if getattr(dl, 'augments', False) else None
-    # another tag than this would give every data set a new name
-    _feed(digest, ('fastkdtf.vision.loader 1', size, _samples(dl.dataset), [p.fs for p in _pipelines(dl)], augment))
-    return digest.hexdigest()
+    words = [samples_fingerprint(dl), augment, _same_samples(dl, idx) if idx else None]
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()

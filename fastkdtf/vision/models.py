@@ -12,6 +12,7 @@ import difflib, operator, re
 import timm, torchvision
 from functools import partial
 from torch import nn
+from ..core import check_types
 from .cifar_nets import BasicBlock, Bottleneck, CifarResNet, PlainCNN, PreActResNet, PreBasicBlock, PreBottleneck
 from .cifar_nets import DenseNet, GoogLeNet, MobileNetV2, ShuffleNetV2
 
@@ -163,9 +164,11 @@ def create_model(
     An unknown name is a `ValueError` with names that come close. timm's and torchvision's networks are pretrained
     only if `kwargs` say so."""
     if not isinstance(name, str): raise TypeError(f"name must be a string such as 'resnet56', not {name!r}")
+    check_types(create_model, dict(small_images=small_images))
     try: n_classes = operator.index(n_classes)
     except TypeError: raise TypeError(f"n_classes must be an integer, not {n_classes!r}") from None
     if n_classes<2: raise ValueError(f"n_classes={n_classes}: classification needs at least 2 classes")
+    if n_classes>2**24: raise ValueError(f"n_classes must be at most {2**24:,}, or the last layer fits in no memory")
     make = _ours(name)
     if make is None:
         library = _torchvision_model if name.startswith('torchvision/') else _timm_model
