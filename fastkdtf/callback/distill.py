@@ -179,8 +179,8 @@ class Distill(LossTerm):
         if not any(teacher.refuses_mixing for teacher in self.teachers.values()): return
         mixer = self.mixing or next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
         if mixer is None: return
-        raise ValueError(f'{self.name} remembers predictions, and one of an image that {type(mixer).__name__} mixes belongs to no sample: train '
-                         f'without {type(mixer).__name__}')
+        name = type(mixer).__name__
+        raise ValueError(f'{self.name} remembers predictions, and one of an image that {name} mixes belongs to no sample: train without {name}')
 
     def before_train(self):
         "Take the batches of the epoch as the teachers arrange them"
@@ -335,8 +335,10 @@ class Distill(LossTerm):
         "Check that nothing weighs the samples one by one where the loss is one number for the batch"
         ignored = not batch.y.is_floating_point() and (batch.y == batch.ignore_index).any()
         if self.sample_weight is None and batch.reduction != 'sum' and not ignored: return
-        what = "the learner's loss is a sum" if batch.reduction == 'sum' else 'some positions do not count' if ignored else 'samples have weights'
-        raise TypeError(f'{self.soft_loss!r} returns one number for the batch, which is no mean over its samples, but here {what}: let it return [N]')
+        if batch.reduction == 'sum': what = "the learner's loss is a sum"
+        else:                        what = 'some positions do not count' if ignored else 'samples have weights'
+        raise TypeError(f'{self.soft_loss!r} returns one number for the batch, which is no mean over its samples, but here {what}: '
+                        'let it return [N]')
 
     def watch(self,
         batch:Batch, # whose soft loss was computed
@@ -447,6 +449,7 @@ class KnowledgeDistillation(Distill):
         name:str|None=None, # needed for a second callback of the same class
     ):
         rewrite = LogitStandardisation() if standardise else ()
+        check_types(KnowledgeDistillation.__init__, locals())
         super().__init__(teacher, alpha, tau, scale, rewrite=rewrite, variant=variant, multiplier=multiplier, name=name)
 
 # %% ../../nbs/31_callback.distill.ipynb #8d262b0b

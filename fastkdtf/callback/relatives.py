@@ -85,7 +85,8 @@ class DecoupledLoss(SoftLoss):
 
     def scale(self, n_classes:int)->float: return self.alpha   # the second part has no gradient on the labelled logit
     def check(self, batch:Batch):
-        if batch.n_classes == 2: warnings.warn('with two classes there is one other class, so that beta multiplies 0: DKD is alpha times KD')
+        if batch.n_classes > 2: return
+        warnings.warn('with two classes there is one other class, so that beta multiplies 0: DKD is alpha times KD')
 
     def notes(self, n_classes:int)->list: return ['the scale is that of the gradient on the labelled logit, which beta leaves alone']
     def __repr__(self): return f'DecoupledLoss({self.alpha}, {self.beta})'
@@ -120,7 +121,8 @@ class NormalisedLoss(SoftLoss):
     ): self.gamma = check_number('gamma', gamma, '[0,inf)')
 
     def __call__(self, batch:Batch, target:Tensor|TwoValued)->Tensor:
-        if target is not batch.pt: raise TypeError('NKD asks its teacher at two temperatures, so its target cannot be rewritten: take the rewrite out')
+        if target is not batch.pt:
+            raise TypeError('NKD asks its teacher at two temperatures, so its target cannot be rewritten: take the rewrite out')
         tau_teacher,tau = batch.tau
         def loss(y):
             zt = dense(batch.zt, batch, y)
@@ -131,7 +133,7 @@ class NormalisedLoss(SoftLoss):
         return over_labels(loss, batch.y)
 
     def notes(self, n_classes:int)->list:
-        return ["a sample's cross-entropy counts 1 + the teacher's confidence in its label, so the scale lies between 1 and 2 and is known by the teacher alone"]
+        return ["a sample's cross-entropy counts 1 + the teacher's confidence in its label, so the scale depends on the teacher, between 1 and 2"]
     def __repr__(self): return f'NormalisedLoss({self.gamma})'
 
 class NKD(Distill):
@@ -181,10 +183,11 @@ class CorrelationLoss(SoftLoss):
 
     def check(self, batch:Batch):
         n = batch.z.numel()//batch.n_classes
-        if n < 16: warnings.warn(f'DIST correlates the samples of a batch, and {n} are few; of two the correlation is always ±1, without a gradient')
+        if n >= 16: return
+        warnings.warn(f'DIST correlates the samples of a batch, and {n} are few; of two the correlation is always ±1, without a gradient')
 
     def notes(self, n_classes:int)->list:
-        return ['the loss depends on the batch as a whole: accumulated batches and the processes of a parallel training are correlated one by one',
+        return ['the loss depends on the batch: accumulated batches, and the processes of a parallel training, are correlated one by one',
                 'its gradient does not depend on the scale of the probabilities, so it has no scale beside the cross-entropy']
     def __repr__(self): return f'CorrelationLoss({self.beta}, {self.gamma})'
 
@@ -204,9 +207,9 @@ class DIST(Distill):
 
     def own_controls(self, n_classes:int)->dict:
         "Return each half of the loss alone"
-        loss = self.soft_loss
+        loss,tau = self.soft_loss,self.tau[1]
         if not (loss.beta and loss.gamma): return {}
-        return {'DIST, classes': DIST(self.teacher, loss.beta, 0., self.tau[1]), 'DIST, samples': DIST(self.teacher, 0., loss.gamma, self.tau[1])}
+        return {'DIST, classes': DIST(self.teacher, loss.beta, 0., tau), 'DIST, samples': DIST(self.teacher, 0., loss.gamma, tau)}
 
 # %% ../../nbs/34a_callback.relatives.ipynb #f4d9be4e
 class LargestLogit(SoftLoss):

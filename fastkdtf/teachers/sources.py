@@ -45,7 +45,8 @@ def _state_dict(found):
     within = {name: part for name,part in found.items() if isinstance(part, Mapping) and any(isinstance(t, Tensor) for t in part.values())}
     if within:
         chosen = next((name for name in _usual if name in within), None)
-        if chosen is None and len(within) > 1: raise ValueError(f"there are several: {', '.join(map(str, within))}; save the one that is meant")
+        if chosen is None and len(within) > 1:
+            raise ValueError(f"there are several: {', '.join(map(str, within))}; save the one that is meant")
         found = within[chosen or next(iter(within))]
     weights = {name: value for name,value in found.items() if isinstance(value, Tensor)}
     if not weights: raise ValueError('no tensors in it')
@@ -136,7 +137,8 @@ def _missing(path):
     "Return an error for a name that nobody knows, with similar names"
     names = difflib.get_close_matches(str(path).removeprefix('timm/').lower(), timm.list_models(), 3, .7)
     similar = f" (timm knows {', '.join(names)})" if names else ''
-    return FileNotFoundError(f"{path}: no such file{similar}; {forms}. learn.export writes below learn.path: give learn.path/'{Path(path).name}'")
+    return FileNotFoundError(f"{path}: no such file{similar}; {forms}. learn.export writes below learn.path: give "
+                             f"learn.path/'{Path(path).name}'")
 
 def look_below(
     learn:Learner,
