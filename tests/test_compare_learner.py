@@ -364,6 +364,7 @@ def test_learners_of_every_kind_are_fine_tuned_as_fastai_does_it(make, given):
     else:
         seed_run(4)
         plain = make()
+    plain.to_fast('32')
     seed_run(4, plain.dls)
     rows = []
     with plain.no_bar(), plain.no_logging(): plain.fine_tune(1, 1e-3, cbs=[*draws(4), Trainable(own), Rows(rows)])
