@@ -40,8 +40,8 @@ def rows(n=60, seed=0, shift=0., factor=1., missing=True):
 def table(df, procs=(Categorify, FillMissing, Normalize), **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return TabularDataLoaders.from_df(df, procs=list(procs), cat_names=['colour'], cont_names=['weight', 'length'], y_names='fruit', y_block=CategoryBlock(),
-                                          bs=16, valid_idx=list(range(8)), device='cpu', **kwargs)
+        return TabularDataLoaders.from_df(df, procs=list(procs), cat_names=['colour'], cont_names=['weight', 'length'], y_names='fruit',
+                                          y_block=CategoryBlock(), bs=16, valid_idx=list(range(8)), device='cpu', **kwargs)
 
 def tabular(dls, cbs=(), seed=0):
     torch.manual_seed(seed)

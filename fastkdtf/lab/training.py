@@ -301,7 +301,7 @@ class LearnerParts:
 
 # %% ../../nbs/40a_lab.training.ipynb #8f3948ab
 def teacher_accuracy(
-    teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
+    teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `as_teacher` takes it
     learn:Learner, # of a student
 )->float:
     "Measure a teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"

@@ -311,7 +311,7 @@ class _Words:
 def remainder(
     model:nn.Module,
 )->str|None: # a digest; None where something in `model` has no value that could be told
-    """Return a digest of what a network holds beside parameters, buffers and modes: classes, attributes, hooks, and which names share a weight
+    """Return a digest of what a network holds beside parameters, buffers and modes: classes, attributes, hooks, shared weights
 
     It is the same as long as nothing of that changes. Digests of two processes cannot be compared."""
     tensors = named_tensors(model)

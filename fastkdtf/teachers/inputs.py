@@ -196,8 +196,8 @@ def translate_table(
     fills = [_fill(name, student, teacher) for name in student.fills if student.fills[name] != teacher.fills.get(name, student.fills[name])]
     if stats[0] == stats[1] and not fills: return None
     if student.others:
-        raise ValueError(f"the tables' {type(student.others[0]).__name__} cannot be translated where means, deviations or medians differ: make "
-                         "both learners' data with the same statistics")
+        raise ValueError(f"the tables' {type(student.others[0]).__name__} cannot be translated where means, deviations or medians differ: "
+                         "make both learners' data with the same statistics")
     (mean,std),(its_mean,its_std) = (torch.tensor(pairs, dtype=torch.float64).T for pairs in stats)
     return _Translation(std/its_std, (mean-its_mean)/its_std, fills)
 
@@ -205,9 +205,9 @@ def _fill(name, student, teacher):
     "Return (column, column of the flag, number that means filled, the teacher's number)"
     flag,value = student.flag(name),float(teacher.fills[name])
     if flag is None:
-        raise ValueError(f"the student's data fill column {name} with {student.fills[name]} where it is missing, the teacher's with {value}, and "
-                         "no column tells which rows were missing: make the student's data with FillMissing(add_col=True), or both with the "
-                         'same fill_vals')
+        raise ValueError(f"the student's data fill column {name} with {student.fills[name]} where it is missing, the teacher's with "
+                         f"{value}, and no column tells which rows were missing: make the student's data with FillMissing(add_col=True), "
+                         'or both with the same fill_vals')
     mean,std = teacher.means.get(name, 0.),teacher.stds.get(name, 1.)
     return student.conts.index(name),*flag,(value-mean)/std
 

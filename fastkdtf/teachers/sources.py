@@ -177,8 +177,8 @@ def _pretrained_stats(model):
 
 def _origin_of_learner(learn):
     dls = learn.dls
-    return _origin(learn.model)._replace(vocab=class_names(dls), stats=input_stats(dls.train) or False, inputs=input_names(dls), table=table_scale(dls),
-                                         assumed=False, resets=resets_state(learn))
+    known = dict(vocab=class_names(dls), stats=input_stats(dls.train) or False, inputs=input_names(dls), table=table_scale(dls))
+    return _origin(learn.model)._replace(**known, assumed=False, resets=resets_state(learn))
 
 def _origin(found):
     "Return the network of a module or `Learner`, with what is known of it"
