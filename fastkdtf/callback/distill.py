@@ -278,7 +278,7 @@ class Distill(LossTerm):
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = 0.
         for y,portion in labels:
-            z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
+            z,y = classification_batch(plain_tensors(first_output(self.learn.pred)), y, batch.axis)
             labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
