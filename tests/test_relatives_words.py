@@ -356,7 +356,7 @@ def test_a_table_keeps_predictions_to_the_precision_of_its_type(dtype, tol):
 def test_a_weighted_loader_that_draws_samples_twice_is_welcome(make):
     from fastai.callback.data import WeightedDL
     items = [(torch.randn(3, 8, 8), i%10) for i in range(48)]
-    dls = with_index(DataLoaders(WeightedDL(items, bs=8, wgts=list(range(1, 49)), num_workers=0), DataLoader(items, bs=8)))
+    dls = with_index(DataLoaders(WeightedDL(items, bs=8, wgts=list(range(1, 49)), shuffle=True, num_workers=0), DataLoader(items, bs=8)))
     dls.c,seen = 10,[]
     class See(Callback):
         run_valid = False
