@@ -3,36 +3,37 @@
 Each argument of a call that works is replaced by values of another kind. What comes must be one line that names the argument, or the value
 must be as good as another: NumPy's numbers are numbers."""
 import inspect, math, types, typing, warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-import torch
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
 from torch import nn
 
 import fastkdtf.all as kd
 from fastkdtf.callback.schedules import Schedule
+from fastkdtf.lab.experiment import run_recipes
+from fastkdtf.lab.recipes import recipe as find_recipe, recipes
+from fastkdtf.lab.report import read_runs
 from fastkdtf.lab.runs import Ledger
-from fastkdtf.lab.sweep import search_space
-from fastkdtf.lab.training import Arm, Campaign, train_run
+from fastkdtf.lab.sweep import paper_grid, sweep
+from fastkdtf.lab.study import search_space
+from fastkdtf.lab.tune import tune
 
 @cache
 def dls(): return kd.kd_dataloaders('digits', bs=16, train_subset=32, device='cpu')
 def model(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-def learn():
-    l = Learner(dls(), model(), loss_func=CrossEntropyLossFlat())
-    l.remove_cbs(l.cbs[3:])
-    return l
+def learn(): return Learner(dls(), model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
 recipe = 'wang2020/T1/ResNet20/LsrKD'
 
 def calls(tmp):
-    "Name → a call that works: the callable, and its arguments; nothing is trained"
+    "Name → a call that works: the callable, and its arguments. Where a training would begin, `fit` says so"
     out = {}
     def add(f, **kwargs): out[f.__qualname__] = f,kwargs
     for method in (kd.LsrKD, kd.TfKDReg, kd.MemoryReplay, kd.StochasticDepth, kd.SelfGuidance, kd.ScaledCE, kd.ScaledLS): add(method)
+    for name in ('PSKD', 'CSKD', 'DLB', 'OnlineLabelSmoothing', 'RDrop', 'MaxSup'):
+        if hasattr(kd, name): add(getattr(kd, name))
     add(kd.Distill, teacher=kd.UniformTeacher())
     for method in (kd.KnowledgeDistillation, kd.WSL, kd.CKM): add(method, teacher=model())
     for loss in (kd.LabelSmoothingKDLoss, kd.LsrKDLoss, kd.TfKDRegLoss, kd.KDLoss, kd.WSLLoss, kd.CKMLoss): add(loss)
@@ -42,21 +43,24 @@ def calls(tmp):
     add(kd.Checkpoint, path=tmp/'c.pth'), add(kd.seed_run, seed=1, dls=dls()), add(kd.Augment)
     add(kd.kd_dataloaders, source='digits', bs=16, device='cpu')
     add(kd.read_files, path=tmp/'x.npz'), add(kd.read_npz, path=tmp/'x.npz'), add(kd.create_model, name='resnet8', n_classes=10)
-    add(kd.Stage, n_epoch=1), add(Schedule), add(kd.paper_grid, recipe=recipe), add(kd.recipe, id=recipe), add(kd.recipes)
+    add(kd.Stage, n_epoch=1), add(Schedule), add(paper_grid, recipe=recipe), add(find_recipe, id=recipe), add(recipes)
     add(search_space, grid=dict(alpha=[.1, .2]))
-    add(Campaign, arms={'baseline': Arm()}, dls=dls(), model_fn=model, n_epoch=1, seeds=1)
-    add(Ledger, path=tmp/'l.jsonl'), add(kd.read_runs, paths=tmp), add(kd.with_index, dls=dls())
+    add(Ledger, path=tmp/'l.jsonl'), add(read_runs, paths=tmp/'runs'), add(kd.with_index, dls=dls())
+    add(kd.compare, methods={'LsrKD': kd.LsrKD}, learn=learn(), n_epoch=1, seeds=1)
+    out['compare in parts'] = kd.compare,dict(methods={'LsrKD': kd.LsrKD}, dls=dls(), model_fn=model, n_epoch=1, seeds=1)
+    add(tune, method=kd.LsrKD, learn=learn(), n_epoch=1, grid=dict(alpha=[.1, .2]), out=tmp/'tune')
+    add(sweep, recipe=recipe, dls=dls(), grid=dict(alpha=[.1]), n_epoch=1, out=tmp/'sweep')
+    add(run_recipes, ids=[recipe], seeds=1, epochs=1, scale=.01, data='digits', out=tmp/'recipes', retries=0)
     return out
 
-def tried(tmp, trained):
-    "Calls that train when all is well; with a bad argument they must not come to it"
-    out = {}
-    def add(f, **kwargs): out[f.__qualname__] = f,kwargs
-    add(kd.compare, methods={'LsrKD': kd.LsrKD}, dls=dls(), model_fn=model, n_epoch=1, seeds=1)
-    add(train_run, method=None, seed=0, dls=dls(), model_fn=model, n_epoch=1)
-    add(kd.sweep, recipe=recipe, dls=dls(), grid=dict(alpha=[.1]), n_epoch=1, out=tmp/'sweep')
-    add(kd.run_recipes, ids=[recipe], seeds=1, epochs=1, data='digits', out=tmp/'runs')
-    return out
+def prepare(tmp):
+    "Write what the calls read"
+    rng = np.random.default_rng(0)
+    np.savez(tmp/'x.npz', train_images=rng.integers(0, 256, (40,8,8,3), dtype=np.uint8), train_labels=np.arange(40)%2,
+             test_images=rng.integers(0, 256, (10,8,8,3), dtype=np.uint8), test_labels=np.arange(10)%2, class_names=np.array(['a', 'b']))
+    scores = dict(accuracy=.5, nll=1., ece=0.)
+    Ledger(tmp/'runs'/'results.jsonl').append(dict(key='a', method='a', rank=0, control_for=[], seed=0, setting='s', evaluated_on='test', last=scores,
+                                                   best=scores, history={}, seconds_per_epoch=1.))
 
 class Odd:
     "No number, text, path, function or anything else"
@@ -95,7 +99,7 @@ def bad_calls(calls):
         try: hints = typing.get_type_hints(target)
         except Exception: hints = getattr(target, '__annotations__', {})
         for p in inspect.signature(f).parameters.values():
-            if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or p.name in ('self',): continue
+            if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or name == 'compare in parts' and p.name == 'learn': continue
             allowed = kinds(hints.get(p.name, p.annotation))
             for value in (numbers if {int, float} & set(allowed) else others):
                 if not fits(value, allowed) or isinstance(value, float) and {int, float} & set(allowed) and not math.isfinite(value) or isinstance(value, int) and abs(value) > 10**300:
@@ -109,7 +113,10 @@ def outcome(f, kwargs):
             f(**kwargs)
     except Exception as e: return type(e).__name__,str(e)
 
+also = {'model': 'teacher', 'dls': 'loader'}   # a `NetworkTeacher` says what a teacher is
+
 def is_clear(said, name):
     "True if an error is one line that names the argument"
     kind,words = said
+    name = name if name in words else also.get(name, name)
     return kind in ('TypeError', 'ValueError', 'FileNotFoundError') and name in words and len(words.strip().splitlines()) == 1 and len(words) < 600

@@ -24,7 +24,8 @@ later = ['PSKD', 'OnlineLabelSmoothing', 'DLB', 'CSKD', 'RDrop', 'MeanTeacher', 
 
 def random_batch(seed, n=6, k=5):
     g = torch.Generator().manual_seed(seed)
-    return 2*torch.randn(n, k, generator=g, dtype=torch.double), torch.randint(0, k, (n,), generator=g), 2*torch.randn(n, k, generator=g, dtype=torch.double)
+    logits = lambda: 2*torch.randn(n, k, generator=g, dtype=torch.double)
+    return logits(), torch.randint(0, k, (n,), generator=g), logits()
 
 def gradient(cb, z, y, before=None):
     look = Look()
@@ -105,14 +106,14 @@ def test_a_custom_loss_on_a_uniform_target_is_not_label_smoothing():
 
 def test_each_method_has_the_controls_that_tell_its_idea_from_the_rest():
     own = dict(PSKD=['PSKD by class'], OnlineLabelSmoothing=['OLS, even'], DLB=['CE ×4', 'DLB, α=0'], CSKD=['CE ×5', 'CSKD, same image'],
-               RDrop=['CE ×2', 'RDrop, α=0'], MeanTeacher=['CE ×2'], MaxSup=['LS, same schedule'], DKD=['CE ×5', 'KD (1, 1)'],
+               RDrop=['CE ×2', 'RDrop, α=0'], MeanTeacher=['CE ×2', 'averaged weights'], MaxSup=['LS, same schedule'], DKD=['CE ×5', 'KD (1, 1)'],
                NKD=['CE × (1+confidence)'], DIST=['DIST, classes', 'DIST, samples'], StandardisedKD=[])
     for name in later: assert list(matched_controls(methods[name].example(10), 10)) == own[name], name
 
 def test_controls_of_the_same_name_and_another_teacher_are_two_arms():
     a,b = nn.Linear(2, 3),nn.Linear(2, 3)
     arms = list(with_controls({'one': DKD(a), 'other': DKD(b), 'again': DKD(a)}, 3))
-    assert [o for o in arms if o.startswith('KD')] == ['KD (1, 1)', 'KD (1, 1), other'] and arms.count('CE ×5') == 1
+    assert [o for o in arms if o.startswith('KD')] == ['KD (1, 1)', 'KD (1, 1) (2)'] and arms.count('CE ×5') == 1
 
 def test_a_controls_control_is_not_made():
     for name in ('PSKD', 'OnlineLabelSmoothing', 'DLB', 'CSKD', 'RDrop', 'NKD', 'DIST', 'MaxSup'):
@@ -120,7 +121,8 @@ def test_a_controls_control_is_not_made():
 
 def test_compare_trains_a_later_method_beside_its_controls(tmp_path):
     dls = kd_dataloaders('digits', bs=32, train_subset=64)
-    c = compare({'PSKD': PSKD, 'CSKD': CSKD, 'RDrop': RDrop}, dls, lambda: nn.Sequential(nn.Flatten(), nn.Dropout(.1), nn.Linear(192, 10)), 1, seeds=1, out=tmp_path)
+    def network(): return nn.Sequential(nn.Flatten(), nn.Dropout(.1), nn.Linear(192, 10))
+    c = compare({'PSKD': PSKD, 'CSKD': CSKD, 'RDrop': RDrop}, dls, network, 1, seeds=1, out=tmp_path)
     assert set(c.names) == {'baseline', 'PSKD', 'CSKD', 'RDrop', 'PSKD by class', 'CE ×5', 'CSKD, same image', 'CE ×2', 'RDrop, α=0'}
 
 # ---------------------------------------------------------------- what is refused
@@ -128,7 +130,8 @@ def test_compare_trains_a_later_method_beside_its_controls(tmp_path):
 def digits(bs=16, **kwargs): return kd_dataloaders('digits', bs=bs, train_subset=48, **kwargs)
 def learner(*cbs, dls=None, **kwargs):
     dls = dls or digits()
-    return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), cbs=cbs, **{'loss_func': CrossEntropyLossFlat(), **kwargs}).remove_cb(ProgressCallback)
+    kwargs = {'loss_func': CrossEntropyLossFlat(), **kwargs}
+    return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), cbs=cbs, **kwargs).remove_cb(ProgressCallback)
 
 def refuses(error, words, learn):
     before = [p.detach().clone() for p in learn.model.parameters()]
@@ -205,7 +208,8 @@ def test_arguments_are_checked_when_the_callback_is_made(bad, words):
 
 def test_a_checkpoint_of_another_data_set_is_refused():
     table = SampleTable(5)
-    with pytest.raises(ValueError, match='the checkpoint remembers 4 samples, and the data set has 5'): table.load_state_dict(dict(n=4, rows=None, seen=None))
+    with pytest.raises(ValueError, match='the checkpoint remembers 4 samples, and the data set has 5'):
+        table.load_state_dict(dict(n=4, rows=None, seen=None))
 
 def test_warnings_where_a_method_cannot_do_what_it_is_for():
     z,y,zt = random_batch(0, k=2)

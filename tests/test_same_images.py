@@ -98,7 +98,7 @@ def test_a_loader_without_a_batch_is_refused_before_training():
     items = [(torch.rand(3, 12, 12), i%2) for i in range(64)]
     dls = DataLoaders.from_dsets(items, items[:8], bs=128, num_workers=0)
     dls.c = 2
-    with pytest.raises(ValueError, match='64 training samples make no batch of 128'): compare({'LsrKD': LsrKD}, dls, net, 1, 1)
+    with pytest.raises(ValueError, match='no batch.*64.*128|64.*no batch of 128'): compare({'LsrKD': LsrKD}, dls, net, 1, 1, loss_func=nn.CrossEntropyLoss())
 
 # a checkpoint of another training
 

@@ -210,7 +210,7 @@ class Checkpoint(Callback):
         every:int=1, # epochs between two saves; the start and the end of a fit are always saved
     ):
         check_types(Checkpoint.__init__, dict(path=path))
-        if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
+        if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or not 1 <= every < 2**63:
             raise ValueError(f'every must be a whole number of epochs, at least 1, got {every!r}')
         self.path,self.every = Path(path),every
         if self.path.is_dir(): raise ValueError(f'path must be a file, but {self.path} is a folder: give a file in it')

@@ -133,7 +133,10 @@ class Schedule:
     augment:tuple=() # 'flip' | 'crop' | 'rotate15' | 'rotate20' | 'resized'
     size:int|None=None # pixels fed to the network
 
-    def __post_init__(self): check_types(Schedule, vars(self))
+    def __post_init__(self):
+        check_types(Schedule, vars(self))
+        for name,value in vars(self).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool): check_number(name, value, '[0,inf)')
 
     @property
     def optimizer_settings(self)->dict:

@@ -44,6 +44,7 @@ class Stage:
 
     def __post_init__(self):
         check_types(Stage, vars(self))
+        if isinstance(self.lr, (int, float)): check_number('lr', self.lr, '[0,inf)')
         check_whole('n_epoch', self.n_epoch)
         check_choice('fit', self.fit, _fit_methods)
         if self.wd is not None: check_number('wd', self.wd, '[0,inf)')

@@ -294,10 +294,12 @@ class LossTerm(OneLearner):
         if twice: raise ValueError(f'two methods are called {twice[0]!r}: give one of them a name=, or average several teachers with EnsembleTeacher')
 
     def _check_weights(self):
-        taken = max(sum(1-term.hard_weight(pct/100) for term in self.siblings) for pct in range(101))
+        shares = max(([1-term.hard_weight(pct/100) for term in self.siblings] for pct in range(101)), key=sum)
+        taken = sum(shares)
         if taken <= 1+1e-9: return
-        names = ', '.join(term.name for term in self.siblings)
-        raise ValueError(f'the methods {names} take {taken:.3g} of the hard loss between them; lower their alpha to a sum of at most 1')
+        names,fits = ', '.join(term.name for term in self.siblings),[math.floor(100*share/taken)/100 for share in shares]
+        such = ', '.join(f'alpha={share:g} for {term.name}' for term,share in zip(self.siblings, fits) if share)
+        raise ValueError(f'the methods {names} take {taken:.3g} of the hard loss between them; lower their alpha to a sum of at most 1, such as {such}')
 
     def _new_means(self): self.base_mean,self.soft_mean = RunningMean(),RunningMean()
     def _base_value(self): return self.base_mean.value

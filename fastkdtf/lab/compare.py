@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial, wraps
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -147,10 +148,14 @@ def takes_parts(
     f:Callable, # of methods and a learner
 )->Callable:
     "Let a function of methods and a learner also take loaders and a function that makes the network in the learner's place"
+    first = next(iter(signature(f).parameters))
     @wraps(f)
-    def wrapper(methods, *args, **kwargs):
-        first = args[0] if args else kwargs.get('dls')
-        in_parts = 'model_fn' in kwargs or isinstance(first, (DataLoaders, list)) or len(args) > 1 and callable(args[1])
+    def wrapper(*args, **kwargs):
+        if first in kwargs: args = kwargs.pop(first),*args
+        if not args: return f(**kwargs)   # Python says what is missing
+        methods,*args = args
+        given = args[0] if args else kwargs.get('dls')
+        in_parts = 'model_fn' in kwargs or isinstance(given, (DataLoaders, list)) or len(args) > 1 and callable(args[1])
         if not in_parts: return f(methods, *args, **kwargs)
         names = [name for name in ('dls', 'model_fn') if name not in kwargs]
         parts = {**dict(zip(names, args)), **{name: kwargs.pop(name) for name in ('dls', 'model_fn') if name in kwargs}}
@@ -167,6 +172,7 @@ def learner_parts(
     metrics:Callable|list=accuracy,
 )->LearnerParts:
     "Return what makes learners of these parts"
+    check_types(learner_parts, locals())
     settings = {'loss_func': fingerprint(loss_func), 'opt_func': fingerprint(opt_func)}
     if learner is not Learner: settings['learner'] = fingerprint(learner)
     return LearnerParts(dls, model_fn, partial(learner, loss_func=loss_func, opt_func=opt_func), metrics, settings)

@@ -381,6 +381,7 @@ def run_recipes(
 
     In `out`: finished runs in `results.jsonl`, what they are for in `recipes.jsonl`, every failure in `failures.jsonl`."""
     check_types(run_recipes, locals())
+    check_whole('retries', retries, 0)
     check_choice('engine', engine, ('local', 'ray'))
     if gpus is not None: check_number('gpus', gpus, '[0,inf)')
     if gpus is not None and engine == 'local': raise ValueError("gpus is Ray's: give engine='ray' too, or device= for one process")

@@ -110,6 +110,8 @@ def sweep(
     With one process, a sweep that was killed and started again ends as one that was not.
     With several, what is suggested and pruned depends on which trials have ended."""
     check_types(sweep, locals())
+    check_whole('seed', seed, 0)
+    if train_subset is not None: check_whole('train_subset', train_subset)
     optuna,r,out,seeds = import_optuna('sweep'),_as_recipe(recipe),make_folder(out),check_seeds(seeds)
     epochs = int(r.schedule.epochs)
     n_epoch = check_whole('n_epoch', epochs if n_epoch is None else n_epoch)

@@ -182,6 +182,11 @@ def tune(
     precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
 )->Tuned:
     "Try settings of a method on held-out samples, and confirm the best on others, beside baseline and controls"
+    check_types(tune, locals())
+    check_whole('seed', seed, 0)
+    check_number('share', share, '(0,1)')
+    if isinstance(confirm, int): check_whole('confirm', confirm, 0)
+    if isinstance(confirm, int) and confirm > 10**6: raise ValueError('confirm must be at most 1,000,000')
     import_optuna('tune')
     make,seeds,n_epoch,baseline = learner_maker(learn),check_seeds(seeds),check_whole('n_epoch', n_epoch),'baseline'
     probe = make(seeds[0])

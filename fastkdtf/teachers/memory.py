@@ -63,7 +63,7 @@ def _check_device(copy_device):
     if not devices: raise ValueError('copy_device is an empty list: name at least one device, or give None')
     if copy_device == 'spread': return copy_device
     for device in devices:
-        try: torch.device(device or 'cpu')
+        try: torch.device('cpu' if device is None else device)
         except (RuntimeError, TypeError) as e: raise ValueError(f'copy_device: {device!r} is no device ({str(e).splitlines()[0]})') from e
     return copy_device
 

@@ -38,6 +38,7 @@ def _whole_number(name, value, low):
     try: value = operator.index(value)
     except TypeError: raise TypeError(f"{name} must be a whole number, not {value!r}") from None
     if value<low: raise ValueError(f"{name}={value} must be at least {low}")
+    if value>=2**31: raise ValueError(f"{name} must be below 2**31")
     return value
 
 # %% ../../nbs/10c_vision.augment.ipynb #ec4c0ac0

@@ -238,6 +238,7 @@ def kd_dataloaders(
     `dls.train.rng = random.Random(seed)`. With `valid_pct=0` and `train_subset`, `.valid` is as many images of the test set.
     `dls.split` says what was split how, in numbers, texts and None, for a run's record."""
     check_types(kd_dataloaders, locals())
+    if num_workers is not None: check_whole('num_workers', num_workers, 0)
     bs,seed,files = check_whole('bs', bs),check_whole('seed', seed, 0),source=='imagenet'
     if valid_pct is not None: valid_pct = check_number('valid_pct', valid_pct, '[0,1)')
     _check_augment(augment, files)
