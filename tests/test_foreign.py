@@ -1,5 +1,6 @@
 "Batches, losses and labels of another kind than ours: right, or refused with a sentence"
 import gc
+import warnings
 from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from fastai.callback.schedule import lr_find as _   # Learner.lr_find
 from fastai.callback.progress import ProgressCallback
 from fastai.data.load import DataLoader as FastaiLoader
 from fastai.layers import NoneReduce
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -848,3 +849,64 @@ def test_the_copy_of_an_attached_callback_leaves_the_learner_out():
         made, = make_callbacks(cb)
         assert made is not cb and made.learn is None and cb.learn is learn
     assert not copies and make_callbacks(own)[0].alpha == .3
+
+# what a loss, or a network, does not say of itself
+
+def hidden(**kwargs): return lambda z, t: F.cross_entropy(z, t, **kwargs)
+
+class Then(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.net,self.f = linear(),f
+    def forward(self, x): return self.f(self.net(x))
+
+def one_hot(): return F.one_hot(y, K).float()
+
+@pytest.mark.parametrize('method', [LsrKD, lambda: KnowledgeDistillation(linear()), TfKDReg])
+@pytest.mark.parametrize('loss,net,labels,words', [
+    (hidden(ignore_index=0), None, y, 'the label 0 do not count in the loss, but do in the soft term.*ignore_index=0'),
+    (hidden(weight=torch.tensor([1., 1, 0, 1, 0])), None, y, 'the label 2, 4 do not count'),
+    (hidden(reduction='sum'), None, y, 'the loss is the sum of the samples'),
+    (lambda z, t: F.binary_cross_entropy_with_logits(z, one_hot_of(t)), None, y, '1 is added to all'),
+    (F.binary_cross_entropy_with_logits, None, one_hot(), '1 is added to all'), (F.mse_loss, None, one_hot(), '1 is added to all'),
+    (lambda p, t: F.nll_loss(p.log(), t), Then(lambda z: z.softmax(1)), y, 'the model returned numbers that are not negative and sum to 1')])
+def test_what_a_loss_hides_is_found_in_the_first_batch_and_said_aloud(method, loss, net, labels, words):
+    with pytest.warns(UserWarning, match=words): fit([method()], loss, net and Then(net.f), labels)
+
+def one_hot_of(t): return F.one_hot(t, K).float()
+
+@pytest.mark.parametrize('loss,net,labels', [
+    (CrossEntropyLossFlat(), None, y), (nn.CrossEntropyLoss(label_smoothing=.1, weight=torch.rand(K)), None, y), (nn.CrossEntropyLoss(), None, one_hot()),
+    (nn.NLLLoss(), Then(lambda z: z.log_softmax(1)), y), (FocalLossFlat(), None, y), (CrossEntropyLossFlat(reduction='sum'), None, y),
+    (lambda z, t: (F.cross_entropy(z, t, reduction='none')*torch.linspace(.1, 1, 16)).mean(), None, y), (ignoring(3), None, y),
+    (hidden(), Then(lambda z: z*100), y), (nn.MultiMarginLoss(), None, y)])
+def test_losses_of_one_class_among_several_are_taken_without_a_word(loss, net, labels):
+    for method in (LsrKD, lambda: KnowledgeDistillation(linear())):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            assert len(fit([method()], loss, net, labels)) == 2
+
+@pytest.mark.parametrize('method', [LsrKD, lambda: KnowledgeDistillation(linear()), lambda: CKM(linear()), lambda: LsrKD(gamma=.4)])
+def test_labels_outside_the_classes_are_found_in_later_batches_too(method):
+    marked = y.clone()
+    marked[20] = 255
+    with pytest.raises(ValueError, match='got 255'): fit([method()], hidden(ignore_index=255), labels=marked)
+
+def test_a_look_at_the_loss_draws_no_random_number():
+    "A loss that draws sees the numbers that it would have seen"
+    drawn = []
+    def loss(z, t):
+        drawn.append(torch.rand(1).item())
+        return F.cross_entropy(z, t)
+    fit([LsrKD()], loss)
+    looked,alone = drawn[:],drawn.clear()
+    fit([], loss)
+    assert drawn[:2] == [looked[0], looked[3]] and len(looked) == len(drawn)+2
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.uint8])
+@pytest.mark.parametrize('method', [lambda: LsrKD(gamma=.4), lambda: WSL(linear()), lambda: CKM(linear())])
+def test_labels_of_small_integer_types(dtype, method):
+    def run(labels):
+        torch.manual_seed(0)
+        return [o.loss for o in fit([method()], lambda z, t: F.cross_entropy(z, t.long()), labels=labels)]
+    assert run(y.to(dtype)) == run(y)
