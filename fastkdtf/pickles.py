@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/pickles.html.md"""
 __all__ = ['Named', 'Made', 'read_pickle', 'as_array', 'read_saved']
 
 # %% ../nbs/05a_pickles.ipynb #a69c62a2
-import collections
+import errno
 import math
 import pickletools
 import re
@@ -245,6 +245,6 @@ def read_saved(
         raise ValueError(f'{path} is cut short, or no file of torch.save (PyTorch 1.6 or later; load and save an older one again)')
     try:
         with zipfile.ZipFile(path) as archive: return _read_archive(archive)
-    except OSError as e: raise OSError(e.errno, f'{path} cannot be read: {e.strerror or e}') from e
     except Exception as e:
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # the disk's error; a wrong place in the file is the file's
         raise ValueError(f'{path} is damaged or no file of torch.save ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e

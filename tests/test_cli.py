@@ -67,7 +67,7 @@ def test_compare(finished, data, capsys, monkeypatch):
 
 def test_compare_digits_with_every_method(tmp_path, capsys):
     rc,out,err = call(capsys, 'compare', '--arch', 'plain_cnn', '--epochs', 1, '--seeds', 1, '--train-subset', 20, '--bs', 20, '--out', tmp_path/'new'/'folder', '--device', 'cpu')
-    assert rc == 0 and re.fullmatch(r'(run \d+ of 10, .+: accuracy \d+\.\d\d %, \d+\.\d s\n){10}', err)   # no terminal: a line for each run
+    assert rc == 0 and re.fullmatch(r'(precision=.* would train .* faster here.*\n)?(run \d+ of 10, .+: accuracy \d+\.\d\d %, \d+\.\d s\n){10}', err)   # no terminal: a line for each run
     table = pd.read_csv(tmp_path/'new'/'folder'/'table.csv', index_col='method')
     assert {'baseline', 'LSR', 'LsrKD', 'LsrKD-TC', 'TfKDReg', 'TfKDReg-official'} < set(table.index)
     assert table.control_for.notna().sum() >= 3 and 'digits, plain_cnn' in out and (table.seeds == 1).all()
@@ -274,7 +274,7 @@ def asked(monkeypatch):
     "What `run` asks of `run_recipes`, which trains nothing"
     import fastkdtf.lab.experiment
     calls = []
-    def run_recipes(ids, seeds=3, epochs=None, scale=1., data=None, path=None, out='kd_runs', engine='local', device=None, controls=True, retries=1, gpus=None):
+    def run_recipes(ids, seeds=3, epochs=None, scale=1., data=None, path=None, out='kd_runs', engine='local', device=None, controls=True, retries=1, gpus=None, precision='32'):
         calls.append(dict(locals()))
         return made_up_reproduction(asked.failures)
     def asked(): return calls
@@ -285,18 +285,18 @@ def asked(monkeypatch):
 def test_run(asked, capsys, tmp_path):
     rc,out,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path/'runs', '--device', 'cpu')
     call1, = asked()
-    assert rc == 0 and err == '' and {k: call1[k] for k in ('ids', 'seeds', 'epochs', 'scale', 'data', 'path', 'out', 'engine', 'device', 'controls', 'gpus')} == dict(
-        ids=['yuan2019/T8/MobileNetV2/TfKD_reg'], seeds=3, epochs=None, scale=1., data=None, path=None, out=tmp_path/'runs', engine='local', device='cpu', controls=True, gpus=None)
+    assert rc == 0 and err == '' and {k: call1[k] for k in ('ids', 'seeds', 'epochs', 'scale', 'data', 'path', 'out', 'engine', 'device', 'controls', 'gpus', 'precision')} == dict(
+        ids=['yuan2019/T8/MobileNetV2/TfKD_reg'], seeds=3, epochs=None, scale=1., data=None, path=None, out=tmp_path/'runs', engine='local', device='cpu', controls=True, gpus=None, precision='32')
     assert 'shrunk: same sign' in out and re.fullmatch(r'1 recipe in .* s: .*reproduction.html, .*reproduction.md, .*reproduction.csv', out.splitlines()[-1])
     assert sorted(o.name for o in (tmp_path/'runs').iterdir()) == ['reproduction.csv', 'reproduction.html', 'reproduction.md']
 
 def test_run_options(asked, capsys, tmp_path):
     rc,out,_ = call(capsys, 'run', 'yuan2019/T8/*/TfKD_reg', 'yuan2019/T8/ResNet18/*', '--seeds', 2, '--epochs', 5, '--scale', .05, '--data', 'digits', '--path', 'there', '--out', tmp_path, '--engine', 'ray', '--gpus', .5,
-                    '--no-controls', '--json')
+                    '--no-controls', '--json', '--precision', 'bf16')
     call1, = asked()
     nets = 'MobileNetV2 ShuffleNetV2 ResNet18 GoogLeNet'.split()
     assert rc == 0 and call1['ids'][:4] == [f'yuan2019/T8/{o}/TfKD_reg' for o in nets] and len(call1['ids']) == len(set(call1['ids'])) and set(call1['ids'][4:]) == {f'yuan2019/T8/ResNet18/{o}' for o in ('baseline', 'KD/from ResNet50', 'LSR')}
-    assert [call1[k] for k in ('seeds', 'epochs', 'scale', 'data', 'path', 'engine', 'device', 'controls', 'gpus')] == [2, 5, .05, 'digits', 'there', 'ray', None, False, .5]
+    assert [call1[k] for k in ('seeds', 'epochs', 'scale', 'data', 'path', 'engine', 'device', 'controls', 'gpus', 'precision')] == [2, 5, .05, 'digits', 'there', 'ray', None, False, .5, 'bf16']
     told = json.loads(out, parse_constant=lambda o: pytest.fail(f'{o} is not JSON'))
     assert told['failed'] == [] and told['table'][0]['recipe'] == 'yuan2019/T8/MobileNetV2/TfKD_reg' and told['table'][0]['full'] is False and abs(told['table'][0]['gain']-10.5) < 1e-6 and 'caption' in told
 
@@ -363,7 +363,7 @@ def swept(monkeypatch):
 def test_sweep(swept, capsys, tmp_path):
     rc,out,err = call(capsys, 'sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu')
     assert rc == 0 and err == '' and re.fullmatch(r'2 trials in .* s, smallest error with alpha=0.1: .*sweep.csv, .*alpha.png', out.splitlines()[-1])
-    assert swept() == [dict(recipe='yuan2019/T8/MobileNetV2/LSR', grid='paper', tpe=None, seeds=1, n_epoch=None, out=str(tmp_path), path=None, data=None, device='cpu')]
+    assert swept() == [dict(recipe='yuan2019/T8/MobileNetV2/LSR', grid='paper', tpe=None, seeds=1, n_epoch=None, out=str(tmp_path), path=None, data=None, device='cpu', precision='32')]
 
 def test_sweep_options(swept, capsys, tmp_path):
     base = ['sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu', '--json']

@@ -75,7 +75,7 @@ class Distill(LossTerm):
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # of targets: a `Teacher`, a network as `NetworkTeacher` takes it, or `batch → logits`
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
         alpha:float|tuple|Callable=.9, # soft share in [0,1], or the pair `(hard, soft)` of weights; numbers or fastai schedules
         tau:float|tuple|Callable=4., # temperature, or the pair (teacher's, student's); numbers or fastai schedules
         scale:float|str='tau2', # factor of the soft term: 1 | 'tau' | 'tau2' (the student's) | a number
@@ -278,7 +278,7 @@ class Distill(LossTerm):
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = 0.
         for y,portion in labels:
-            z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
+            z,y = classification_batch(plain_tensors(first_output(self.learn.pred)), y, batch.axis)
             labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
@@ -439,7 +439,7 @@ class TfKDReg(Distill):
 class KnowledgeDistillation(Distill):
     "Distillation from networks. Hinton et al. 2015; Yuan et al. 2020, eq. 4; Wang et al. 2020, eq. 4"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         alpha:float|Callable=.9, # soft share in [0,1], or a schedule
         tau:float|Callable=4., # temperature of both, or a schedule
         scale:float|str='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number

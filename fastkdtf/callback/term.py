@@ -151,7 +151,7 @@ class FitColumn(ValueMetric):
 class TermMetric(FitColumn):
     "A column that belongs to a `LossTerm`"
 
-# %% ../../nbs/30_callback.term.ipynb #a0e03fe9
+# %% ../../nbs/30_callback.term.ipynb #445c6072
 class GivenAway(Callback):
     "Stands in a learner's callbacks for a method that another learner was given since, which works for one learner only"
     def __init__(self, name:str): self._name = name
@@ -212,6 +212,7 @@ class OneLearner(Callback):
         if hasattr(type(self), name): object.__setattr__(self, name, value)
         else:                         super().__setattr__(name, value)
 
+# %% ../../nbs/30_callback.term.ipynb #a0e03fe9
 class LossTerm(OneLearner):
     """A method that adds a term to the training loss
 
