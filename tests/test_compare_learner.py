@@ -364,11 +364,7 @@ def test_learners_of_every_kind_are_fine_tuned_as_fastai_does_it(make, given):
     else:
         seed_run(4)
         plain = make()
-<<<<<<< HEAD
     plain.to_fast('32')   # images channels last, as every run has them
-=======
-    plain.to_fast('32')
->>>>>>> main
     seed_run(4, plain.dls)
     rows = []
     with plain.no_bar(), plain.no_logging(): plain.fine_tune(1, 1e-3, cbs=[*draws(4), Trainable(own), Rows(rows)])
