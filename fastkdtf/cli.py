@@ -569,7 +569,7 @@ def _parser():
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Parser, help=argparse.SUPPRESS)
     for name,(run,add_options,_,description,examples) in _commands.items():
         shown = '\n'.join(['examples:', *[f'  fastkdtf {name} {line}' for line in examples]])
-        command = sub.add_parser(name, description=description, epilog=shown, formatter_class=_Help)
+        command = sub.add_parser(name, prog=f'fastkdtf {name}', description=description, epilog=shown, formatter_class=_Help)
         add_options(command)
         command.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
         command.set_defaults(run=run)

@@ -1,17 +1,25 @@
 "Our methods with their equations by hand, and learners small enough to train hundreds of times"
-import copy
+import copy, warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import SimpleNamespace
 
-import torch, torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, Learner, SGD, accuracy
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from fastai.basics import Callback, CategoryBlock, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, accuracy
 from fastai.callback.progress import ProgressCallback
+from fastai.layers import NoneReduce
+from fastai.tabular.core import Categorify, FillMissing, Normalize
+from fastai.tabular.data import TabularDataLoaders
+from fastai.tabular.model import TabularModel
+from fastai.vision.models.unet import DynamicUnet
 from torch import Tensor, nn
+from torch.distributions.beta import Beta
 
 from networks import lively, norms
 from fastkdtf.vision.data import kd_dataloaders
-from fastkdtf.vision.loader import batch_info
+from fastkdtf.vision.cifar_nets import BasicBlock, CifarResNet
+from fastkdtf.vision.loader import batch_info, with_index
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.callback.memories import DLB, MeanTeacher, OnlineLabelSmoothing, PSKD
@@ -73,27 +81,31 @@ made = []   # the last learner and its first weights
 # ---------------------------------------------------------------- what a step holds
 
 def plain(t): return t.detach().cpu().clone().as_subclass(Tensor)
+def logits_of(out): return out if isinstance(out, Tensor) else out.logits
 
 class Spy(Callback):
     "Each training step, after our terms and before GradientAccumulation and the scaler"
     order,run_valid = 5.5,False
+    def __init__(self, twin=copy.deepcopy): self.twin = twin   # copies a student
     def before_fit(self): self.steps = []
     def before_batch(self):
-        self.now = SimpleNamespace(x=plain(self.learn.xb[0]), student=copy.deepcopy(self.learn.model).cpu())
+        inputs = tuple(map(plain, self.learn.xb))
+        self.now = SimpleNamespace(x=inputs if len(inputs) > 1 else inputs[0], student=self.twin(self.learn.model).cpu(), twin=self.twin)
         self.now.students,self.now.total = [o.student for o in self.steps] + [self.now.student],self.learn.n_iter*self.learn.n_epoch
         info = batch_info(self.learn.dl)
         self.now.idx,self.now.partners = info and info.idx.tolist(),[plain(x) for x in getattr(info, 'beside', ())]
         self.now.before,self.now.epoch,self.now.n_epoch = list(self.steps),self.learn.epoch,self.learn.n_epoch
     def after_pred(self):
-        self.now.z,self.now.sub,self.now.bits,self.now.subs = plain(self.learn.pred),None,None,{}
-        self.pred = self.learn.pred   # half precision replaces it
+        self.pred = logits_of(self.learn.pred)   # half precision replaces it
+        self.now.z,self.now.sub,self.now.bits,self.now.subs = plain(self.pred),None,None,{}
         self.pred.retain_grad()
         for cb in self.learn.cbs:
             if isinstance(cb, (SelfGuidance, StochasticDepth)): self.now.bits = cb.bits
-            if isinstance(cb, (SelfGuidance, RDrop)): self.now.subs[type(cb).__name__] = plain(cb.batch.z)
+            if isinstance(cb, (SelfGuidance, RDrop)): self.now.subs[type(cb).__name__] = plain(logits_of(cb.batch.z))
         self.now.sub = self.now.subs.get('SelfGuidance')
     def after_loss(self):
         mix,y = getattr(self.learn.loss_func, '__self__', None),plain(self.learn.y)
+        if y.shape[1:] == (1,): y = y[:,0].long()   # of a table
         lam = None if mix is None else plain(torch.as_tensor(mix.lam))
         self.now.labels = [(y, 1.)] if mix is None else [(y, lam), (plain(mix.yb1[0]), 1-lam)]
         self.now.loss = plain(self.learn.loss_grad)
@@ -104,8 +116,13 @@ class Spy(Callback):
 # ---------------------------------------------------------------- the equations
 
 def one_hot(y): return F.one_hot(y, K).double()
+def inputs(x): return x if isinstance(x, tuple) else (x,)
 def says(net, x):
-    with torch.no_grad(): return copy.deepcopy(net).eval()(x).double()
+    "What a network says in evaluation mode, in which it is not left"
+    training = [m for m in net.modules() if m.training]
+    with torch.no_grad(): out = logits_of(net.eval()(*inputs(x))).double()
+    for m in training: m.training = True
+    return out
 def kl(t, z, tau): return (torch.xlogy(t, t) - t*F.log_softmax(z/tau, 1)).sum(1)
 def entropy(t, z, tau=1.): return -(t*F.log_softmax(z/tau, 1)).sum(1)
 def softened(net, x, tau): return (says(net, x)/tau).softmax(1)
@@ -175,7 +192,7 @@ def dlb(z, y, o):
 def cskd(z, y, o):
     if o.bits is not None and o.sub is None: target = subnetwork_by_hand(o, *o.partners)   # the branches that StochasticDepth has dropped
     else:
-        with torch.no_grad(): target = copy.deepcopy(o.student).train()(*o.partners)
+        with torch.no_grad(): target = logits_of(o.twin(o.student).train()(*o.partners))
     target = target.double()
     return 16*kl((target/4).softmax(1), z, 4.)
 
@@ -185,7 +202,7 @@ def rdrop(z, y, o):
 
 def average(o, decay=.9):
     "The running average of the weights before this step"
-    mean = copy.deepcopy(o.students[0])
+    mean = o.twin(o.students[0])
     for t,student in enumerate(o.students[1:], 1):
         keep = min(1-1/(t+1), decay)
         for ours,theirs in zip(mean.state_dict().values(), student.state_dict().values()):
@@ -220,7 +237,11 @@ def standardised_kd(z, y, o):
     standard = lambda z: (z-z.mean(1, keepdim=True))/z.std(1, keepdim=True)
     return 9*4*kl((standard(says(network(7), o.x))/2).softmax(1), standard(z), 2.)
 
-def cached(): return CachedTeacher(network(7), 'cache', dtype='float32')   # in the working directory
+def given(seed):
+    "What a method is given as its teacher, which says what `network(seed)` says"
+    return network(seed)
+
+def cached(): return CachedTeacher(given(7), 'cache', dtype='float32')   # in the working directory
 
 @dataclass
 class Method:
@@ -241,15 +262,15 @@ METHODS = {   # by the name in the list of methods; others are forms of these
     'LsrKD-TC':         Method(partial(LsrKD, alpha=.3, gamma=.25), corrected, .7, dict(alpha=0.)),
     'TfKDReg':          Method(partial(TfKDReg, alpha=.3), tf_kd_reg, .7, dict(alpha=0.)),
     'TfKDReg-official': Method(partial(TfKDReg, alpha=.3, variant='official', multiplier=5.), tf_kd_official, .7, dict(alpha=0.)),
-    'KD':               Method(lambda alpha=.6, **kw: KnowledgeDistillation(network(7), alpha, **kw), kd, .4, dict(alpha=0.)),
+    'KD':               Method(lambda alpha=.6, **kw: KnowledgeDistillation(given(7), alpha, **kw), kd, .4, dict(alpha=0.)),
     'KD cached':        Method(lambda alpha=.6, **kw: KnowledgeDistillation(cached(), alpha, **kw), kd, .4, dict(alpha=0.)),
-    'KD ensemble':      Method(lambda alpha=.6, **kw: KnowledgeDistillation(EnsembleTeacher([network(7), network(8)]), alpha, **kw), ensemble, .4, dict(alpha=0.)),
+    'KD ensemble':      Method(lambda alpha=.6, **kw: KnowledgeDistillation(EnsembleTeacher([given(7), given(8)]), alpha, **kw), ensemble, .4, dict(alpha=0.)),
     'MemoryReplay':     Method(partial(MemoryReplay, 2, interval_steps=2), replay, .75, dict(alpha=0.)),
     'MemoryReplay-TC':  Method(partial(MemoryReplay, 2, interval_steps=2, gamma=.3), replay_corrected, .75, dict(alpha=0.)),
     'StochasticDepth':  Method(StochasticDepth, None, 1., dict(p_last=1.), residual),
     'SelfGuidance':     Method(SelfGuidance, self_guidance, 1., None, residual),
-    'WSL':              Method(lambda beta=2.5, **kw: WSL(network(7), beta, **kw), wsl, 1., dict(beta=0.)),
-    'CKM':              Method(lambda **kw: CKM(network(7), **kw), ckm, 0.),
+    'WSL':              Method(lambda beta=2.5, **kw: WSL(given(7), beta, **kw), wsl, 1., dict(beta=0.)),
+    'CKM':              Method(lambda **kw: CKM(given(7), **kw), ckm, 0.),
     'PSKD':             Method(lambda alpha_t=.3, **kw: PSKD(alpha_t, **kw), pskd, .7, dict(alpha_t=0.), hard_at=lambda o: 1-pskd_weight(o)),
     'OnlineLabelSmoothing': Method(OnlineLabelSmoothing, ols, .5, dict(alpha=1.)),
     'DLB':              Method(DLB, dlb, steps=2),
@@ -257,12 +278,12 @@ METHODS = {   # by the name in the list of methods; others are forms of these
     'RDrop':            Method(RDrop, rdrop, net=dropping),
     'MeanTeacher':      Method(partial(MeanTeacher, .9, rampup=0), mean_teacher, off=dict(w=0.)),
     'MaxSup':           Method(lambda alpha=.3, **kw: MaxSup(alpha, **kw), max_sup, off=dict(alpha=0.)),
-    'DKD':              Method(lambda **kw: DKD(network(7), warmup=1, **kw), dkd),
-    'NKD':              Method(lambda **kw: NKD(network(7), tau=2., **kw), nkd),
-    'DIST':             Method(lambda **kw: DIST(network(7), **kw), dist),
-    'StandardisedKD':   Method(lambda **kw: StandardisedKD(network(7), **kw), standardised_kd, .1, dict(hard=1., soft=0.)),
-    'Distill Amplify':  Method(lambda alpha=.5, **kw: Distill(network(7), alpha, 2., rewrite=Amplify(.2), **kw), amplified, .5, dict(alpha=0.)),
-    'Distill Replace':  Method(lambda alpha=.5, **kw: Distill(network(7), alpha, 2., rewrite=Replace(network(8), 'confidence'), **kw), replaced, .5, dict(alpha=0.)),
+    'DKD':              Method(lambda **kw: DKD(given(7), warmup=1, **kw), dkd),
+    'NKD':              Method(lambda **kw: NKD(given(7), tau=2., **kw), nkd),
+    'DIST':             Method(lambda **kw: DIST(given(7), **kw), dist),
+    'StandardisedKD':   Method(lambda **kw: StandardisedKD(given(7), **kw), standardised_kd, .1, dict(hard=1., soft=0.)),
+    'Distill Amplify':  Method(lambda alpha=.5, **kw: Distill(given(7), alpha, 2., rewrite=Amplify(.2), **kw), amplified, .5, dict(alpha=0.)),
+    'Distill Replace':  Method(lambda alpha=.5, **kw: Distill(given(7), alpha, 2., rewrite=Replace(given(8), 'confidence'), **kw), replaced, .5, dict(alpha=0.)),
 }
 
 def cross_entropy(z, y, **kwargs): return F.cross_entropy(z, y, **kwargs)
@@ -291,3 +312,122 @@ def subnetwork_by_hand(o, x=None):
     for stage,bit in zip(net.stages, o.bits, strict=True):
         if not bit: stage[0].bn2 = Nothing()
     with torch.no_grad(): return net.train()(o.x if x is None else x)
+
+
+# ---------------------------------------------------------------- other ground
+
+class Segments(nn.Module):
+    "fastai's U-Net, whose blocks read what its own hooks keep of the encoder; the mean over the pixels says the class"
+    def __init__(self):
+        super().__init__()
+        net = CifarResNet(BasicBlock, 1, K, widths=(4,8,8), stem=4)
+        encoder = nn.Sequential(nn.Sequential(net.conv1, net.bn1, nn.ReLU()), *net.stages)
+        self.unet = DynamicUnet(encoder, K, (8,8))
+    def forward(self, x): return self.unet(x).mean((2,3))
+
+def unet(): return lively(Segments())
+
+def unet_twin(net):
+    "Another one with the same weights: a copy would read the features of its original"
+    with torch.random.fork_rng(): twin = Segments()
+    twin.load_state_dict(net.state_dict())
+    return twin.train(net.training)
+
+class ModelOutput(OrderedDict):
+    "What networks of transformers return: a dict whose entries are attributes and, by number, members"
+    def __getattr__(self, name):
+        try: return self[name]
+        except KeyError: raise AttributeError(name) from None
+    def __getitem__(self, i): return super().__getitem__(i) if isinstance(i, str) else list(self.values())[i]
+
+class Wrapped(nn.Module):
+    "Returns more than logits"
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+    def forward(self, x): return ModelOutput(logits=self.body(x), features=x.flatten(1))
+
+class TwoImages(nn.Module):
+    "Looks at two images"
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+    def forward(self, a, b): return self.body(.7*a + .3*b)
+
+@lru_cache
+def pairs_of_images():
+    x,y = (torch.stack(list(map(torch.as_tensor, o))) for o in zip(*[digits().train_ds[i] for i in range(48)]))
+    x = x.float()/255 if x.dtype == torch.uint8 else x
+    items = [(a, b, int(c)) for a,b,c in zip(x, x.flip(0), y)]
+    dls = with_index(DataLoaders(DataLoader(items, bs=16, shuffle=True), DataLoader(items[:16], bs=16), device='cpu'))
+    dls.c = K
+    return dls
+
+class OtherMixUp(Callback):
+    "MixUp of other libraries, for what they share"
+    run_valid = False
+    def __init__(self, alpha=.4): self.distrib = Beta(torch.tensor(alpha), torch.tensor(alpha))
+    def lf(self, pred, *yb):
+        if not self.training: return self.old_lf(pred, *yb)
+        with NoneReduce(self.old_lf) as lf: loss = torch.lerp(lf(pred, *self.yb1), lf(pred, *yb), self.lam)
+        return loss.mean()
+    def before_batch(self):
+        lam = self.distrib.sample((len(self.x),))
+        self.lam,shuffle = torch.max(lam, 1-lam),torch.randperm(len(self.x))
+        self.learn.xb = (torch.lerp(self.x[shuffle], self.x, self.lam[:,None,None,None]),)
+        self.yb1 = (self.y[shuffle],)
+
+class TsaisMixUp(OtherMixUp):
+    "As `MixUp1d` of tsai 1.0.1"
+    def before_train(self):
+        if not self.training: return
+        self.learn.dls.one_batch()
+        self.old_lf,self.learn.loss_func = self.learn.loss_func,self.lf
+    def after_train(self): self.learn.loss_func = self.old_lf
+
+class FastxtendsMixUp(OtherMixUp):
+    "As `MixUp` of fastxtend 0.1.7"
+    def before_train(self): self.old_lf,self.learn.loss_func = self.learn.loss_func,self.solo_lf
+    def after_train(self): self.learn.loss_func = self.old_lf
+    after_cancel_train = after_cancel_fit = after_train
+    def solo_lf(self, pred, *yb): return self.lf(pred, *yb)
+
+# tables
+
+def frame(seed, scale, shift):
+    "Two numbers, of which some are missing, and a category"
+    rng = np.random.default_rng(seed)
+    data = dict(a=scale*rng.normal(size=60)+shift, b=rng.exponential(scale, 60), c=np.array(['x','y','z'])[np.arange(60)%3], target=(np.arange(60)%K).astype(str))
+    out = pd.DataFrame(data)
+    out.loc[::7, 'a'] = np.nan
+    return out
+
+@lru_cache
+def tables(seed=0, scale=1., shift=0.):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # of torch about pandas' arrays
+        return TabularDataLoaders.from_df(frame(seed, scale, shift), procs=[Categorify, FillMissing, Normalize], cat_names=['c'], cont_names=['a','b'],
+                                          y_names='target', y_block=CategoryBlock(), bs=16, valid_idx=list(range(48, 60)), device='cpu')
+
+def table_net(): return TabularModel([(4, 3), (3, 2)], 2, K, [12])
+
+@lru_cache
+def table_teacher(seed):
+    "A learner of a table with other means, spreads and medians"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Learner(tables(seed, 3., 5.), lively(table_net()), CrossEntropyLossFlat())
+
+class ReadsAsTheTeacher(nn.Module):
+    "What that learner says of a row of the student's table, which comes with the student's statistics"
+    def __init__(self, learn):
+        super().__init__()
+        self.net,(ours,its) = learn.model,(dls.train.procs for dls in (tables(), learn.dls))
+        self.norms = [(ours.normalize.means[n], ours.normalize.stds[n], its.normalize.means[n], its.normalize.stds[n], its.fill_missing.na_dict.get(n)) for n in 'ab']
+    def forward(self, cats, conts):
+        columns = []
+        for x,(mean,std,its_mean,its_std,median) in zip(conts.double().T, self.norms):
+            raw = x*std + mean
+            if median is not None: raw = torch.where(cats[:,1] == 2, torch.tensor(float(median), dtype=torch.double), raw)   # `a_na` is the second category
+            columns.append((raw-its_mean)/its_std)
+        return self.net(cats, torch.stack(columns, 1).float())

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastkdtf.all import Augment, Correct, Distill, LsrKD, NetworkTeacher, TeacherCorrection, UniformTeacher, create_model, kd_dataloaders
 from fastkdtf.fingerprint import fingerprint, settings_digest
-from fastkdtf.lab.training import Arm, Campaign
+from fastkdtf.lab.training import Arm, Campaign, LearnerParts
 
 class Cut:
     def __init__(self, size): self.size = size
@@ -238,7 +238,7 @@ def dropped(p):
     return nn.Sequential(nn.Flatten(), nn.Dropout(p), nn.Linear(3*8*8, 10))
 
 def key(dls, method=LsrKD, model_fn=small, n_epoch=1, seed=0, fit='fit', lr=1e-3, settings=None, out=None, precision='32', **arm):
-    campaign = Campaign({'baseline': Arm(), 'm': Arm(method, **arm)}, dls, model_fn, n_epoch, [seed], fit, lr, out, settings=settings, precision=precision)
+    campaign = Campaign({'baseline': Arm(), 'm': Arm(method, **arm)}, LearnerParts(dls, model_fn), n_epoch, [seed], fit, lr, out, settings=settings, precision=precision)
     return campaign.runs['m', seed].key
 
 def constant(learn, n_epoch, lr=.1, cbs=()): learn.fit(n_epoch, lr, cbs=cbs)

@@ -4,6 +4,7 @@ A cell shows that something holds, not only that nothing is raised. What cannot 
 With FASTKDTF_MATRIX=path every cell adds a line of JSON to that file; `tools/matrix.py` makes the table of the documentation from it.
 """
 import copy, csv, json, os, re, socket, sys, traceback, zipfile
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,8 +24,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from matrix import K, METHODS, Spy, by_hand, digits, learner, made, per_sample, residual, subnetwork_by_hand
-from networks import CPUAutocast
+import matrix
+from matrix import (FastxtendsMixUp, K, METHODS, ReadsAsTheTeacher, Spy, TsaisMixUp, TwoImages, Wrapped, by_hand, digits, learner, made, network,
+                    pairs_of_images, per_sample, residual, subnetwork_by_hand, table_net, table_teacher, tables, unet, unet_twin)
+from networks import CPUAutocast, lively
 from fastkdtf.callback.selfguide import Draws
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 
@@ -411,6 +414,84 @@ def interrupted(m):
     assert_same(learn, expected)
     assert_same_history(learn, expected)
 
+# what goes on after an interrupt
+
+def resumed(m, make, look):
+    "The same of an undisturbed training and of one that was resumed"
+    def run(folder, *more, seed=0):
+        learn = learner([m.make(), *make(), *more], m.net, seed=seed, path=Path(folder))
+        learn.fit(2, cbs=[Checkpoint(Path(folder)/'training.pt')])
+        return learn
+    for folder in 'ab': Path(folder).mkdir()
+    expected = run('a')
+    with pytest.raises(KeyboardInterrupt): run('b', Stop('after_loss', 5 if m.steps == 1 else 8))
+    again = run('b', seed=9)
+    assert_same(again, expected)
+    return look(again),look(expected)
+
+@situation('EMA, resumed')
+def ema_resumed(m):
+    "An average of the weights that says nothing of its state is bit for bit that of the undisturbed training"
+    again,expected = resumed(m, lambda: [EMA()], lambda learn: state(learn.ema.ema.module))
+    assert_same(again, expected)
+
+@situation('CSVLogger, resumed')
+def csv_logger_resumed(m):
+    "The log is that of the undisturbed training, but for the times"
+    def look(learn): return pd.read_csv(learn.path/'history.csv').drop(columns=['time', 'hit_rate'], errors='ignore')
+    again,expected = resumed(m, lambda: [CSVLogger()], look)
+    assert len(again) == 2
+    pd.testing.assert_frame_equal(again, expected)
+
+# other ground
+
+@situation('MixUp of tsai')
+def tsai(m):
+    "The loss is that of the two labels, by their share: the mixer is known by what it holds"
+    mixed(m, TsaisMixUp)
+
+@situation('MixUp of fastxtend')
+def fastxtend(m):
+    "The same, though its loss function has another name"
+    mixed(m, FastxtendsMixUp)
+
+@situation('unet')
+def of_unet(m):
+    "A network that reads what its own hooks keep: each step's loss and gradient are the equation's, with copies that are made independently"
+    fitted(m, [spy := Spy(unet_twin)], 2, net=unet)
+    assert_losses(m, spy.steps, 1e-4)
+
+@situation('ModelOutput')
+def model_output(m):
+    "A network that returns more than logits, as transformers' do, with a loss that takes it: each step's loss is the equation's"
+    net = lambda: Wrapped(m.net())
+    fitted(m, [spy := Spy()], 2, net=net, loss_func=lambda out, y: F.cross_entropy(out.logits, y), metrics=None)
+    assert_losses(m, spy.steps)
+
+@situation('two images')
+def two_images(m):
+    "A network of two inputs: teachers and copies see both"
+    teacher = {seed: TwoImages(network(seed)) for seed in (7, 8)}
+    with replaced_by(network=teacher.get):
+        fitted(m, [spy := Spy()], 2, net=lambda: TwoImages(m.net()), dls=pairs_of_images())
+        assert_losses(m, spy.steps)
+
+@situation('table')
+def of_table(m):
+    "Rows with missing numbers; the teacher was trained with other means, spreads and medians, and answers as on its own table"
+    teacher = {seed: ReadsAsTheTeacher(table_teacher(seed)) for seed in (7, 8)}
+    with replaced_by(network=teacher.get, given=table_teacher):
+        fitted(m, [spy := Spy()], 2, net=lambda: lively(table_net()), dls=tables())
+        assert_losses(m, spy.steps, 1e-4)
+
+@contextmanager
+def replaced_by(**names):
+    "Other networks as teachers, in the methods and in the equations"
+    kept = {name: getattr(matrix, name) for name in names}
+    vars(matrix).update(names)
+    try: yield
+    finally: vars(matrix).update(kept)
+
 
 # ---------------------------------------------------------------- two processes
 
@@ -497,12 +578,14 @@ CELLS = [(name, s) for name in METHODS for s in SITUATIONS] + [(a, f'beside {b}'
 
 # ---------------------------------------------------------------- refusals
 
+MIXERS = 'MixUp', 'CutMix', 'MixUp of tsai', 'MixUp of fastxtend'
 REFUSED = {
-    ('KD cached', 'MixUp'): (ValueError, 'Under MixUp and CutMix'), ('KD cached', 'CutMix'): (ValueError, 'Under MixUp and CutMix'),
-    ('KD cached', 'no sample indices'): (ValueError, r'call with_index\(dls\)'),
+    **{('KD cached', mix): (ValueError, 'Under MixUp and CutMix') for mix in MIXERS},
+    **{('KD cached', s): (ValueError, r'call with_index\(dls\)') for s in ('no sample indices', 'table')},
     **{(o, 'one-hot labels'): (TypeError, 'integer labels') for o in ('MemoryReplay-TC', 'Distill Amplify', 'Distill Replace', 'OnlineLabelSmoothing')},
-    **{(o, mix): (ValueError, 'belongs to no sample') for o in ('PSKD', 'OnlineLabelSmoothing', 'DLB', 'CSKD') for mix in ('MixUp', 'CutMix')},
-    **{(o, 'no sample indices'): (ValueError, r'call with_index\(dls\)') for o in ('PSKD', 'DLB', 'CSKD')},
+    **{(o, mix): (ValueError, 'belongs to no sample') for o in ('PSKD', 'OnlineLabelSmoothing', 'DLB', 'CSKD') for mix in MIXERS},
+    **{(o, s): (ValueError, r'call with_index\(dls\)') for o in ('PSKD', 'DLB', 'CSKD') for s in ('no sample indices', 'table')},
+    **{(o, 'table'): (ValueError, 'no residual blocks') for o in ('StochasticDepth', 'SelfGuidance')},
     **{(o, 'two processes'): (ValueError, 'batches cannot be arranged in several processes') for o in ('DLB', 'CSKD')},
 }
 for method,s in CELLS:

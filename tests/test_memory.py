@@ -262,7 +262,7 @@ def drive(teacher, per_epoch, n_epoch, model=None, n_classes=K):
     "The steps before which the copies of a teacher move; the network is changed after every step, and nothing is trained"
     model = nn.Linear(1, n_classes) if model is None else model
     loader = SimpleNamespace(bs=BS)
-    teacher.attach(SimpleNamespace(model=model, cbs=[], dl=loader, dls=SimpleNamespace(train=loader), yb=(torch.zeros(BS, dtype=torch.long),), n_iter=per_epoch, n_epoch=n_epoch, lock=threading.Lock()))
+    teacher.attach(SimpleNamespace(model=model, cbs=[], dl=loader, dls=SimpleNamespace(train=loader), yb=(torch.zeros(BS, dtype=torch.long),), n_iter=per_epoch, n_epoch=n_epoch, epoch=0, lock=threading.Lock()))
     x,moved,last = torch.zeros(1, 1),[],None
     for t in range(1, per_epoch*n_epoch+1):
         with torch.no_grad(): model.bias.fill_(t)

@@ -107,7 +107,7 @@ def test_tf_kd_self_step_by_step(alpha, tau, scale, factor):
 
 def test_what_tf_kd_self_gives(tmp_path):
     learn = learner()
-    c = learn.fit_tf_kd_self(2, seeds=[4, 1], out=tmp_path)
+    c = learn.fit_tf_kd_self(2, seeds=[4, 1], controls=True, out=tmp_path)
     assert c.names == ['baseline', 'Tf-KD_self', 'CE ×3.7', 'twice as long'] and list(c.table.seeds) == [2]*4
     assert c.control_for('CE ×3.7') == c.control_for('twice as long') == ['Tf-KD_self'] and c.controls('Tf-KD_self') == ['CE ×3.7', 'twice as long']
     for seed in (4, 1):
@@ -121,6 +121,23 @@ def test_what_tf_kd_self_gives(tmp_path):
     assert accuracy(z, y).item() == next(r for r in c.runs('Tf-KD_self') if r['seed'] == 1)['last']['accuracy'], 'the learner holds the student of the last seed'
     read, = comparisons(read_runs(tmp_path))
     assert sorted(read.names) == sorted(c.names) and len(read.records) == 8, 'seeds of one method stay together'
+    learn.fit(1)
+
+def test_tf_kd_self_trains_two_networks_unless_asked_for_more(capsys):
+    learn = learner()
+    c = learn.fit_tf_kd_self(2)
+    assert c.names == ['baseline', 'Tf-KD_self'] and '2 trainings of 2 epochs: baseline, Tf-KD_self' in capsys.readouterr().out
+
+@pytest.mark.parametrize('found', [False, True])
+def test_the_recorder_holds_the_last_training(tmp_path, found):
+    "Batch by batch where the student was trained now; epoch by epoch where it was found"
+    if found: learner().fit_tf_kd_self(2, seeds=[4, 1], out=tmp_path)
+    learn = learner()
+    c = learn.fit_tf_kd_self(2, seeds=[4, 1], out=tmp_path)
+    history = next(r for r in c.runs('Tf-KD_self') if r['seed'] == 1)['history']
+    assert [list(map(float, row)) for row in learn.recorder.values] == [list(row) for row in zip(*history.values())]
+    assert [name for name in learn.recorder.metric_names if name not in ('epoch', 'time')] == list(history)
+    assert len(learn.recorder.losses) == len(learn.recorder.lrs) == (0 if found else 2*len(learn.dls.train))
     learn.fit(1)
 
 def test_seeds_start_from_the_same_or_from_fresh_weights():
@@ -139,14 +156,14 @@ def test_seeds_start_from_the_same_or_from_fresh_weights():
 
 def test_alpha_0_is_the_baseline():
     learn = learner()
-    c = learn.fit_tf_kd_self(2, alpha=0., seeds=2, model_fn=net)
+    c = learn.fit_tf_kd_self(2, alpha=0., seeds=2, controls=True, model_fn=net)
     for base,student in zip(c.runs('baseline'), c.runs('Tf-KD_self')):
         assert student['last'] == base['last'] and student['best'] == base['best']
         assert all(student['history'][k] == v for k,v in base['history'].items())
 
 def test_twice_as_long_is_fit_twice():
     start = learner()
-    c = learner(model=deepcopy(start.model)).fit_tf_kd_self(2, seeds=[5], teacher='last')
+    c = learner(model=deepcopy(start.model)).fit_tf_kd_self(2, seeds=[5], controls=True, teacher='last')
     dls = tiny_dls()
     learn = learner(dls, deepcopy(start.model), metrics=accuracy)
     with learn.no_logging():
@@ -343,7 +360,7 @@ class Fragile(nn.Module):
 
 def self_train(out=None, **kw):
     learn = learner(model=Fragile())
-    return learn,learn.fit_tf_kd_self(2, seeds=2, out=out, **kw)
+    return learn,learn.fit_tf_kd_self(2, seeds=2, out=out, **{"controls": True, **kw})
 
 @pytest.fixture(scope='module')
 def expected():
@@ -358,7 +375,7 @@ def test_resumed_after_an_exception(tmp_path, expected, at):
         Fragile.at,Fragile.seen = n,0
         learn = learner(model=Fragile())
         before = weights(learn.model)
-        with pytest.raises(RuntimeError, match='interrupted'): learn.fit_tf_kd_self(2, seeds=2, out=tmp_path)
+        with pytest.raises(RuntimeError, match='interrupted'): learn.fit_tf_kd_self(2, seeds=2, controls=True, out=tmp_path)
         assert same(weights(learn.model), before)
     Fragile.at,Fragile.seen = None,0
     learn,c = self_train(tmp_path)

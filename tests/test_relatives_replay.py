@@ -46,10 +46,13 @@ class Single(Callback):
     order = 5.5
     def after_loss(self): self.learn.loss = self.learn.loss.float()
 
+def make_learner(dls, dropout, *cbs):
+    opt_func = partial(SGD, mom=.9)
+    return Learner(dls, network(dropout), nn.CrossEntropyLoss(), opt_func, lr=.05, cbs=[*cbs, Single()]).remove_cb(ProgressCallback)
+
 def train(cb, dropout=0., n_epoch=EPOCHS, seed=1, cbs=(), **kwargs):
     journal = Journal()
-    learn = Learner(loaders(seed, **kwargs), network(dropout), loss_func=nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=.9), lr=.05, cbs=[cb, journal, Single(), *cbs])
-    learn.remove_cb(ProgressCallback)
+    learn = make_learner(loaders(seed, **kwargs), dropout, cb, journal, *cbs)
     with learn.no_logging(): learn.fit(n_epoch)
     return learn,journal.batches
 
@@ -69,7 +72,8 @@ def replay(batches, loss, dropout=0., after=None, n_epoch=EPOCHS):
 
 def assert_same_network(learn, net):
     ours = learn.model.state_dict()
-    for name,value in net.state_dict().items(): torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=lambda m: f'{name}: {m}')
+    for name,value in net.state_dict().items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-11, msg=lambda m: f'{name}: {m}')
 
 def kl(t, z, tau=1.): return (torch.xlogy(t, t) - t*(z/tau).log_softmax(1)).sum(1)
 def entropy(t, z): return -(t*z.log_softmax(1)).sum(1)
@@ -184,15 +188,15 @@ def test_a_training_resumed_in_the_middle_is_the_uninterrupted_one(name, tmp_pat
     again,batches = train(make(), dropout, seed=7, cbs=[Checkpoint(tmp_path/'c')])
     assert batches[0].epoch == 3
     for name,value in weights(whole).items(): assert torch.equal(weights(again)[name], value), name
-    for a,b in zip(whole.recorder.values, again.recorder.values, strict=True): assert [float(v) for v in a] == pytest.approx([float(v) for v in b], nan_ok=True)
+    for a,b in zip(whole.recorder.values, again.recorder.values, strict=True):
+        assert [float(v) for v in a] == pytest.approx([float(v) for v in b], nan_ok=True)
 
 @pytest.mark.parametrize('name', ['PSKD', 'OLS', 'DLB', 'MeanTeacher'])
 def test_a_new_fit_starts_with_nothing_remembered(name):
     make,_,dropout = METHODS[name]
     cb = make()
     learn,_ = train(cb, dropout, n_epoch=2)
-    again = Learner(loaders(1), network(dropout), loss_func=nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=.9), lr=.05, cbs=[cb, Journal(), Single()])
-    again.remove_cb(ProgressCallback)
+    again = make_learner(loaders(1), dropout, cb, Journal())
     with again.no_logging(): again.fit(2)
     for key,value in weights(learn).items(): assert torch.equal(weights(again)[key], value), key
 
@@ -271,3 +275,21 @@ def test_a_cancelled_batch_teaches_nothing_in_the_next():
             if self.training: taught.append(bool(cb.teacher.weigh(cb.batch.labelled(self.y, self.pred)).any()))
     train(cb, cbs=[Cancel(), See()], n_epoch=1)
     assert taught == [False, True, True, False, True, True, True]
+
+def test_averaged_weights_train_plainly_and_end_with_the_average():
+    _,batches = train(LsrKD(0.), n_epoch=2)
+    average,t = network().state_dict(),[0]
+    def after(net):
+        t[0] += 1
+        a = min(1-1/(t[0]+1), .9)
+        for name,value in net.state_dict().items():
+            average[name] = a*average[name] + (1-a)*value if value.is_floating_point() else value.clone()
+    replay(batches, lambda net, batch, x, y: F.cross_entropy(net(x), y), after=after)
+    learn,_ = train(AveragedWeights(.9), n_epoch=2)
+    for name,value in learn.model.state_dict().items(): torch.testing.assert_close(value, average[name], rtol=1e-9, atol=1e-11)
+
+def test_averaged_weights_resume(tmp_path):
+    whole,_ = train(AveragedWeights(.9))
+    with pytest.raises(KeyboardInterrupt): train(AveragedWeights(.9), cbs=[Checkpoint(tmp_path/'c'), Stop(3)])
+    again,_ = train(AveragedWeights(.9), seed=7, cbs=[Checkpoint(tmp_path/'c')])
+    for name,value in weights(whole).items(): assert torch.equal(weights(again)[name], value), name

@@ -9,6 +9,7 @@ __all__ = ['seed_run', 'CheckpointFirst', 'Checkpoint']
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #7b48d4cc
 import inspect, math, random, warnings
+from weakref import WeakKeyDictionary
 from io import IOBase
 from operator import attrgetter
 from pathlib import Path, PurePath
@@ -21,7 +22,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
-from fastai.learner import Recorder
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model, get_random_states, num_distrib, set_random_states, set_seed, to_device
 from fastcore.basics import noop
 from fastcore.foundation import L
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from ..core import check_types
 from ..files import replacing
+from ..fingerprint import fingerprint, settings_digest
 from ..pickles import read_saved
 from .term import is_fit
 
@@ -156,7 +158,7 @@ _instead = 'delete it to start anew, or give Checkpoint another path'
 def _shapes(model_state): return {k: tuple(getattr(v, 'shape', ())) for k,v in model_state.items()}
 
 def _differences(saved, here, n=3):
-    keys = [k for k in {**saved, **here} if saved.get(k) != here.get(k)]
+    keys = [k for k in {**saved, **here} if k != 'initial weights' and saved.get(k) != here.get(k)]
     shown = [f"{k}: {saved.get(k, 'nothing')} in the file, {here.get(k, 'nothing')} here" for k in keys[:n]]
     return shown + ['…']*(len(keys) > n)
 
@@ -176,6 +178,29 @@ def _rows_of(text, header, n_epoch):
     return ''.join(lines[:start+1] + list(filter(is_done, lines[start+1:])))
 
 # %% ../../nbs/38_callback.checkpoint.ipynb #464b7bd2
+_formats = 'fastkdtf.Checkpoint 1', 'fastkdtf.Checkpoint 2'
+_begun = WeakKeyDictionary()   # model → digest of the weights with which its first fit began in this process
+
+def _told(x):
+    "Return a number or a word, and of anything else a digest of what it is, as far as another process can tell"
+    try: words = fingerprint(x)
+    except Exception: return 'cannot be told'
+    return words if words is None or isinstance(words, (str, int, float)) else settings_digest([words])
+
+def _initial_weights(model):
+    "Return a digest of the weights that a model had before its first fit with a checkpoint: an interrupted fit begins with others"
+    if model not in _begun: _begun[model] = _told(model)
+    return _begun[model]
+
+def _settings_of_callbacks(learn):
+    "Return the settings of each callback that says them, by callback and setting"
+    said = {cb.name: getattr(type(cb), 'settings', None) or vars(cb).get('settings') or vars(cb).get('__stored_args__') for cb in learn.cbs}
+    said = {name: settings for name,settings in said.items() if isinstance(settings, dict)}
+    return {f'{name}.{setting}': _told(value) for name,settings in said.items() for setting,value in settings.items() if _says(value)}
+
+def _same_fit(some, others): return len(some) == len(others) and not any(_differences(a, b) for a,b in zip(some, others))
+def _says(value): return not isinstance(value, (Learner, Callback))
+
 class Checkpoint(Callback):
     "Save the whole training state to `path`; the same `fit` call given again continues after the last saved epoch"
     order,_only_train_loop = 1000,True   # after every other callback has reset itself, logged, tracked and saved
@@ -261,7 +286,7 @@ class Checkpoint(Callback):
     def _n_done(self, saved, this):
         "Fits that came before this one"
         n = len(self.fits) - self.fitting   # a fit that was interrupted is given again
-        begins_anew = saved and self.fitting and saved['fits'][n:n+1] != [this] and saved['fits'][0] == this   # the first of several
+        begins_anew = saved and self.fitting and not _same_fit(saved['fits'][n:n+1], [this]) and _same_fit(saved['fits'][:1], [this])   # of several
         return 0 if begins_anew else n
 
     def after_epoch(self):
@@ -280,10 +305,15 @@ class Checkpoint(Callback):
 
     def _signature(self):
         "What must be the same for a fit to be continued"
+        learn,schedules = self.learn,{name for cb in self.learn.cbs if isinstance(cb, ParamScheduler) for name in cb.scheds}
+        fixed = [{name: value for name,value in hyper.items() if name not in schedules} for hyper in self.opt.hypers]
         return {'n_epoch': self.n_epoch, 'batches per epoch': len(self.dls.train),
                 'trained parameters': sum(p.numel() for p in self.model.parameters() if p.requires_grad),
                 'hyper-parameters': [sorted(h) for h in self.opt.hypers],
-                'callbacks with state': [cb.name for cb in _with_state(self.learn)]}
+                'callbacks with state': [cb.name for cb in _with_state(learn)],
+                'values of hyper-parameters': _told(fixed), 'schedule': [_told(cb.scheds) for cb in learn.cbs if isinstance(cb, ParamScheduler)],
+                'loss': _told(learn.loss_func), 'optimizer': _told(learn.opt_func), 'data': _told(learn.dls),
+                'initial weights': _initial_weights(get_model(learn.model)), **_settings_of_callbacks(learn)}
 
     def _save(self, epoch, finished=False):
         opt,model = self.learn.opt,get_model(self.learn.model)
@@ -291,7 +321,8 @@ class Checkpoint(Callback):
         grads = [p.grad if p.grad is None or p.grad.any() else 0 for p in model.parameters()]   # 0: all zero
         others = {cb.name: (type(cb).__name__, *_foreign_state(cb, self.before.get(id(cb), {}), model)) for cb in self._foreign()}
         state = dict(
-            others={name: kept for name,kept in others.items() if kept[1] or kept[2]}, format='fastkdtf.Checkpoint 1', fits=self.fits, epoch=epoch, finished=finished or epoch >= self.n_epoch,
+            others={name: kept for name,kept in others.items() if kept[1] or kept[2]},
+            format=_formats[-1], fits=self.fits, epoch=epoch, finished=finished or epoch >= self.n_epoch,
             opt=opt.state_dict(), grads=grads, scaler=scaler and scaler.state_dict(),
             train_iter=self.train_iter, pct_train=self.pct_train,
             rng=get_random_states(), loaders=[_get_state(rng) for rng in _generators(self.dls)],
@@ -302,12 +333,19 @@ class Checkpoint(Callback):
         if not self.path.exists(): return None
         try:
             state = read_saved(self.path)
-            if state['format'] != 'fastkdtf.Checkpoint 1': raise ValueError(state['format'])
+            if state['format'] not in _formats: raise ValueError(state['format'])
         except Exception as e:
             raise ValueError(f'{self.path} is damaged or no Checkpoint file: {_instead}') from e
         return state
 
     def _check(self, saved, fits):
+        if saved['format'] == _formats[0]:
+            print(f'{self.path.name}: written by version 0.1.0, which did not note methods, data and initial weights: make sure that they are the same')
+            fits = [{name: new[name] for name in old} for old,new in zip(saved['fits'], fits)] + fits[len(saved['fits']):]
+        begun = [{fit.get('initial weights') for fit in told} for told in (saved['fits'], fits)]
+        if saved['format'] == _formats[-1] and begun[0] != begun[1]:
+            warnings.warn(f'{self.path.name} is of a training that began with other weights than these, as with another seed. It goes on as it '
+                          f'began; if that is not meant, {_instead}')
         diffs = [diff for old,new in zip(saved['fits'], fits) for diff in _differences(old, new)]
         diffs += _differences(_shapes(saved['model']), _shapes(get_model(self.learn.model).state_dict()))
         if len(fits) > len(saved['fits']) and not saved['finished']: diffs.append(f"fit {len(saved['fits'])} is unfinished in the file")

@@ -75,7 +75,7 @@ class Distill(LossTerm):
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # of targets: a `Teacher`, a network as `NetworkTeacher` takes it, or `batch → logits`
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
         alpha:float|tuple|Callable=.9, # soft share in [0,1], or the pair `(hard, soft)` of weights; numbers or fastai schedules
         tau:float|tuple|Callable=4., # temperature, or the pair (teacher's, student's); numbers or fastai schedules
         scale:float|str='tau2', # factor of the soft term: 1 | 'tau' | 'tau2' (the student's) | a number
@@ -179,8 +179,8 @@ class Distill(LossTerm):
         if not any(teacher.refuses_mixing for teacher in self.teachers.values()): return
         mixer = self.mixing or next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
         if mixer is None: return
-        raise ValueError(f'{self.name} remembers predictions, and one of an image that {type(mixer).__name__} mixes belongs to no sample: train '
-                         f'without {type(mixer).__name__}')
+        name = type(mixer).__name__
+        raise ValueError(f'{self.name} remembers predictions, and one of an image that {name} mixes belongs to no sample: train without {name}')
 
     def before_train(self):
         "Take the batches of the epoch as the teachers arrange them"
@@ -278,7 +278,7 @@ class Distill(LossTerm):
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = 0.
         for y,portion in labels:
-            z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
+            z,y = classification_batch(plain_tensors(first_output(self.learn.pred)), y, batch.axis)
             labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
@@ -335,8 +335,10 @@ class Distill(LossTerm):
         "Check that nothing weighs the samples one by one where the loss is one number for the batch"
         ignored = not batch.y.is_floating_point() and (batch.y == batch.ignore_index).any()
         if self.sample_weight is None and batch.reduction != 'sum' and not ignored: return
-        what = "the learner's loss is a sum" if batch.reduction == 'sum' else 'some positions do not count' if ignored else 'samples have weights'
-        raise TypeError(f'{self.soft_loss!r} returns one number for the batch, which is no mean over its samples, but here {what}: let it return [N]')
+        if batch.reduction == 'sum': what = "the learner's loss is a sum"
+        else:                        what = 'some positions do not count' if ignored else 'samples have weights'
+        raise TypeError(f'{self.soft_loss!r} returns one number for the batch, which is no mean over its samples, but here {what}: '
+                        'let it return [N]')
 
     def watch(self,
         batch:Batch, # whose soft loss was computed
@@ -437,7 +439,7 @@ class TfKDReg(Distill):
 class KnowledgeDistillation(Distill):
     "Distillation from networks. Hinton et al. 2015; Yuan et al. 2020, eq. 4; Wang et al. 2020, eq. 4"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         alpha:float|Callable=.9, # soft share in [0,1], or a schedule
         tau:float|Callable=4., # temperature of both, or a schedule
         scale:float|str='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number

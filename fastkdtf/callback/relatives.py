@@ -85,7 +85,8 @@ class DecoupledLoss(SoftLoss):
 
     def scale(self, n_classes:int)->float: return self.alpha   # the second part has no gradient on the labelled logit
     def check(self, batch:Batch):
-        if batch.n_classes == 2: warnings.warn('with two classes there is one other class, so that beta multiplies 0: DKD is alpha times KD')
+        if batch.n_classes > 2: return
+        warnings.warn('with two classes there is one other class, so that beta multiplies 0: DKD is alpha times KD')
 
     def notes(self, n_classes:int)->list: return ['the scale is that of the gradient on the labelled logit, which beta leaves alone']
     def __repr__(self): return f'DecoupledLoss({self.alpha}, {self.beta})'
@@ -95,7 +96,7 @@ def _warm_up(n, epoch, n_epoch): return min((epoch+1)/n, 1.)
 class DKD(Distill):
     "Distillation that decouples the label from the other classes. Zhao et al. 2022"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         alpha:float=1., # weight of the part about the label
         beta:float=8., # weight of the part about the others; the paper takes .5 to 8, by pair of networks
         tau:float|Callable=4., # temperature of both, or a schedule; the paper takes 1 on ImageNet
@@ -120,7 +121,8 @@ class NormalisedLoss(SoftLoss):
     ): self.gamma = check_number('gamma', gamma, '[0,inf)')
 
     def __call__(self, batch:Batch, target:Tensor|TwoValued)->Tensor:
-        if target is not batch.pt: raise TypeError('NKD asks its teacher at two temperatures, so its target cannot be rewritten: take the rewrite out')
+        if target is not batch.pt:
+            raise TypeError('NKD asks its teacher at two temperatures, so its target cannot be rewritten: take the rewrite out')
         tau_teacher,tau = batch.tau
         def loss(y):
             zt = dense(batch.zt, batch, y)
@@ -131,13 +133,13 @@ class NormalisedLoss(SoftLoss):
         return over_labels(loss, batch.y)
 
     def notes(self, n_classes:int)->list:
-        return ["a sample's cross-entropy counts 1 + the teacher's confidence in its label, so the scale lies between 1 and 2 and is known by the teacher alone"]
+        return ["a sample's cross-entropy counts 1 + the teacher's confidence in its label, so the scale depends on the teacher, between 1 and 2"]
     def __repr__(self): return f'NormalisedLoss({self.gamma})'
 
 class NKD(Distill):
     "Distillation with the other classes normalised, and the label weighed by the teacher's confidence. Yang et al. 2023"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         gamma:float=1.5, # weight of the part about the other classes
         tau:float|Callable=1., # temperature of the other classes, or a schedule; the authors' CIFAR-100 setting is 3, with gamma=3.5
         standardise:bool=False, # standardise the logits first, see `LogitStandardisation`
@@ -181,10 +183,11 @@ class CorrelationLoss(SoftLoss):
 
     def check(self, batch:Batch):
         n = batch.z.numel()//batch.n_classes
-        if n < 16: warnings.warn(f'DIST correlates the samples of a batch, and {n} are few; of two the correlation is always ±1, without a gradient')
+        if n >= 16: return
+        warnings.warn(f'DIST correlates the samples of a batch, and {n} are few; of two the correlation is always ±1, without a gradient')
 
     def notes(self, n_classes:int)->list:
-        return ['the loss depends on the batch as a whole: accumulated batches and the processes of a parallel training are correlated one by one',
+        return ['the loss depends on the batch: accumulated batches, and the processes of a parallel training, are correlated one by one',
                 'its gradient does not depend on the scale of the probabilities, so it has no scale beside the cross-entropy']
     def __repr__(self): return f'CorrelationLoss({self.beta}, {self.gamma})'
 
@@ -193,7 +196,7 @@ def _rows(p): return p.movedim(1, -1).reshape(-1, p.shape[1])   # positions coun
 class DIST(Distill):
     "Distillation by correlation in place of equality. Huang et al. 2022"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         beta:float=2., # weight of the correlation over the classes of a sample
         gamma:float=2., # weight of the correlation over the samples of a class
         tau:float|Callable=1., # temperature of both, or a schedule; the authors take 4 on CIFAR
@@ -204,9 +207,9 @@ class DIST(Distill):
 
     def own_controls(self, n_classes:int)->dict:
         "Return each half of the loss alone"
-        loss = self.soft_loss
+        loss,tau = self.soft_loss,self.tau[1]
         if not (loss.beta and loss.gamma): return {}
-        return {'DIST, classes': DIST(self.teacher, loss.beta, 0., self.tau[1]), 'DIST, samples': DIST(self.teacher, 0., loss.gamma, self.tau[1])}
+        return {'DIST, classes': DIST(self.teacher, loss.beta, 0., tau), 'DIST, samples': DIST(self.teacher, 0., loss.gamma, tau)}
 
 # %% ../../nbs/34a_callback.relatives.ipynb #f4d9be4e
 class LargestLogit(SoftLoss):
@@ -251,7 +254,7 @@ class _LabelSmoothing(MaxSup):
 class StandardisedKD(Distill):
     "Distillation of standardised logits. Sun et al. 2024"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         hard:float|Callable=.1, # weight of the hard term, or a schedule
         soft:float|Callable=9., # weight of the soft term, or a schedule
         tau:float|Callable=2., # temperature of both, or a schedule

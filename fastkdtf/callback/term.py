@@ -151,7 +151,7 @@ class FitColumn(ValueMetric):
 class TermMetric(FitColumn):
     "A column that belongs to a `LossTerm`"
 
-# %% ../../nbs/30_callback.term.ipynb #a0e03fe9
+# %% ../../nbs/30_callback.term.ipynb #445c6072
 class GivenAway(Callback):
     "Stands in a learner's callbacks for a method that another learner was given since, which works for one learner only"
     def __init__(self, name:str): self._name = name
@@ -212,6 +212,7 @@ class OneLearner(Callback):
         if hasattr(type(self), name): object.__setattr__(self, name, value)
         else:                         super().__setattr__(name, value)
 
+# %% ../../nbs/30_callback.term.ipynb #a0e03fe9
 class LossTerm(OneLearner):
     """A method that adds a term to the training loss
 
@@ -294,10 +295,12 @@ class LossTerm(OneLearner):
         if twice: raise ValueError(f'two methods are called {twice[0]!r}: give one of them a name=, or average several teachers with EnsembleTeacher')
 
     def _check_weights(self):
-        taken = max(sum(1-term.hard_weight(pct/100) for term in self.siblings) for pct in range(101))
+        shares = max(([1-term.hard_weight(pct/100) for term in self.siblings] for pct in range(101)), key=sum)
+        taken = sum(shares)
         if taken <= 1+1e-9: return
-        names = ', '.join(term.name for term in self.siblings)
-        raise ValueError(f'the methods {names} take {taken:.3g} of the hard loss between them; lower their alpha to a sum of at most 1')
+        names,fits = ', '.join(term.name for term in self.siblings),[math.floor(100*share/taken)/100 for share in shares]
+        such = ', '.join(f'alpha={share:g} for {term.name}' for term,share in zip(self.siblings, fits) if share)
+        raise ValueError(f'the methods {names} take {taken:.3g} of the hard loss between them; lower their alpha to a sum of at most 1, such as {such}')
 
     def _new_means(self): self.base_mean,self.soft_mean = RunningMean(),RunningMean()
     def _base_value(self): return self.base_mean.value

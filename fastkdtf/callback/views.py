@@ -1,4 +1,4 @@
-"""`CSKD` and `RDrop`: the student predicts once more, another image of the class or the same image with another dropout, and the two predictions are brought together
+"""`CSKD` and `RDrop`: the student predicts once more, another image of the class or with another dropout
 
 Docs: https://fastkdtf.github.io/fastkdtf/callback.views.html.md"""
 
@@ -55,7 +55,8 @@ class ClassPartner(Teacher):
         with fixed_statistics(model): return first_output(model(*plain_tensors(beside)))
 
     def notes(self, n_classes:int, learn:Learner|None=None)->list:
-        return ['the target is what the student says of ' + ('the same image, augmented anew' if self.same else "another image of the sample's class")]
+        image = 'the same image, augmented anew' if self.same else "another image of the sample's class"
+        return [f'the target is what the student says of {image}']
 
     def __getstate__(self): return {**vars(self), 'learn': None, 'pairs': None, 'twin': None}
     def __repr__(self): return f'ClassPartner({"same=True"*self.same})'
@@ -97,7 +98,8 @@ class RDrop(LossTerm):
         return 1.
 
     @property
-    def columns(self)->dict: return {**super().columns, 'second_loss': lambda: self.second_mean.value, 'divergence': lambda: self.kl_mean.value}
+    def columns(self)->dict:
+        return {**super().columns, 'second_loss': lambda: self.second_mean.value, 'divergence': lambda: self.kl_mean.value}
 
     def before_fit(self):
         super().before_fit()
@@ -132,15 +134,17 @@ class RDrop(LossTerm):
 
     def _check(self, kl):
         self.checked = True
-        if kl.detach() == 0: warnings.warn('the network says the same in both passes, as nothing in it is random: RDrop only doubles the loss')
+        if kl.detach() != 0: return
+        warnings.warn('the network says the same in both passes, as nothing in it is random: RDrop only doubles the loss')
 
     def describe(self,
         n_classes:int|None=None, # number of classes; None once attached to a learner
     )->Description:
         "Describe what this method really does"
-        notes = ['the hard term is the cross-entropy of two passes', 'the soft term brings the two together, and adds nothing to the scale where they agree']
-        return Description(type(self).__name__, self.settings, known_classes(self, n_classes), 2., self.alpha, notes=notes, gradient=None, adds=0.,
-                           loss='symmetric D_KL')
+        notes = ['the hard term is the cross-entropy of two passes',
+                 'the soft term brings the two together, and adds nothing to the scale where they agree']
+        return Description(type(self).__name__, self.settings, known_classes(self, n_classes), 2., self.alpha, notes=notes, gradient=None,
+                           loss='symmetric D_KL', adds=0.)
 
     def own_controls(self, n_classes:int)->dict:
         "Return two passes that nothing brings together"

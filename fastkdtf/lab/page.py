@@ -157,7 +157,7 @@ def _reliability(c, look):
         "Draw the diagram of a method, None where its runs have no bins"
         runs = [r for r in c.runs(name) if r['last'].get('reliability')]
         if not runs: return None
-        error = mean_sd([number_or_nan(r['last']['ece']) for r in runs])[0]
+        error = mean_sd([number_or_nan(r['last'].get('ece')) for r in runs])[0]
         ece = 'ECE –' if math.isnan(error) else f'ECE {100*error:.2f} %'
         draw = partial(draw_reliability, bins=np.nan_to_num(pooled_reliability(runs)), colour=look.colour(name))
         drawn = panel(draw, f'Reliability of {name}, {ece}', 190, 185)

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import get_model
 from fastai.metrics import accuracy
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import nn
 
 from ..core import *
 from ..callback.distill import KnowledgeDistillation
+from ..callback.term import is_fit
 from .draw import plain, save_png
 from .report import Comparison, last_accuracy, mean_sd
 from .learners import *
@@ -102,6 +105,19 @@ class Student(LearnerLike):
         return arms
 
 # %% ../../nbs/42_lab.procedures.ipynb #e96748ee
+class _Recorded(Callback):
+    "Remember what the recorder has at the end of a training"
+    order = 1001   # after everything that writes into it
+    kept = None
+    def after_fit(self):
+        if is_fit(self.learn): self.kept = {name: getattr(self.learn.recorder, name) for name in ('lrs', 'iters', 'losses', 'values', 'metric_names')}
+
+    def give(self, recorder, record):
+        "Give another recorder what was remembered, or else the epochs of the run's record"
+        history = record['history']
+        rows = [L(row) for row in zip(*history.values())]
+        vars(recorder).update(self.kept or dict(lrs=[], iters=[], losses=[], values=rows, metric_names=L('epoch', *history, 'time')))
+
 @patch
 def fit_tf_kd_self(self:Learner,
     n_epoch:int, # of each training
@@ -114,14 +130,15 @@ def fit_tf_kd_self(self:Learner,
     variant:str='paper', # 'official': the authors' code
     multiplier:float=1., # the authors' factor; only with 'official'
     teacher:str='best', # the first training's weights that teach: 'best' on validation (the authors: on test) | 'last'
-    controls:bool=True, # train the matched control, and twice as long
+    controls:bool=False, # train the matched control too, and the network for twice as long
     model_fn:Callable|None=None, # makes the model, with fresh weights for each seed; None: the weights that the learner holds
     out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
 )->Taught:
     """Train, then train again with the trained network as teacher: Tf-KD_self. Yuan et al. 2020, §4
 
-    The baseline is the teacher's own training. Afterwards the learner holds the student of the last seed, at its last epoch, and a new
-    optimizer; its recorder stays as it was: the result has the histories of all runs."""
+    That is two trainings for each seed: the baseline, which is the teacher's own, and the student. What will be trained is printed first.
+    Afterwards the learner holds the student of the last seed, at its last epoch, its recorder that student's training, and a new optimizer.
+    Where the student was found in `out`, the recorder has its epochs and not its batches."""
     check_choice('teacher', teacher, ('best', 'last'))
     student,name = Student(self, model_fn),'Tf-KD_self'
     kd = partial(KnowledgeDistillation, alpha=alpha, tau=tau, scale=scale, variant=variant, multiplier=multiplier)
@@ -130,9 +147,14 @@ def fit_tf_kd_self(self:Learner,
     arms[name] = Arm(kd, teacher='baseline', keep='last')
     if controls: arms['twice as long'] = Arm(None, [name], named=False, start='baseline')
     campaign = student.campaign(arms, n_epoch, seeds, fit, lr, out)
+    last = name,campaign.seeds[-1]
+    watched = _Recorded()
+    campaign.watch[last] = [watched]
+    print(f'{len(campaign.runs)} trainings of {n_epoch} epochs: {", ".join(arms)}' + f', each with {len(campaign.seeds)} seeds'*(len(campaign.seeds) > 1))
     result = campaign.compare(Taught)
-    get_model(self.model).load_state_dict(campaign.weights(name, campaign.seeds[-1]))
+    get_model(self.model).load_state_dict(campaign.weights(*last))
     self.opt = None
+    watched.give(self.recorder, campaign.record(campaign.runs[last]))
     return result
 
 # %% ../../nbs/42_lab.procedures.ipynb #176afc94

@@ -398,5 +398,7 @@ class Reproduction:
     def save(self,
         out:str|Path, # folder
     )->Path: # the page
-        "Write `reproduction.html`, `.md` and `.csv` into a folder"
-        return self.write(Path(out)/'reproduction.html')
+        "Write `reproduction.html`, `.md` and `.csv` of all recipes of a folder into it"
+        out = Path(out)
+        whole = Reproduction(out) if (out/'recipes.jsonl').exists() else self
+        return whole.write(out/'reproduction.html')

@@ -47,7 +47,7 @@ from ..pickles import read_saved
 from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
-from .report import Comparison, Score
+from .report import Comparison, Score, comparisons
 from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
 from ..teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher
@@ -301,7 +301,7 @@ class LearnerParts:
 
 # %% ../../nbs/40a_lab.training.ipynb #8f3948ab
 def teacher_accuracy(
-    teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
+    teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `as_teacher` takes it
     learn:Learner, # of a student
 )->float:
     "Measure a teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"
@@ -659,7 +659,7 @@ class Campaign:
         self.hint = _faster_hint(self.precision, learn)
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
-        self.arms = {}
+        self.arms,self.watch = {},{}   # `watch`: further callbacks of a run, by (name, seed), which change nothing
         for name,arm in arms.items():
             said = getattr(arm.make_learner or make_learner, 'settings', {})
             self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings={**said, **(settings or {})})
@@ -810,7 +810,7 @@ class Campaign:
         with self.store.claim(run, wait) as mine:
             todo = self.store.agree(self._todo(run) if mine else 'later')
             if todo == 'train':
-                record = self._train(run, [*self.store.checkpoint(run), *cbs])
+                record = self._train(run, [*self.store.checkpoint(run), *self.watch.get((name, seed), ()), *cbs])
                 self._remember(run, self.store.add(run, record))
         if todo == 'later' and wait: raise ValueError(f'{name!r}, seed {seed}, needs {self._missing(run).arm!r}, which is not finished')
         return None if todo == 'later' else self.record(run)
@@ -824,7 +824,12 @@ class Campaign:
     def compare(self,
         kind:type=Comparison, # of the result
     )->Comparison:
-        "Train what is not finished yet, and compare; table, plots and `report.html` go into the folder"
+        "Train what is not finished yet, and compare; table, plots and a report of all runs of the folder go into the folder"
         comparison = kind(self.run(), self.baseline)
-        if self.out is not None: write_report(comparison, comparison.save(self.out))
+        if self.out is not None: write_report([comparison, *self._others(comparison)], comparison.save(self.out))
         return comparison
+
+    def _others(self, comparison):
+        "Return the comparisons that the folder holds beside this one"
+        ours = {record['key'] for record in comparison.records}
+        return [other for other in comparisons(self.store.ledger.records()) if not ours.issuperset(record['key'] for record in other.records)]

@@ -1,4 +1,4 @@
-"""Teachers that are made of the training itself: the last prediction for each sample, the mean for each class, the batch before, the average of all weights
+"""Teachers that are made of the training itself: the last prediction for a sample, a class's mean, the batch before, averaged weights
 
 Docs: https://fastkdtf.github.io/fastkdtf/teachers.remembered.html.md"""
 
@@ -39,8 +39,8 @@ def check_index(
 )->Tensor: # int64 `[N]`, on the CPU
     "Return the indices of a batch's samples. Raises `ValueError` where a callback changed the images, so that nobody knows them"
     if batch.idx is not None: return batch.idx
-    raise ValueError(f'{who!r} must know which sample each row of a batch is, and a callback has changed the images: train without that callback, '
-                     'or put its transform into the loader')
+    raise ValueError(f'{who!r} must know which sample each row of a batch is, and a callback has changed the images: '
+                     'train without that callback, or put its transform into the loader')
 
 # %% ../../nbs/25_teachers.remembered.ipynb #83d15480
 class SampleTable:
@@ -236,8 +236,8 @@ class PreviousBatch(Teacher):
         if self.logits is None: return z
         n,idx = len(self.idx),check_index(batch, self)
         if len(idx) != 2*n or not torch.equal(idx[:n], self.idx):
-            raise ValueError('half of this batch should be that of the batch before, and is not: train without callbacks that change the order of '
-                             'batches, and take samples that cannot be loaded out of the data')
+            raise ValueError('half of this batch should be that of the batch before, and is not: train without callbacks that change the '
+                             'order of batches, and take samples that cannot be loaded out of the data')
         return torch.cat([self.logits.to(z), z[n:]])
 
     def weigh(self, batch:Batch)->Tensor: # `[N,…]`
@@ -255,7 +255,8 @@ class PreviousBatch(Teacher):
         self.overlap,self.idx,self.logits = Overlap(state['last']),state['idx'],state['logits']
 
     def notes(self, n_classes:int, learn:Learner|None=None)->list:
-        return ['half of each batch is that of the batch before, and is taught what the student said of it then; an epoch has twice as many steps']
+        return ['half of each batch is that of the batch before, and is taught what the student said of it then',
+                'an epoch has twice as many steps']
 
     def __getstate__(self): return {**vars(self), 'twin': None, 'logits': None}
     def __repr__(self): return 'PreviousBatch()'

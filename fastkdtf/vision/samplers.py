@@ -29,7 +29,8 @@ def index_of(
     "Return `dl`, or the loader that it wraps for several processes, if it tells which samples a batch holds. Raises `ValueError` otherwise"
     own = getattr(dl, '__dict__', {}).get('dl', dl)
     if isinstance(own, IndexedDL): return own
-    raise ValueError('this method must know each sample, and the loader does not tell which samples a batch holds: call with_index(dls) first')
+    raise ValueError('this method must know each sample, and the loader does not tell which samples a batch holds: '
+                     'call with_index(dls) first')
 
 class ArrangedDL:
     "The twin of a loader with indices, for an epoch of other batches; mixed into the loader's class by `arranged`"
@@ -56,7 +57,8 @@ def arranged(
 )->DataLoader: # its twin
     "Return a loader that gives the samples of `dl` as `arrange` puts them. Raises `ValueError` without indices, and in several processes"
     source = index_of(dl)
-    if num_distrib() > 1: raise ValueError('batches cannot be arranged in several processes, which would each arrange a part of them: train in one')
+    if num_distrib() > 1:
+        raise ValueError('batches cannot be arranged in several processes, which would each arrange a part of them: train in one')
     if isinstance(source, ArrangedDL):
         raise ValueError(f'two methods would arrange the batches, {source.arrange!r} and {arrange!r}: train with one of them')
     twin = object.__new__(_arranging(type(source)))
@@ -114,7 +116,8 @@ class Pairs:
         n = len(info.idx)//2
         own,partners = info.idx.split([n, len(info.idx)-n])
         if not torch.equal(self.labels[own], self.labels[partners[:n]]) or 2*n != len(info.idx):
-            raise ValueError('a sample was skipped, so the rest of its batch lost their partners: take samples that cannot be loaded out of the data')
+            raise ValueError('a sample was skipped, so the rest of its batch lost their partners: '
+                             'take samples that cannot be loaded out of the data')
         first,second = (tree_map_only(Tensor, lambda t: t[part], b) for part in (slice(n), slice(n, None)))
         n_inp = getattr(dl, 'n_inp', max(1, len(b)-1))
         dl._last = PairInfo(own, info.view[:n])
@@ -141,7 +144,8 @@ class Overlap:
         n = self._half(source)
         halves = [idxs[i:i+n] for i in range(0, len(idxs)-n+1, n)]
         if len(halves) != self.n_batches(source) or not halves:
-            raise ValueError(f'the loader draws {len(idxs)} of its {source.n} samples, for halves of {n}: overlapping batches need all of them, and at least one half')
+            raise ValueError(f'the loader draws {len(idxs)} of its {source.n} samples, for halves of {n}: overlapping batches need all of '
+                             'them, and at least one half')
         before = [halves[-1] if self.last is None else self.last, *halves[:-1]]
         self.last = halves[-1]
         return [i for pair in zip(before, halves) for half in pair for i in half]
