@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,8 @@ def _next_step(model, x):
 def _shown(out): return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 # %% ../../nbs/21_teachers.network.ipynb #61e9b8d4
+_copies = WeakKeyDictionary()   # teacher → its copy from the last fit, and the weights that it has
+
 class NetworkTeacher(Teacher):
     """A trained network as teacher
 
@@ -113,12 +116,13 @@ class NetworkTeacher(Teacher):
         self.learn,self._n_student = learn,_known_outputs(learn)
         if pretrained_cfg(self.model): self._check_outputs(self.model.num_classes)
         self._asked,self._epoch,self._places,self._scale,self._reset_due = False,None,None,None,False
+        if self.copy is None: self.copy,self._copied = _copies.pop(self, (None, None))
         if self.copy is not None and not self._still_good(): self.copy = None
 
     def detach(self):
-        "Let go of the learner, and of a copy that has a state of its own"
-        self.learn = None
-        if self.copy is not None and not self.copy.steady: self.copy = None
+        "Let go of the learner and the copy; the next fit finds a copy without a state of its own again"
+        if self.copy is not None and self.copy.steady: _copies[self] = self.copy,self._copied
+        self.learn,self.copy = None,None
 
     def _find_below(self, learn):
         if not self.waits_for: return
