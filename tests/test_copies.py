@@ -89,6 +89,7 @@ def segmentation_learner(cbs, net):
     g = torch.Generator().manual_seed(0)
     items = [(torch.randn(3, 16, 16, generator=g), torch.randint(5, (16, 16), generator=g)) for _ in range(20)]
     dls = DataLoaders.from_dsets(items, items[:4], bs=8, device='cpu', num_workers=0)
+    dls.c = 5
     learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(axis=1), cbs=cbs)
     return learn.remove_cb(ProgressCallback)
 
@@ -219,9 +220,14 @@ class Refers(nn.Module):
         self.call = how(self)
     def forward(self, x): return self.head(self.call(x))
 
-WAYS = {'closure': lambda net: lambda x: net.body(x), 'default': lambda net: lambda x, body=net.body: body(x), 'partial': lambda net: partial(F.relu) and partial(net.body),
-        'method': lambda net: net.body.forward, 'nested': lambda net: (lambda f: lambda x: f(f(x).mean(1, keepdim=True).expand(-1, 3, -1, -1)))(lambda x: net.body(x)),
-        'bound anew': lambda net: MethodType(lambda self, x: self.body(x), net), 'weakref': lambda net: ByWeakref(net), 'list': lambda net: Sequence([net.body])}
+def nested(net):
+    def body(x): return net.body(x)
+    def twice(x): return body(body(x).mean(1, keepdim=True).expand(-1, 3, -1, -1))
+    return twice
+
+WAYS = {'closure': lambda net: lambda x: net.body(x), 'default': lambda net: lambda x, body=net.body: body(x), 'partial': lambda net: partial(net.body),
+        'method': lambda net: net.body.forward, 'nested': nested, 'bound anew': lambda net: MethodType(lambda self, x: self.body(x), net),
+        'weakref': lambda net: ByWeakref(net), 'list': lambda net: Sequence([net.body])}
 
 class ByWeakref:
     def __init__(self, net): self.net = weakref.ref(net)
@@ -527,7 +533,8 @@ def test_a_folded_teacher_is_kept_between_fits_while_its_weights_are_the_same():
     dls = DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0)
     teacher = NetworkTeacher(net)
     def fit():
-        learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillation(teacher)).remove_cb(ProgressCallback)
+        student = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+        learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillation(teacher)).remove_cb(ProgressCallback)
         with learn.no_logging(): learn.fit(1)
         return teacher.copy
     first = fit()
@@ -594,7 +601,8 @@ class Any(nn.Module):
         for t in more: z = z + t.mean((1, 2, 3))[:,None]
         return {'one': z, 'tuple': (z, y), 'dict': {'features': y, 'logits': z}, 'list': [z, None]}[self.form]
 
-PARTS = ['plain', 'branch', 'twice', 'tied', 'hook', 'hooks', 'hook on conv', 'closure', 'buffer', 'attribute', 'stateful', 'region', 'depends', 'noise', 'lazy', 'dropout']
+PARTS = ['plain', 'branch', 'twice', 'tied', 'hook', 'hooks', 'hook on conv', 'closure', 'buffer', 'attribute', 'stateful', 'region', 'depends', 'noise',
+         'lazy', 'dropout']
 
 @settings(derandomize=True, max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(st.sampled_from(PARTS), min_size=1, max_size=4), form=st.sampled_from(['one', 'tuple', 'dict', 'list']), n_inputs=st.integers(1, 2),
@@ -627,3 +635,28 @@ def test_property_a_copy_gives_the_originals_outputs_or_is_refused(parts, form, 
     frozen.refill(net)
     beside(2)
     assert max(memory_errors(net, 3, precision, xb)) < tol
+
+# ---------------------------------------------------------------- who else copies
+
+def test_folding_survival_probabilities_keeps_the_networks_own_hooks():
+    from fastkdtf.callback.survival import fold, survival
+    net = create_model('resnet8', 5)
+    add_kept_features(net)
+    survival(net, .5)
+    for _ in range(3): net.train()(images(8))
+    assert off(fold(net).eval()(images()), says(net, images())) < 1e-5
+
+def add_kept_features(net):
+    kept = {}
+    next(net.children()).register_forward_hook(lambda m,i,o: kept.update(x=o))
+    net.fc.register_forward_hook(lambda m,i,o: o + kept['x'].mean())
+
+def test_a_unet_student_is_described_and_trained_again_from_itself():
+    learn = segmentation_learner([MemoryReplay(2, interval_steps=2)], unet())
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    import fastkdtf.lab.compare   # which brings `describe_kd`
+    from fastkdtf.lab.procedures import Student
+    rows = learn.describe_kd(n_batches=1)
+    assert np.isfinite(rows['cosine']).all()
+    x,twin = images(3, size=16),Student(learn).model_fn()
+    assert off(twin.eval()(x), says(learn.model, x)) < 1e-6

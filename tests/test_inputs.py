@@ -40,8 +40,8 @@ def rows(n=60, seed=0, shift=0., factor=1., missing=True):
 def table(df, procs=(Categorify, FillMissing, Normalize), **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return TabularDataLoaders.from_df(df, procs=list(procs), cat_names=['colour'], cont_names=['weight', 'length'], y_names='fruit', y_block=CategoryBlock(),
-                                          bs=16, valid_idx=list(range(8)), device='cpu', **kwargs)
+        return TabularDataLoaders.from_df(df, procs=list(procs), cat_names=['colour'], cont_names=['weight', 'length'], y_names='fruit',
+                                          y_block=CategoryBlock(), bs=16, valid_idx=list(range(8)), device='cpu', **kwargs)
 
 def tabular(dls, cbs=(), seed=0):
     torch.manual_seed(seed)
@@ -151,7 +151,8 @@ class Pair(nn.Module):
 
 class ImageTuple(fastuple): pass
 
-FORMS = {'apart': lambda a,b: (a, b), 'tuple': lambda a,b: ((a, b),), 'fastai tuple': lambda a,b: (ImageTuple(a, b),), 'dict': lambda a,b: ({'a': a, 'b': b},), 'list': lambda a,b: ([a, b],),
+FORMS = {'apart': lambda a,b: (a, b), 'tuple': lambda a,b: ((a, b),), 'fastai tuple': lambda a,b: (ImageTuple(a, b),),
+         'dict': lambda a,b: ({'a': a, 'b': b},), 'list': lambda a,b: ([a, b],),
          'and a table': lambda a,b: (a, b, torch.arange(8.).reshape(4, 2)), 'and numbers': lambda a,b: (a, b, torch.arange(4))}
 
 @pytest.mark.parametrize('form', FORMS)
@@ -167,6 +168,14 @@ def test_all_images_are_brought_into_the_teachers_scale_and_size(form, size, fas
     got = answers(teacher, learn, FORMS[form](*[normed(x, A) for x in images]))
     want = net(*FORMS[form](*[resized(normed(x, B)) for x in images])).detach()
     close(got, want)
+
+def test_statistics_keep_their_precision_after_a_batch_in_half_precision():
+    net,x = Pair(),torch.rand(4, 3, 8, 8)
+    teacher = NetworkTeacher(net, teacher_norm=B)
+    loader = SimpleNamespace(after_batch=SimpleNamespace(fs=[]))
+    learn = Learner(DataLoaders(loader, loader), nn.Linear(1, 5), loss_func=CrossEntropyLossFlat())
+    answers(teacher, learn, (x.bfloat16(), x.bfloat16()))
+    close(teacher(Batch(None, xb=(x, x))), net(normed(x, B), normed(x, B)).detach(), 1e-5)
 
 class get_pair:
     def __call__(self, i): return TensorImage(torch.full((3, 8, 8), .1*i))
@@ -194,7 +203,8 @@ def test_inputs_that_fastai_does_not_call_images_stay_as_they_are():
             own.append([t.as_subclass(torch.Tensor).clone() for t in (a, b, flow)])
             return self.fc(a.flatten(1))
     own = []
-    learn = Learner(dls, Student(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeDistillation(NetworkTeacher(Keep(), teacher_norm=B, fast=False))]).remove_cb(ProgressCallback)
+    method = KnowledgeDistillation(NetworkTeacher(Keep(), teacher_norm=B, fast=False))
+    learn = Learner(dls, Student(), loss_func=CrossEntropyLossFlat(), cbs=method).remove_cb(ProgressCallback)
     with learn.no_logging(): learn.fit(1)
     mean,std = (torch.tensor(stat)[:,None,None] for stat in A)
     assert len(seen) == 2
@@ -214,14 +224,17 @@ def test_tensors_are_found_in_containers_of_any_class():
 def words_dls(words, lm=True):
     from fastai.text.data import LMDataLoader
     text = [torch.arange(40) % len(words) for _ in range(4)]
-    dl = LMDataLoader(text, bs=2, seq_len=5, num_workers=0) if lm else DataLoaders.from_dsets([(t[:5], t[1:6]) for t in text], bs=2, device='cpu', num_workers=0).train
+    if lm: dl = LMDataLoader(text, bs=2, seq_len=5, num_workers=0)
+    else: dl = DataLoaders.from_dsets([(t[:5], t[1:6]) for t in text], bs=2, device='cpu', num_workers=0).train
     dls = DataLoaders(dl, dl)
     dls.vocab = words
     return dls
 
 def lm(n=4): return nn.Sequential(nn.Embedding(n, 3), nn.Linear(3, n))
 
-def lm_learner(words, cbs=(), is_lm=True): return Learner(words_dls(words, is_lm), lm(len(words)), loss_func=CrossEntropyLossFlat(axis=-1), cbs=cbs).remove_cb(ProgressCallback)
+def lm_learner(words, cbs=(), is_lm=True):
+    learn = Learner(words_dls(words, is_lm), lm(len(words)), loss_func=CrossEntropyLossFlat(axis=-1), cbs=cbs)
+    return learn.remove_cb(ProgressCallback)
 
 WORDS,OTHER = ['the', 'cat', 'sat', 'on'],['cat', 'the', 'on', 'sat']
 

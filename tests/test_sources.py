@@ -61,11 +61,14 @@ def net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatte
 def renamed(weights, prefix): return {prefix+name: value for name,value in weights.items()}
 
 WRAPPINGS = {
-    'state_dict': lambda w: dict(epoch=3, state_dict=w, optimizer=dict(state={0: dict(exp_avg=torch.ones(1))}, param_groups=[])), 'model': lambda w: dict(model=w, args=argparse.Namespace(lr=.1)),
+    'state_dict': lambda w: dict(epoch=3, state_dict=w, optimizer=dict(state={0: dict(exp_avg=torch.ones(1))}, param_groups=[])),
+    'model': lambda w: dict(model=w, args=argparse.Namespace(lr=.1)),
     'module.': lambda w: renamed(w, 'module.'), '_orig_mod.': lambda w: renamed(w, '_orig_mod.'), 'both': lambda w: dict(model=renamed(w, 'module._orig_mod.')),
     'lightning': lambda w: {'state_dict': {**renamed(w, 'model.'), 'loss.weight': torch.ones(3)}, 'epoch': 3, 'hyper_parameters': {'path': Path('x')}},
-    'average': lambda w: dict(renamed(w, 'module.'), n_averaged=torch.tensor(4)), 'own name': lambda w: {'best': w, 'step': 3}, 'with a tensor beside': lambda w: {'state_dict': w, 'best': torch.ones(1)},
-    'parts compiled': lambda w: {name.replace('3.', '3._orig_mod.'): value for name,value in w.items()}, 'ema beside': lambda w: {'state_dict_ema': {k: v*0 for k,v in w.items()}, 'state_dict': w},
+    'average': lambda w: dict(renamed(w, 'module.'), n_averaged=torch.tensor(4)), 'own name': lambda w: {'best': w, 'step': 3},
+    'with a tensor beside': lambda w: {'state_dict': w, 'best': torch.ones(1)},
+    'parts compiled': lambda w: {name.replace('3.', '3._orig_mod.'): value for name,value in w.items()},
+    'ema beside': lambda w: {'state_dict_ema': {k: v*0 for k,v in w.items()}, 'state_dict': w},
     'of old': lambda w: {name: value for name,value in w.items() if 'num_batches' not in name}}
 
 @pytest.mark.parametrize('wrapping', WRAPPINGS)
@@ -149,9 +152,11 @@ def test_saved_weights_are_found_among_the_learners_models(tmp_path):
 def test_a_file_that_is_nowhere_is_refused_with_where_it_was_looked_for():
     said = refused('t.pkl', FileNotFoundError)
     assert 't.pkl: no such file, neither here nor in' in said and 'models' in said
-    with pytest.raises(FileNotFoundError, match="no/t.pkl: no such file.*learn.export writes below learn.path: give learn.path/'t.pkl'"): NetworkTeacher('no/t.pkl')
+    with pytest.raises(FileNotFoundError, match="no/t.pkl: no such file.*learn.export writes below learn.path: give learn.path/'t.pkl'"):
+        NetworkTeacher('no/t.pkl')
 
-@pytest.mark.parametrize('name,near', [('resnet5O', 'resnet50'), ('mobilenet_v3_large', 'mobilenetv3_large_100'), ('timm/efficientnetb0', 'efficientnet_b0'), ('vit_tiny_patch16', 'vit_tiny_patch16_224')])
+@pytest.mark.parametrize('name,near', [('resnet5O', 'resnet50'), ('mobilenet_v3_large', 'mobilenetv3_large_100'), ('timm/efficientnetb0', 'efficientnet_b0'),
+                                       ('vit_tiny_patch16', 'vit_tiny_patch16_224')])
 def test_a_mistyped_name_is_answered_with_similar_ones(name, near):
     with pytest.raises(FileNotFoundError) as e: KnowledgeDistillation(name)
     assert near in str(e.value) and 'timm knows' in str(e.value)
@@ -227,7 +232,8 @@ def test_a_timm_network_that_may_have_been_trained_by_the_user_is_said_to_be_nor
     model,batches = timm_net(),[(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))]
     learn = Learner(DataLoaders(batches, batches), nn.Linear(3072, 1000), loss_func=CrossEntropyLossFlat())
     mean,std = (list(model.pretrained_cfg[name]) for name in ('mean', 'std'))
-    with pytest.warns(UserWarning, match=r'normalised as timm pretrains it: teacher_norm=.*or None where it reads what the student reads'): NetworkTeacher(model).attach(learn)
+    with pytest.warns(UserWarning, match=r'normalised as timm pretrains it: teacher_norm=.*or None where it reads what the student reads'):
+        NetworkTeacher(model).attach(learn)
     torch.save(model.state_dict(), 'w.pth')
     with pytest.warns(UserWarning, match='as timm pretrains it'): NetworkTeacher('w.pth', arch='timm/test_resnet').attach(learn)
     with warnings.catch_warnings():

@@ -30,7 +30,7 @@ from ..targets import LogitStandardisation, TeacherCorrection
 from ..teachers.base import LabelTeacher, UniformTeacher, VirtualTeacher
 from ..teachers.memory import MemoryTeacher
 from ..teachers.network import as_teacher
-from .term import LossTerm, known_classes, own_autocast
+from .term import LossTerm, check_base_loss, known_classes, own_autocast
 
 # %% ../../nbs/31_callback.distill.ipynb #67bdce6d
 def _unique(things): return list({id(o): o for o in things}.values())
@@ -69,12 +69,12 @@ class Distill(LossTerm):
 
     Validation stays the learner's own."""
     _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'watching', 'refuses_mixing')
-    skipped,checked,_label_matters = False,False,True
+    skipped,checked,n_outputs,_label_matters = False,False,None,True
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
     watching,refuses_mixing = (),False   # those that are shown each batch; whether one of them wants no mixed images
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # of targets: a `Teacher`, a network as `NetworkTeacher` takes it, or `batch → logits`
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
         alpha:float|tuple|Callable=.9, # soft share in [0,1], or the pair `(hard, soft)` of weights; numbers or fastai schedules
         tau:float|tuple|Callable=4., # temperature, or the pair (teacher's, student's); numbers or fastai schedules
         scale:float|str='tau2', # factor of the soft term: 1 | 'tau' | 'tau2' (the student's) | a number
@@ -281,16 +281,17 @@ class Distill(LossTerm):
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = 0.
         for y,portion in labels:
-            z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
+            z,y = classification_batch(plain_tensors(first_output(self.learn.pred)), y, batch.axis)
             labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
             self.hear(labelled)
             if not self.checked: self._check_first(labelled)
+            else: self._check_labels(labelled)
             losses = losses + self._portion_of(self.weighted_losses(labelled), portion)
             self.watch(labelled, portion)
             batch.finite = labelled.finite
-        self.checked,weight = True,self._factor(batch.soft, batch.tau[1], z.shape[1])
+        self.checked,self.n_outputs,weight = True,z.shape[1],self._factor(batch.soft, batch.tau[1], z.shape[1])
         loss = losses if not losses.ndim else reduce_samples(losses, y, 'sum' if batch.reduction == 'sum' else 'mean', batch.ignore_index)
         if batch.finite is not None: loss = torch.where(batch.finite, loss, 0.)
         batch.release()
@@ -299,11 +300,19 @@ class Distill(LossTerm):
     def _check_first(self, batch):
         "Check once a fit what would otherwise be wrong without a word: labels that are no classes, probabilities for logits"
         check_labels(batch.y, batch.n_classes, batch.ignore_index)
+        if not self.mixing: check_base_loss(self.learn, batch)
         self.soft_loss.check(batch)
         for key,logits in ((None, batch.zt), *batch.extra_logits.items()):
             if not isinstance(logits, Tensor) or not looks_like_probabilities(logits, 1+logits.ndim-batch.z.ndim): continue
             warnings.warn(f'the teacher {self.teachers[key]!r} returned numbers that are not negative and sum to 1: probabilities, it seems, where logits are '
                           'expected. They are softened as logits; if they are probabilities, let the teacher return their logarithm')
+
+    def _check_labels(self, batch):
+        "Check the labels of a later batch: at once on a CPU, else where the device is waited for anyway"
+        if batch.y.is_cpu: return check_labels(batch.y, batch.n_classes, batch.ignore_index)
+        if batch.y.is_floating_point(): return
+        inside = ((batch.y.clamp(0, batch.n_classes-1) == batch.y) | (batch.y == batch.ignore_index)).all()
+        batch.finite = inside if batch.finite is None else batch.finite & inside
 
     def _portion_of(self, losses, portion):
         if losses.ndim or not isinstance(portion, Tensor) or portion.numel() == 1: return portion*losses
@@ -356,9 +365,10 @@ class Distill(LossTerm):
         for teacher in self.watching: teacher.observe(self.batch.labelled(y, z))
 
     def after_batch(self):
-        "Stop if a teacher broke; here the recorder waits for the device anyway"
+        "Stop if a teacher or a label broke; here the recorder waits for the device anyway"
         batch,self.batch = self.batch,None
         if batch is None or batch.finite is None or batch.finite: return
+        for y in (batch.y, *getattr(self.mixing, 'yb1', ())): check_labels(plain_tensors(y), self.n_outputs, batch.ignore_index)
         who = ' or '.join(map(repr, self.teachers.values()))
         raise ValueError(f'the teacher {who} returned logits that are infinite or not a number; this batch was trained on without it')
 
@@ -441,7 +451,7 @@ class TfKDReg(Distill):
 class KnowledgeDistillation(Distill):
     "Distillation from networks. Hinton et al. 2015; Yuan et al. 2020, eq. 4; Wang et al. 2020, eq. 4"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         alpha:float|Callable=.9, # soft share in [0,1], or a schedule
         tau:float|Callable=4., # temperature of both, or a schedule
         scale:float|str='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number

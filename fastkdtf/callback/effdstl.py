@@ -69,7 +69,7 @@ class WSL(WatchedDistill):
     "Distillation weighted sample by sample. Zhou et al. 2021; stage 1 of Song et al. 2023"
     fact_names = 'weight','correct','student_ahead','agreement'
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         beta:float|Callable=2.5, # weight of the soft term, or a schedule
         tau:float|Callable=2., # temperature of both, or a schedule
         weight_tau:float=1., # temperature of the cross-entropies that a sample's weight is made of
@@ -82,7 +82,7 @@ class WSL(WatchedDistill):
     @classmethod
     def published(cls,
         setting:str, # a key of `wsl_settings`: 'wsl' | 'wsl-cifar100' | 'effdstl'
-        teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `as_teacher` takes it
         **kwargs # what is to differ
     )->'WSL':
         "Make the method with a published setting; the learner's loss stays its own"
@@ -98,7 +98,7 @@ class CKM(WatchedDistill):
     "Consistent knowledge mining: what the label says where the teacher is right and the student surer, else what the teacher says. Song et al. 2023, §5.1"
     fact_names = 'mined','correct','student_ahead','agreement'
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         tau_teacher:float|Callable=.7, # the teacher's temperature, or a schedule
         tau_student:float|Callable=1., # the student's, or a schedule
         smooth_to:float=.99, # probability of the labelled class where the rule applies, in (0,1]

@@ -96,7 +96,7 @@ def _warm_up(n, epoch, n_epoch): return min((epoch+1)/n, 1.)
 class DKD(Distill):
     "Distillation that decouples the label from the other classes. Zhao et al. 2022"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         alpha:float=1., # weight of the part about the label
         beta:float=8., # weight of the part about the others; the paper takes .5 to 8, by pair of networks
         tau:float|Callable=4., # temperature of both, or a schedule; the paper takes 1 on ImageNet
@@ -139,7 +139,7 @@ class NormalisedLoss(SoftLoss):
 class NKD(Distill):
     "Distillation with the other classes normalised, and the label weighed by the teacher's confidence. Yang et al. 2023"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         gamma:float=1.5, # weight of the part about the other classes
         tau:float|Callable=1., # temperature of the other classes, or a schedule; the authors' CIFAR-100 setting is 3, with gamma=3.5
         standardise:bool=False, # standardise the logits first, see `LogitStandardisation`
@@ -196,7 +196,7 @@ def _rows(p): return p.movedim(1, -1).reshape(-1, p.shape[1])   # positions coun
 class DIST(Distill):
     "Distillation by correlation in place of equality. Huang et al. 2022"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         beta:float=2., # weight of the correlation over the classes of a sample
         gamma:float=2., # weight of the correlation over the samples of a class
         tau:float|Callable=1., # temperature of both, or a schedule; the authors take 4 on CIFAR
@@ -254,7 +254,7 @@ class _LabelSmoothing(MaxSup):
 class StandardisedKD(Distill):
     "Distillation of standardised logits. Sun et al. 2024"
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         hard:float|Callable=.1, # weight of the hard term, or a schedule
         soft:float|Callable=9., # weight of the soft term, or a schedule
         tau:float|Callable=2., # temperature of both, or a schedule

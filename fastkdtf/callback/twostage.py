@@ -42,8 +42,8 @@ def _overrides(name, given, defaults):
 
 def effdstl_stages(
     n_epoch:int, # in all; the paper: 300
-    teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
-    second_teacher:nn.Module|Learner|Callable|str|Path|None=None, # of stage 2: a better one; None: the same
+    teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `as_teacher` takes it
+    second_teacher:nn.Module|Learner|Callable|str|Path|list|tuple|None=None, # of stage 2: a better one; None: the same
     stage1:dict|None=None, # settings of `Stage` that are to differ from the paper's
     stage2:dict|None=None, # likewise
     beta:float|Callable=.5, # weight of the soft term in stage 1
@@ -91,8 +91,8 @@ class WarnOfExplosion(Callback):
 @patch
 def fit_effdstl(self:Learner,
     n_epoch:int, # in all; the paper: 300
-    teacher:nn.Module|Learner|Callable|str|Path, # a network, its path or a name that timm knows; or any teacher
-    second_teacher:nn.Module|Learner|Callable|str|Path|None=None, # of stage 2: a better one; None: the same (Tab. 4c)
+    teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
+    second_teacher:nn.Module|Learner|Callable|str|Path|list|tuple|None=None, # of stage 2: a better one; None: the same (Tab. 4c)
     stage1:dict|None=None, # settings of `Stage` that are to differ from the paper's, such as `dict(lr=(.1, 1e-5))`
     stage2:dict|None=None, # likewise
     beta:float|Callable=.5, # weight of the soft term in stage 1

@@ -38,7 +38,7 @@ class SoftOnly(WatchedDistill):
     "Cross-entropy to a teacher's target and nothing else, as in MEAL V2; shows the accuracy on the training batches"
     fact_names = 'train_accuracy',
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # as `as_teacher` takes it
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `as_teacher` takes it
         rewrite:Callable|Iterable=(), # one or several `(softened target, batch) → target`
         name:str|None=None, # needed for a second callback of the same class
     ):

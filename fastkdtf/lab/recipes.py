@@ -399,7 +399,7 @@ class Recipe:
 
     def learner(self,
         dls:DataLoaders,
-        teacher:nn.Module|Learner|Callable|str|Path|list|None=None, # trained network, or a list of them, for methods that have teachers
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple|None=None, # trained network, or several, for methods that have teachers
         n_epoch:int|None=None, # as `method` takes it
         **settings # to differ from the recipe's
     )->Learner:

@@ -293,7 +293,7 @@ class CachedTeacher(Teacher):
     and a folder that holds the logits of another teacher, data set or transform."""
     before_student,asks_label = True,False
     def __init__(self,
-        teacher:nn.Module|Learner|Callable|str|Path, # as `NetworkTeacher` takes it, or a teacher that needs no student
+        teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `NetworkTeacher` takes it, or a teacher that needs no student
         path:str|Path, # the folder; several trainings may share it
         top_k:int|None=None, # keep so many classes, and spread the rest of the mass evenly; None: all
         dtype:str='float16', # 'float16', or 'float32': exactly the live teacher's targets

@@ -34,7 +34,8 @@ from torch.utils.hooks import RemovableHandle
 # %% ../../nbs/21a_teachers.copying.ipynb #8baab851
 _hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 _hook_options = ('_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks_with_kwargs')
-_simple = (str, int, float, complex, bytes, type, type(None), ModuleType, range, ref, np.generic, torch.dtype, torch.device, torch.Size, torch.memory_format)
+_simple = (str, int, float, complex, bytes, type, type(None), ModuleType, range, ref, np.generic, torch.dtype, torch.device, torch.Size,
+           torch.memory_format)
 
 def _slots(x):
     "Return what an object holds in slots"
@@ -213,7 +214,9 @@ def _leads_back(model, twin, shared):
     old = {id(x) for x in (*model.modules(), *named_tensors(model).values())} - {id(x) for x in shared}
     found = list(reached(twin, *[hook.function for hook in hooks_of(twin)]).values())
     by_name = [x for function in found for x in _globals(function)]
-    found += by_name + [x() for x in found if isinstance(x, ref)] + [item for x in by_name if isinstance(x, (dict, list, tuple)) for item in _held(x)]
+    found += by_name + [x() for x in found if isinstance(x, ref)]
+    for x in by_name:
+        if isinstance(x, (dict, list, tuple)): found += _held(x)
     return next((type(x).__name__ for x in found if id(x) in old), None)
 
 def _other_weights(model, twin):
@@ -270,7 +273,8 @@ class _Words:
 
     def add(self, x):
         "Take in an object"
-        if isinstance(x, _simple): return self.say(type(x).__name__, id(x()) if isinstance(x, ref) else id(x) if isinstance(x, (type, ModuleType)) else x)
+        if isinstance(x, ref): return self.say('ref', id(x()))
+        if isinstance(x, _simple): return self.say(type(x).__name__, id(x) if isinstance(x, (type, ModuleType)) else x)
         if id(x) in self.names: return self.say('own', self.names[id(x)])
         if id(x) in self.seen: return self.say('again', [*self.seen].index(id(x)))
         self.seen[id(x)] = x
@@ -307,7 +311,7 @@ class _Words:
 def remainder(
     model:nn.Module,
 )->str|None: # a digest; None where something in `model` has no value that could be told
-    """Return a digest of what a network holds beside parameters, buffers and modes: classes, attributes, hooks, and how often a weight is used
+    """Return a digest of what a network holds beside parameters, buffers and modes: classes, attributes, hooks, shared weights
 
     It is the same as long as nothing of that changes. Digests of two processes cannot be compared."""
     tensors = named_tensors(model)

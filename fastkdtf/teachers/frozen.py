@@ -116,7 +116,8 @@ class _Tracer(fx.Tracer):
         self.root,self.graph,self.outside = root,fx.Graph(tracer_cls=type(self)),_autocast_state()
         modules = dict(root.named_modules())
         self.submodule_paths = {m: name for name,m in modules.items()}
-        self.tensor_attrs = {t: f'{name}.{key}'.lstrip('.') for name,m in modules.items() for key,t in vars(m).items() if isinstance(t, Tensor)}
+        attributes = {f'{name}.{key}'.lstrip('.'): value for name,m in modules.items() for key,value in vars(m).items()}
+        self.tensor_attrs = {value: name for name,value in attributes.items() if isinstance(value, Tensor)}
         forward,args = self.create_args_for_root(type(root).forward, True)
         caught = {(m, key): value for name,m in modules.items() for key,value in self._stand_ins(name, m).items()}
         try:

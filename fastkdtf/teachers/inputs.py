@@ -89,7 +89,7 @@ def map_tensors(
     "Return `o` with `f(t)` in the place of each tensor `t`"
     def leaf(x):
         if isinstance(x, Tensor): return f(x)
-        if isinstance(x, (tuple, list)): return type(x)([map_tensors(f, item) for item in x])   # `tree_map` knows only tuples and lists themselves
+        if isinstance(x, (tuple, list)): return type(x)([map_tensors(f, item) for item in x])   # of a class that `tree_map` does not know
         return type(x)({key: map_tensors(f, value) for key,value in x.items()}) if isinstance(x, Mapping) else x
     return tree_map(leaf, o)
 
@@ -155,6 +155,12 @@ class TableScale:
             elif type(proc) is fill: self.fills = proc.na_dict
             elif type(proc) is not harmless and not _is_of_labels(proc): self.others.append(proc)
 
+    def stats(self,
+        names:list, # of columns of numbers
+    )->list:
+        "Return the pairs (mean, deviation); (0, 1) where a column was not normalised"
+        return [(float(self.means.get(name, 0.)), float(self.stds.get(name, 1.))) for name in names]
+
     def flag(self,
         name:str, # of a column of numbers
     )->tuple|None:
@@ -186,12 +192,12 @@ def translate_table(
         names = ', '.join(type(proc).__name__ for proc in student.others+teacher.others)
         raise ValueError(f"what {names} does to the teacher's table or the student's cannot be translated: make both learners' data with "
                          'Categorify, FillMissing and Normalize only, or with the same procs')
-    stats = [[(float(scale.means.get(name, 0.)), float(scale.stds.get(name, 1.))) for name in student.conts] for scale in (student, teacher)]
+    stats = [scale.stats(student.conts) for scale in (student, teacher)]
     fills = [_fill(name, student, teacher) for name in student.fills if student.fills[name] != teacher.fills.get(name, student.fills[name])]
     if stats[0] == stats[1] and not fills: return None
     if student.others:
-        raise ValueError(f"the tables' {type(student.others[0]).__name__} cannot be translated where means, deviations or medians differ: make both "
-                         "learners' data with the same statistics")
+        raise ValueError(f"the tables' {type(student.others[0]).__name__} cannot be translated where means, deviations or medians differ: "
+                         "make both learners' data with the same statistics")
     (mean,std),(its_mean,its_std) = (torch.tensor(pairs, dtype=torch.float64).T for pairs in stats)
     return _Translation(std/its_std, (mean-its_mean)/its_std, fills)
 
@@ -199,8 +205,9 @@ def _fill(name, student, teacher):
     "Return (column, column of the flag, number that means filled, the teacher's number)"
     flag,value = student.flag(name),float(teacher.fills[name])
     if flag is None:
-        raise ValueError(f"the student's data fill column {name} with {student.fills[name]} where it is missing, the teacher's with {value}, and no column "
-                         "tells which rows were missing: make the student's data with FillMissing(add_col=True), or both with the same fill_vals")
+        raise ValueError(f"the student's data fill column {name} with {student.fills[name]} where it is missing, the teacher's with "
+                         f"{value}, and no column tells which rows were missing: make the student's data with FillMissing(add_col=True), "
+                         'or both with the same fill_vals')
     mean,std = teacher.means.get(name, 0.),teacher.stds.get(name, 1.)
     return student.conts.index(name),*flag,(value-mean)/std
 

@@ -54,8 +54,10 @@ def _next_step(model, x):
     channels = conv and conv.in_channels
     if channels and channels != x.shape[1] and 1 in (channels, x.shape[1]):
         change = 'x.mean(1, keepdim=True)' if channels == 1 else f'x.expand(-1, {channels}, -1, -1)'
-        return f"It takes images of {channels} channel{'s'*(channels > 1)}: give nn.Sequential(Lambda(lambda x: {change}), network), with fastai's Lambda"
-    if channels and channels != x.shape[1]: return f'It takes images of {channels} channels: give a teacher that was trained on images like these'
+        return (f"It takes images of {channels} channel{'s'*(channels > 1)}: give nn.Sequential(Lambda(lambda x: {change}), network), with "
+                "fastai's Lambda")
+    if channels and channels != x.shape[1]:
+        return f'It takes images of {channels} channels: give a teacher that was trained on images like these'
     size = pretrained_cfg(model).get('input_size', [None])[-1] or getattr(model, 'image_size', None)
     return f"If it was trained on images of another size, say so: teacher_size={size or '(height, width)'}"
 
@@ -70,7 +72,7 @@ class NetworkTeacher(Teacher):
     their batch norms where that leaves the outputs what they are (to 1e-4)."""
     before_student,asks_label,asks_tau = True,False,False
     waits_for,origin,norm,translate,learn = None,None,'auto',None,None
-    _n_student,_places,_epoch,_reset_due,_asked,_copied = None,None,None,False,True,None
+    _n_student,_places,_epoch,_reset_due,_asked,_copied,_scale = None,None,None,False,True,None,None
     def __init__(self,
         model:nn.Module|Learner|str|Path, # the network; the path of an exported learner or of weights; or a name that timm knows
         arch:nn.Module|str|None=None, # for weights: the network, or its name for `create_model`
@@ -110,8 +112,13 @@ class NetworkTeacher(Teacher):
         self.axis = getattr(learn.loss_func, 'axis', 1)
         self.learn,self._n_student = learn,_known_outputs(learn)
         if pretrained_cfg(self.model): self._check_outputs(self.model.num_classes)
-        self._asked,self._epoch,self._places,self._reset_due = False,None,None,False
+        self._asked,self._epoch,self._places,self._scale,self._reset_due = False,None,None,None,False
         if self.copy is not None and not self._still_good(): self.copy = None
+
+    def detach(self):
+        "Let go of the learner, and of a copy that has a state of its own"
+        self.learn = None
+        if self.copy is not None and not self.copy.steady: self.copy = None
 
     def _find_below(self, learn):
         if not self.waits_for: return
@@ -131,15 +138,16 @@ class NetworkTeacher(Teacher):
         self.rescale = None if self.stats is None else renormalise(input_stats(dls.train), self.stats or None)
         if self.rescale is None or not (self.origin.assumed and self.norm == 'auto'): return
         mean,std = self.stats
-        warnings.warn(f'{self!r} is a network of timm, and its images are normalised as timm pretrains it: teacher_norm=({mean}, {std}). If it was trained '
-                      'on images normalised otherwise, say so with teacher_norm=(mean, std), or None where it reads what the student reads; to say that this '
-                      'is right, give it these numbers')
+        warnings.warn(f'{self!r} is a network of timm, and its images are normalised as timm pretrains it: teacher_norm=({mean}, {std}). '
+                      'If it was trained on images normalised otherwise, say so with teacher_norm=(mean, std), or None where it reads what '
+                      'the student reads; to say that this is right, give it these numbers')
 
     def _check_outputs(self, n):
         "Raise `ValueError` if the teacher has another number of outputs than the student, as far as both are known"
         if self.vocab is not None or n is None or not self._n_student or n in self._n_student: return
-        raise ValueError(f'the teacher {self!r} has {n} outputs, and the student has {self._n_student[0]} classes. If the student\'s classes are among them, '
-                         "say with vocab= what the teacher's outputs are called; if not, train it on these classes first, as a Learner on the same data")
+        raise ValueError(f"the teacher {self!r} has {n} outputs, and the student has {self._n_student[0]} classes. If the student's "
+                         "classes are among them, say with vocab= what the teacher's outputs are called; if not, train it on these classes "
+                         'first, as a Learner on the same data')
 
     def _still_good(self):
         "True if the copy has no state of its own, and its network is what it was"
@@ -184,8 +192,9 @@ class NetworkTeacher(Teacher):
 
     def _image(self, x):
         if self.rescale is not None:
-            if self.rescale[0].device != x.device or self.rescale[0].dtype != x.dtype: self.rescale = tuple(t.to(x) for t in self.rescale)
-            x = x*self.rescale[0] + self.rescale[1]
+            if self._scale is None or self._scale[0].device != x.device or self._scale[0].dtype != x.dtype:
+                self._scale = tuple(t.to(x) for t in self.rescale)
+            x = x*self._scale[0] + self._scale[1]
         return x if self.size is None else F.interpolate(x, self.size, mode='bilinear', antialias=True)
 
     def _order_on(self, device, batch):
@@ -193,8 +202,8 @@ class NetworkTeacher(Teacher):
         if not isinstance(self.order, Tensor):
             x = tensors_in(batch.xb)[0]
             if self.origin.inputs is None and isinstance(batch.y, Tensor) and not x.is_floating_point() and x.shape == batch.y.shape:
-                raise ValueError(f"the teacher {self!r} reads numbers of words, and its words are not the student's: make both learners' data with the same "
-                                 'vocabulary (text_vocab=)')
+                raise ValueError(f"the teacher {self!r} reads numbers of words, and its words are not the student's: make both learners' "
+                                 'data with the same vocabulary (text_vocab=)')
             self.order = torch.tensor(self.order)
         if self.order.device != device: self.order = self.order.to(device)
         return self.order
@@ -230,7 +239,7 @@ class NetworkTeacher(Teacher):
 
 # %% ../../nbs/21_teachers.network.ipynb #23b77ee2
 def as_teacher(
-    teacher:nn.Module|Learner|Callable|str|Path|list, # a teacher, a function of a `Batch`, what `NetworkTeacher` takes, or several for an `EnsembleTeacher`
+    teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a teacher, a function of a `Batch`, what `NetworkTeacher` takes, or several
 )->Teacher:
     "Return `teacher` as a `Teacher`"
     if isinstance(teacher, Teacher): return teacher

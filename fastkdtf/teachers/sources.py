@@ -45,7 +45,8 @@ def _state_dict(found):
     within = {name: part for name,part in found.items() if isinstance(part, Mapping) and any(isinstance(t, Tensor) for t in part.values())}
     if within:
         chosen = next((name for name in _usual if name in within), None)
-        if chosen is None and len(within) > 1: raise ValueError(f"there are several: {', '.join(map(str, within))}; save the one that is meant")
+        if chosen is None and len(within) > 1:
+            raise ValueError(f"there are several: {', '.join(map(str, within))}; save the one that is meant")
         found = within[chosen or next(iter(within))]
     weights = {name: value for name,value in found.items() if isinstance(value, Tensor)}
     if not weights: raise ValueError('no tensors in it')
@@ -136,7 +137,8 @@ def _missing(path):
     "Return an error for a name that nobody knows, with similar names"
     names = difflib.get_close_matches(str(path).removeprefix('timm/').lower(), timm.list_models(), 3, .7)
     similar = f" (timm knows {', '.join(names)})" if names else ''
-    return FileNotFoundError(f"{path}: no such file{similar}; {forms}. learn.export writes below learn.path: give learn.path/'{Path(path).name}'")
+    return FileNotFoundError(f"{path}: no such file{similar}; {forms}. learn.export writes below learn.path: give "
+                             f"learn.path/'{Path(path).name}'")
 
 def look_below(
     learn:Learner,
@@ -175,8 +177,8 @@ def _pretrained_stats(model):
 
 def _origin_of_learner(learn):
     dls = learn.dls
-    return _origin(learn.model)._replace(vocab=class_names(dls), stats=input_stats(dls.train) or False, inputs=input_names(dls), table=table_scale(dls),
-                                         assumed=False, resets=resets_state(learn))
+    known = dict(vocab=class_names(dls), stats=input_stats(dls.train) or False, inputs=input_names(dls), table=table_scale(dls))
+    return _origin(learn.model)._replace(**known, assumed=False, resets=resets_state(learn))
 
 def _origin(found):
     "Return the network of a module or `Learner`, with what is known of it"
