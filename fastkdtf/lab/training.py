@@ -303,7 +303,7 @@ class LearnerParts:
 def teacher_accuracy(
     teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `as_teacher` takes it
     learn:Learner, # of a student
-)->float:
+)->float|None: # None where labels are not one class for each sample, as in segmentation
     "Measure a teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"
     teacher = as_teacher(teacher)
     teacher = teacher.live
@@ -315,6 +315,7 @@ def teacher_accuracy(
         for batch in learn.dls[evaluation_set(learn.dls)].new(shuffle=False, drop_last=False):
             learn._split(batch)
             xb,y = plain_tensors((tuple(learn.xb), learn.yb[0]))
+            if not torch.is_tensor(y) or y.is_floating_point() or y.numel() != len(y): return None
             with torch.no_grad(): logits.append(teacher(Batch(y, None, xb)).float().cpu())
             labels.append(y.cpu())
     finally: teacher.detach()
