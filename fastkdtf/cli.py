@@ -98,7 +98,7 @@ def _is_file_name(text): return Path(text).suffix in ('.pth', '.pt', '.safetenso
 def _content_digest(path):
     "Return digits that stand for a file's content, or for the names and sizes of a folder's files"
     if path.is_file():
-        with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha1').hexdigest()[:8] if hasattr(hashlib, 'file_digest') else hashlib.sha1(f.read()).hexdigest()[:8]
+        with open(path, 'rb') as f: return hashlib.sha1(f.read()).hexdigest()[:8]
     files = sorted((str(o.relative_to(path)), o.stat().st_size) for o in path.rglob('*') if o.is_file())
     return hashlib.sha1(json.dumps(files).encode()).hexdigest()[:8]
 

@@ -169,6 +169,14 @@ def test_all_images_are_brought_into_the_teachers_scale_and_size(form, size, fas
     want = net(*FORMS[form](*[resized(normed(x, B)) for x in images])).detach()
     close(got, want)
 
+def test_statistics_keep_their_precision_after_a_batch_in_half_precision():
+    net,x = Pair(),torch.rand(4, 3, 8, 8)
+    teacher = NetworkTeacher(net, teacher_norm=B)
+    loader = SimpleNamespace(after_batch=SimpleNamespace(fs=[]))
+    learn = Learner(DataLoaders(loader, loader), nn.Linear(1, 5), loss_func=CrossEntropyLossFlat())
+    answers(teacher, learn, (x.bfloat16(), x.bfloat16()))
+    close(teacher(Batch(None, xb=(x, x))), net(normed(x, B), normed(x, B)).detach(), 1e-5)
+
 class get_pair:
     def __call__(self, i): return TensorImage(torch.full((3, 8, 8), .1*i))
 class get_other:

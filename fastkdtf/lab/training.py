@@ -578,12 +578,18 @@ class FolderStore(MemoryStore):
     def find(self, run:Run)->dict|None:
         "Return the record of a finished run; None if it has none, or if weights that others need are gone"
         if run.keep and not self._weights_file(run).exists(): return None
-        return self.ledger.find(run.key)
+        record = self.ledger.find(run.key)
+        if record: self._forget_checkpoint(run)   # a process that died just before may have left it
+        return record
+
+    def _forget_checkpoint(self, run):
+        file = self._checkpoint_file(run)
+        for left in (file, file.with_name(f'{file.name}.tmp')): left.unlink(missing_ok=True)
 
     def add(self, run:Run, record:dict)->dict:
         "Write the record of a finished run, delete its checkpoint, and return the record"
         self.ledger.append(record)
-        self._checkpoint_file(run).unlink(missing_ok=True)
+        self._forget_checkpoint(run)
         return record
 
     def keep(self, run:Run, weights:dict):

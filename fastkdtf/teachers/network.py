@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,8 @@ def _next_step(model, x):
 def _shown(out): return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 # %% ../../nbs/21_teachers.network.ipynb #61e9b8d4
+_copies = WeakKeyDictionary()   # teacher → its copy from the last fit, and the weights that it has
+
 class NetworkTeacher(Teacher):
     """A trained network as teacher
 
@@ -72,7 +75,7 @@ class NetworkTeacher(Teacher):
     their batch norms where that leaves the outputs what they are (to 1e-4)."""
     before_student,asks_label,asks_tau = True,False,False
     waits_for,origin,norm,translate,learn = None,None,'auto',None,None
-    _n_student,_places,_epoch,_reset_due,_asked,_copied = None,None,None,False,True,None
+    _n_student,_places,_epoch,_reset_due,_asked,_copied,_scale = None,None,None,False,True,None,None
     def __init__(self,
         model:nn.Module|Learner|str|Path, # the network; the path of an exported learner or of weights; or a name that timm knows
         arch:nn.Module|str|None=None, # for weights: the network, or its name for `create_model`
@@ -112,8 +115,14 @@ class NetworkTeacher(Teacher):
         self.axis = getattr(learn.loss_func, 'axis', 1)
         self.learn,self._n_student = learn,_known_outputs(learn)
         if pretrained_cfg(self.model): self._check_outputs(self.model.num_classes)
-        self._asked,self._epoch,self._places,self._reset_due = False,None,None,False
+        self._asked,self._epoch,self._places,self._scale,self._reset_due = False,None,None,None,False
+        if self.copy is None: self.copy,self._copied = _copies.pop(self, (None, None))
         if self.copy is not None and not self._still_good(): self.copy = None
+
+    def detach(self):
+        "Let go of the learner and the copy; the next fit finds a copy without a state of its own again"
+        if self.copy is not None and self.copy.steady: _copies[self] = self.copy,self._copied
+        self.learn,self.copy = None,None
 
     def _find_below(self, learn):
         if not self.waits_for: return
@@ -187,8 +196,9 @@ class NetworkTeacher(Teacher):
 
     def _image(self, x):
         if self.rescale is not None:
-            if self.rescale[0].device != x.device or self.rescale[0].dtype != x.dtype: self.rescale = tuple(t.to(x) for t in self.rescale)
-            x = x*self.rescale[0] + self.rescale[1]
+            if self._scale is None or self._scale[0].device != x.device or self._scale[0].dtype != x.dtype:
+                self._scale = tuple(t.to(x) for t in self.rescale)
+            x = x*self._scale[0] + self._scale[1]
         return x if self.size is None else F.interpolate(x, self.size, mode='bilinear', antialias=True)
 
     def _order_on(self, device, batch):
