@@ -28,7 +28,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.core import DataLoaders, Pipeline, Transform
+from fastai.data.core import DataLoaders, Datasets, Pipeline, TfmdLists, Transform
 from fastai.data.load import DataLoader
 from fastai.torch_core import no_random, to_device
 from fastcore.foundation import L
@@ -307,7 +307,8 @@ def _named_files(source):
 
 # %% ../nbs/06_fingerprint.ipynb #a19ee85b
 def _held_words(tell, value):
-    "Return an attribute of a data set; names of files count by what lies there, and folders by their files' names elsewhere"
+    "Return an attribute of a data set; names of files count by what lies there, folders by their files' names elsewhere, a data set by its samples"
+    if isinstance(value, (Datasets, TfmdLists)): return _dataset_words(tell, value)   # of which this one has a part; their items are made anew each time
     if _is_path(value) and os.path.isfile(value):  return _path_words(value)
     if isinstance(value, (str, PurePath)) and os.path.isdir(value): return 'a folder'
     if isinstance(value, (list, tuple)) and value and any(map(_is_path, L(value[0]))): return [_held_words(tell, part) for part in value]
