@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -40,11 +41,16 @@ def _number_between(kind, low, high=math.inf):
 
 _positive = _number_between(int, 1)
 
+def _named(text):
+    "Read a name that must not be empty"
+    if not text.strip(): raise argparse.ArgumentTypeError("must not be empty ('.' is the folder you are in)")
+    return text
+
 def _usable_device(name):
     "Return the name of a device that can be used here; None is cuda if there is one, else cpu"
     import torch
     if name is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.empty(1, device=name)
+    try: torch.ones(1, device=name).item()   # not so on the device meta, which holds no numbers
     except (RuntimeError, AssertionError) as e: raise UsageError(f'--device {name}: cannot be used here ({str(e).splitlines()[0]})') from e
     return name
 
@@ -92,7 +98,7 @@ def _is_file_name(text): return Path(text).suffix in ('.pth', '.pt', '.safetenso
 def _content_digest(path):
     "Return digits that stand for a file's content, or for the names and sizes of a folder's files"
     if path.is_file():
-        with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha1').hexdigest()[:8] if hasattr(hashlib, 'file_digest') else hashlib.sha1(f.read()).hexdigest()[:8]
+        with open(path, 'rb') as f: return hashlib.sha1(f.read()).hexdigest()[:8]
     files = sorted((str(o.relative_to(path)), o.stat().st_size) for o in path.rglob('*') if o.is_file())
     return hashlib.sha1(json.dumps(files).encode()).hexdigest()[:8]
 
@@ -233,12 +239,13 @@ def _data_options(p):
     network.add_argument('--pretrained', action='store_true', help="start from timm's or torchvision's weights, and fine-tune")
     network.add_argument('--teacher', metavar='NETWORK|WEIGHTS',
                          help='for methods that need one: a network, trained first for each seed, or a file of weights')
-    network.add_argument('--teacher-arch', dest='weights_of', metavar='NETWORK', help='whose weights the file has; without it those of --arch')
+    network.add_argument('--teacher-arch', type=_named, dest='weights_of', metavar='NETWORK',
+                         help='whose weights the file has; without it those of --arch')
     training.add_argument('--epochs', type=_positive, default=10, help='of each run')
     training.add_argument('--fit', choices=('fit_one_cycle', 'fine_tune', 'fit_flat_cos', 'fit'),
                           help='training method; fine_tune: an epoch with the body frozen comes first (default: fit_one_cycle, or fine_tune with --pretrained)')
     training.add_argument('--bs', type=_positive, default=128, help='batch size')
-    training.add_argument('--lr', type=_number_between(float, 1e-12), help="largest learning rate of Adam, or fastai's own with fine_tune (default: 0.01)")
+    training.add_argument('--lr', type=_number_between(float, 1e-12, 1e6), help="largest learning rate of Adam, or fastai's own with fine_tune (default: 0.01)")
     training.add_argument('--metric', choices=_metric_names, default='accuracy', help='what runs are judged by')
     training.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='32',
                           help='auto: the fastest that the device has; bf16 takes about half the time on a GPU, and on a processor with instructions for it')
@@ -251,7 +258,7 @@ def _compare_options(p):
     p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
     p.add_argument('--seeds', type=_positive, default=3, help='how many')
     p.add_argument('--splits', type=_positive, default=1, help='so many splits of the data, for the seeds in turn, so that the intervals cover the split too')
-    p.add_argument('--out', default='kd_runs', help='folder for runs, table, plots and report')
+    p.add_argument('--out', type=_named, default='kd_runs', help='folder for runs, table, plots and report')
     _data_options(p)
 
 # %% ../nbs/50_cli.ipynb #4bc998fc
@@ -265,6 +272,7 @@ def _grid(words, ranges):
             also = ', or name=low:high, name=low:high:log' if ranges else ''
             raise UsageError(f'--grid {word}: must be paper, or name=value,value,…{also}')
         out[name] = _range(word, values) if ranges and ':' in values else [literal(value) for value in values.split(',')]
+        if any(isinstance(value, (list, dict, set)) for value in out[name]): raise UsageError(f'--grid {word}: must be single values')
     return out
 
 def _range(word, values):
@@ -297,7 +305,7 @@ def _tune_options(p):
     p.add_argument('--confirm', type=_number_between(int, 0), default=3, help='seeds of the chosen setting on the test images; 0: leave that out')
     p.add_argument('--share', type=_number_between(float, .01, .9), default=.2, help='of the training images, to choose by where the data have no test set')
     p.add_argument('--no-controls', action='store_true', help='confirm without the matched controls')
-    p.add_argument('--out', default='kd_tune', help='folder for everything; the same command goes on from there')
+    p.add_argument('--out', type=_named, default='kd_tune', help='folder for everything; the same command goes on from there')
     _data_options(p)
 
 # %% ../nbs/50_cli.ipynb #d185876c
@@ -340,7 +348,7 @@ def _recipes_options(p):
     p.add_argument('id', nargs='?', help="a recipe, or a pattern such as 'wang2020/T1/*/MrKD3'")
     filters = dict(paper='yuan2019, wang2020, zheng2022, song2023', table='T1, T8, …', data='cifar100, imagenet, …',
                    student="network, in the paper's spelling", method='baseline, KD, TfKD_reg, MrKD3, …')
-    for what,examples in filters.items(): p.add_argument(f'--{what}', help=f'only of this one: {examples}')
+    for what,examples in filters.items(): p.add_argument(f'--{what}', type=_named, help=f'only of this one: {examples}')
     p.add_argument('--runnable', action='store_true', help='only those that can be trained here')
 
 # %% ../nbs/50_cli.ipynb #be8b2f11
@@ -368,7 +376,7 @@ def _size_options(p, seeds, out):
     p.add_argument('--scale', type=_number_between(float, 1e-9, 1), default=1., help='share of epochs and training images')
     p.add_argument('--data', help="another data set than the paper's, as compare takes it")
     p.add_argument('--path', help='where its files lie; without it they are downloaded where that is possible')
-    p.add_argument('--out', default=out, help='folder for everything; the same command goes on from there')
+    p.add_argument('--out', type=_named, default=out, help='folder for everything; the same command goes on from there')
     p.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='32',
                    help='auto: the fastest that the device has; bf16 takes about half the time on a GPU, and on a processor with instructions for it')
     p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
@@ -426,8 +434,8 @@ def _report(args):
     return '\n\n'.join([*texts, done]), dict(data, file=str(files[0]), files=list(map(str, files)))
 
 def _report_options(p):
-    p.add_argument('runs', nargs='+', help='folders that compare or run wrote, or their results.jsonl')
-    p.add_argument('--out', default='report.html', help='the file to write')
+    p.add_argument('runs', nargs='+', type=_named, help='folders that compare or run wrote, or their results.jsonl')
+    p.add_argument('--out', type=_named, default='report.html', help='the file to write')
 
 # %% ../nbs/50_cli.ipynb #ed8ebc28
 def _keywords(pairs):
@@ -467,6 +475,10 @@ def _in_words(d, name, n_classes):
 
 def _describe(args):
     _check_named(args.method, 'METHOD')
+    try: return _describe_method(args)
+    except ArithmeticError as e: raise UsageError(f"{' '.join(args.settings)}: this goes beyond the range of numbers ({e})") from e
+
+def _describe_method(args):
     settings = _keywords(args.settings)
     found = _described(args.method, args.classes, settings)
     if not found: raise UsageError(f'{args.method}: it makes no callback that describes itself')
@@ -481,8 +493,10 @@ def _describe_options(p):
 
 # %% ../nbs/50_cli.ipynb #a91456d5
 def _bench(args):
+    from fastkdtf.files import check_room
     from fastkdtf.lab.bench import bench
     arch = None if args.losses_only else args.arch
+    check_room(f'--samples {args.samples} of --classes {args.classes}', 40*args.samples*args.classes)   # logits, and what is made of them
     b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device))
     return str(b), b.to_dict()
 
@@ -555,7 +569,7 @@ def _parser():
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Parser, help=argparse.SUPPRESS)
     for name,(run,add_options,_,description,examples) in _commands.items():
         shown = '\n'.join(['examples:', *[f'  fastkdtf {name} {line}' for line in examples]])
-        command = sub.add_parser(name, description=description, epilog=shown, formatter_class=_Help)
+        command = sub.add_parser(name, prog=f'fastkdtf {name}', description=description, epilog=shown, formatter_class=_Help)
         add_options(command)
         command.add_argument('--json', action='store_true', help='print one JSON value and nothing else')
         command.set_defaults(run=run)
@@ -574,6 +588,8 @@ def main(
 )->int: # exit code
     "Run the command: 0 when done, 1 when runs have failed, 2 for a mistake in the arguments or files, 130 when interrupted"
     warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated')   # fastai's import, not the user's business
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')   # a terminal that has no letter for it shows ?
     try:
         args,rest = _parser().parse_known_args(argv)
         if rest and args.command == 'describe': args.settings += rest   # argparse takes no settings after an option
@@ -587,6 +603,10 @@ def main(
         return 141
     except (UsageError, ValueError, OSError, ImportError) as e:
         print(f"fastkdtf: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search('allocate memory|out of memory', str(e)): raise
+        print('fastkdtf: this takes more memory than there is: try a smaller --bs, --size or network', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('\nfastkdtf: interrupted; the same command goes on from here', file=sys.stderr)

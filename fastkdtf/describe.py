@@ -61,8 +61,10 @@ class Description:
         k = self.n_classes-1
         norm = lambda on, off: math.sqrt(on**2 + k*off**2)
         p,rest = confidence,(1-confidence)/k
-        softened = p**(1/self.tau) + k*rest**(1/self.tau)
-        soft = norm(p**(1/self.tau)/softened - self.target[0], rest**(1/self.tau)/softened - self.target[1])
+        largest = max(p, rest)   # so that a small tau leaves something
+        on,off = (p/largest)**(1/self.tau),(rest/largest)**(1/self.tau)
+        softened = on + k*off
+        soft = norm(on/softened - self.target[0], off/softened - self.target[1])
         return self.soft_gradient*soft/(self.hard*norm(1-p, rest))
 
     @property

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+try: import fcntl
+except ImportError: fcntl = None   # on Windows
+
 # %% ../nbs/05_files.ipynb #d1de8807
 def sync_folder(
     path:Path, # a folder
@@ -27,6 +30,19 @@ def sync_folder(
     try: os.fsync(fd)
     finally: os.close(fd)
 
+def _taken(tmp):
+    "Open an empty file that no other process is writing; one that a dead process left is taken over"
+    if not fcntl: return open(tmp, 'wb')
+    while True:
+        f = open(os.open(tmp, os.O_RDWR | os.O_CREAT, 0o666), 'wb')
+        fcntl.flock(f, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(tmp)): break
+        except FileNotFoundError: pass   # another process has finished it
+        f.close()
+    f.truncate()
+    return f
+
 @contextmanager
 def replacing(
     path:Path, # the file to write
@@ -36,11 +52,12 @@ def replacing(
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name+'.tmp')
     try:
-        with open(tmp, 'wb') as f:
+        with _taken(tmp) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)
+            if fcntl: os.replace(tmp, path)
+        if not fcntl: os.replace(tmp, path)   # Windows renames no open file
         sync_folder(path.parent)
     except BaseException as e:
         tmp.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/pickles.html.md"""
 __all__ = ['Named', 'Made', 'read_pickle', 'as_array', 'read_saved']
 
 # %% ../nbs/05a_pickles.ipynb #a69c62a2
-import collections
+import errno
 import math
 import pickletools
 import re
@@ -241,10 +241,10 @@ def read_saved(
     A missing file is a `FileNotFoundError`, a damaged one or another kind of file a `ValueError`."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f'{path} is cut short, or no file of torch.save (PyTorch 1.6 or later; load and save an older one again)')
     try:
-        with zipfile.ZipFile(path) as archive: return _read_archive(archive)
-    except OSError as e: raise OSError(e.errno, f'{path} cannot be read: {e.strerror or e}') from e
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive: return _read_archive(archive)
     except Exception as e:
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # the disk's; EINVAL is a place that is not in the file
         raise ValueError(f'{path} is damaged or no file of torch.save ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
+    raise ValueError(f'{path} is cut short, or no file of torch.save (PyTorch 1.6 or later; load and save an older one again)')

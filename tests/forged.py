@@ -381,8 +381,8 @@ def read(kind, path):
 
 def open_database(path):
     import optuna
-    from fastkdtf.lab.sweep import _database, _Points, _Trials
-    with _database(optuna, path/'sweep.db'): return _Trials(optuna, path, 'a b', _Points([{}]), optuna.pruners.NopPruner())
+    from fastkdtf.lab.study import GivenTrials, Trials, quiet_optuna
+    with quiet_optuna(path/'sweep.db'): return Trials(path, 'a b', GivenTrials([{}]), optuna.pruners.NopPruner())
 
 suffixes = {'npz': '.npz', 'weights': '.pth', 'learner': '.pkl', 'ledger': '.jsonl', 'images.zip': '.zip', 'images.tar': '.tar'}
 

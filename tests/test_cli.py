@@ -67,7 +67,7 @@ def test_compare(finished, data, capsys, monkeypatch):
 
 def test_compare_digits_with_every_method(tmp_path, capsys):
     rc,out,err = call(capsys, 'compare', '--arch', 'plain_cnn', '--epochs', 1, '--seeds', 1, '--train-subset', 20, '--bs', 20, '--out', tmp_path/'new'/'folder', '--device', 'cpu')
-    assert rc == 0 and re.fullmatch(r'(run \d+ of 10, .+: accuracy \d+\.\d\d %, \d+\.\d s\n){10}', err)   # no terminal: a line for each run
+    assert rc == 0 and re.fullmatch(r'(precision=.* would train .* faster here.*\n)?(run \d+ of 10, .+: accuracy \d+\.\d\d %, \d+\.\d s\n){10}', err)   # no terminal: a line for each run
     table = pd.read_csv(tmp_path/'new'/'folder'/'table.csv', index_col='method')
     assert {'baseline', 'LSR', 'LsrKD', 'LsrKD-TC', 'TfKDReg', 'TfKDReg-official'} < set(table.index)
     assert table.control_for.notna().sum() >= 3 and 'digits, plain_cnn' in out and (table.seeds == 1).all()
@@ -274,7 +274,7 @@ def asked(monkeypatch):
     "What `run` asks of `run_recipes`, which trains nothing"
     import fastkdtf.lab.experiment
     calls = []
-    def run_recipes(ids, seeds=3, epochs=None, scale=1., data=None, path=None, out='kd_runs', engine='local', device=None, controls=True, retries=1, gpus=None):
+    def run_recipes(ids, seeds=3, epochs=None, scale=1., data=None, path=None, out='kd_runs', engine='local', device=None, controls=True, retries=1, gpus=None, precision='32'):
         calls.append(dict(locals()))
         return made_up_reproduction(asked.failures)
     def asked(): return calls
@@ -285,18 +285,18 @@ def asked(monkeypatch):
 def test_run(asked, capsys, tmp_path):
     rc,out,err = call(capsys, 'run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', tmp_path/'runs', '--device', 'cpu')
     call1, = asked()
-    assert rc == 0 and err == '' and {k: call1[k] for k in ('ids', 'seeds', 'epochs', 'scale', 'data', 'path', 'out', 'engine', 'device', 'controls', 'gpus')} == dict(
-        ids=['yuan2019/T8/MobileNetV2/TfKD_reg'], seeds=3, epochs=None, scale=1., data=None, path=None, out=tmp_path/'runs', engine='local', device='cpu', controls=True, gpus=None)
+    assert rc == 0 and err == '' and {k: call1[k] for k in ('ids', 'seeds', 'epochs', 'scale', 'data', 'path', 'out', 'engine', 'device', 'controls', 'gpus', 'precision')} == dict(
+        ids=['yuan2019/T8/MobileNetV2/TfKD_reg'], seeds=3, epochs=None, scale=1., data=None, path=None, out=tmp_path/'runs', engine='local', device='cpu', controls=True, gpus=None, precision='32')
     assert 'shrunk: same sign' in out and re.fullmatch(r'1 recipe in .* s: .*reproduction.html, .*reproduction.md, .*reproduction.csv', out.splitlines()[-1])
     assert sorted(o.name for o in (tmp_path/'runs').iterdir()) == ['reproduction.csv', 'reproduction.html', 'reproduction.md']
 
 def test_run_options(asked, capsys, tmp_path):
     rc,out,_ = call(capsys, 'run', 'yuan2019/T8/*/TfKD_reg', 'yuan2019/T8/ResNet18/*', '--seeds', 2, '--epochs', 5, '--scale', .05, '--data', 'digits', '--path', 'there', '--out', tmp_path, '--engine', 'ray', '--gpus', .5,
-                    '--no-controls', '--json')
+                    '--no-controls', '--json', '--precision', 'bf16')
     call1, = asked()
     nets = 'MobileNetV2 ShuffleNetV2 ResNet18 GoogLeNet'.split()
     assert rc == 0 and call1['ids'][:4] == [f'yuan2019/T8/{o}/TfKD_reg' for o in nets] and len(call1['ids']) == len(set(call1['ids'])) and set(call1['ids'][4:]) == {f'yuan2019/T8/ResNet18/{o}' for o in ('baseline', 'KD/from ResNet50', 'LSR')}
-    assert [call1[k] for k in ('seeds', 'epochs', 'scale', 'data', 'path', 'engine', 'device', 'controls', 'gpus')] == [2, 5, .05, 'digits', 'there', 'ray', None, False, .5]
+    assert [call1[k] for k in ('seeds', 'epochs', 'scale', 'data', 'path', 'engine', 'device', 'controls', 'gpus', 'precision')] == [2, 5, .05, 'digits', 'there', 'ray', None, False, .5, 'bf16']
     told = json.loads(out, parse_constant=lambda o: pytest.fail(f'{o} is not JSON'))
     assert told['failed'] == [] and told['table'][0]['recipe'] == 'yuan2019/T8/MobileNetV2/TfKD_reg' and told['table'][0]['full'] is False and abs(told['table'][0]['gain']-10.5) < 1e-6 and 'caption' in told
 
@@ -363,7 +363,7 @@ def swept(monkeypatch):
 def test_sweep(swept, capsys, tmp_path):
     rc,out,err = call(capsys, 'sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu')
     assert rc == 0 and err == '' and re.fullmatch(r'2 trials in .* s, smallest error with alpha=0.1: .*sweep.csv, .*alpha.png', out.splitlines()[-1])
-    assert swept() == [dict(recipe='yuan2019/T8/MobileNetV2/LSR', grid='paper', tpe=None, seeds=1, n_epoch=None, out=str(tmp_path), path=None, data=None, device='cpu')]
+    assert swept() == [dict(recipe='yuan2019/T8/MobileNetV2/LSR', grid='paper', tpe=None, seeds=1, n_epoch=None, out=str(tmp_path), path=None, data=None, device='cpu', precision='32')]
 
 def test_sweep_options(swept, capsys, tmp_path):
     base = ['sweep', 'yuan2019/T8/MobileNetV2/LSR', '--out', tmp_path, '--device', 'cpu', '--json']
@@ -500,3 +500,118 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path, capsys):
     assert rc == 0 and 'continuing after epoch' in said
     assert call(capsys, *args, '--out', tmp_path/'undisturbed')[0] == 0
     assert numbers(out) == numbers(tmp_path/'undisturbed') and len(lines(out)) == 2 and not list(out.glob('unfinished/*.pt'))
+
+
+# ---------------------------------------------------------------- your own photos, every method
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Photos of mixed sizes, some of them grey, in a folder for each of three classes"
+    from PIL import Image
+    rng,root = np.random.default_rng(0),tmp_path_factory.mktemp('photos')/'mine'
+    for k,name in enumerate(('ash', 'birch', 'cedar')):
+        (root/name).mkdir(parents=True)
+        for i in range(14):
+            h,w = rng.integers(9, 30, 2)
+            pixels = rng.integers(0, 60, (h, w, 3)) + 90*k
+            Image.fromarray(pixels.astype(np.uint8)).convert('L' if i % 5 == 0 else 'RGB').save(root/name/f'{i}.{"png" if i % 2 else "jpg"}')
+    return root
+
+OWN = """from fastkdtf.callback.distill import LsrKD
+class Mine(LsrKD):
+    "A method of one's own"
+"""
+
+def on_photos(photos, *args): return ['--data', photos, '--size', 8, '--arch', 'resnet8', '--epochs', 1, '--seeds', 1, '--bs', 9, '--device', 'cpu', *args]
+
+def test_every_kind_of_method_on_photos_of_mixed_sizes(photos, capsys, tmp_path):
+    (tmp_path/'own.py').write_text(OWN)
+    methods = f'LsrKD,KD:alpha=.5,tau=2,MemoryReplay,SelfGuidance:lam=.5,TfKDSelf,WSL,CKM,EffDstl,{tmp_path/"own.py"}:Mine'
+    rc,out,err = call(capsys, 'compare', *on_photos(photos, '--methods', methods, '--teacher', 'resnet14', '--epochs', 2, '--no-controls', '--out', tmp_path/'out', '--json'))
+    assert rc == 0, err
+    told = json.loads(out, parse_constant=lambda o: pytest.fail(f'{o} is not JSON'))
+    rows = {row['method']: row for row in told['table']}
+    assert list(rows) == ['teacher', 'baseline', 'LsrKD', 'KD(alpha=0.5, tau=2)', 'MemoryReplay', 'SelfGuidance(lam=0.5)', 'TfKDSelf', 'WSL', 'CKM', 'EffDstl', 'Mine']
+    assert [name for name,row in rows.items() if row['teacher'] is not None] == ['KD(alpha=0.5, tau=2)', 'TfKDSelf', 'WSL', 'CKM', 'EffDstl']
+    assert rows['KD(alpha=0.5, tau=2)']['teacher'] == rows['teacher']['best'] and told['caption'].startswith('mine, resnet8')
+    assert len([line for line in err.splitlines() if line.startswith('run ')]) == len(rows), 'without a terminal a line for each run'
+    assert not any(str(photos.parent) in json.dumps(r) for r in lines(tmp_path/'out')), 'a record holds no absolute path'
+
+def test_photos_of_mixed_sizes_ask_for_a_size(photos, capsys, tmp_path):
+    rc,out,err = call(capsys, 'compare', '--data', photos, *TINY, '--out', tmp_path/'out')
+    assert rc == 2 and re.search(r'--size', err) and err.count('\n') == 1 and not (tmp_path/'out').exists()
+
+def test_weights_in_a_file_teach(photos, capsys, tmp_path):
+    from fastkdtf.vision.models import create_model
+    torch.save(create_model('resnet14', 3).state_dict(), tmp_path/'teacher.pth')
+    rc,out,err = call(capsys, 'compare', *on_photos(photos, '--methods', 'KD', '--teacher', tmp_path/'teacher.pth', '--teacher-arch', 'resnet14', '--no-controls', '--out', tmp_path/'out', '--json'))
+    assert rc == 0, err
+    assert [row['method'] for row in json.loads(out)['table']] == ['baseline', 'KD'] and json.loads(out)['table'][1]['teacher'] is not None
+
+def test_fine_tune_freezes_a_torchvision_network_for_an_epoch(photos, capsys, tmp_path):
+    rc,out,err = call(capsys, 'compare', *on_photos(photos, '--size', 32, '--arch', 'resnet18', '--fit', 'fine_tune', '--methods', 'LsrKD', '--no-controls', '--metric', 'error_rate', '--out', tmp_path/'out'))
+    assert rc == 0, err
+    for r in lines(tmp_path/'out'):
+        assert len(r['history']['error_rate']) == 2 and r['settings']['fit'] == 'fine_tune' and r['settings']['arch'] == 'resnet18' and r['metric'] == 'error_rate'
+        assert 'frozen' or r['settings']['n_trainable'] > 0
+
+def test_tune_on_photos(photos, capsys, tmp_path):
+    args = ['tune', 'KD:tau=2', '--grid', 'alpha=.3,.6', '--teacher', 'resnet14', *on_photos(photos, '--confirm', 1, '--out', tmp_path/'out')]
+    rc,out,err = call(capsys, *args, '--json')
+    assert rc == 0, err
+    told = json.loads(out)
+    assert told['best']['alpha'] in (.3, .6) and len(told['table']) == 2 and 'Chosen: alpha=' in told['verdict'] and {'baseline', 'teacher'} < {row['method'] for row in told['confirmed']}
+    assert all(Path(file).exists() for file in told['files'])
+    before = (tmp_path/'out'/'results.jsonl').read_bytes()
+    assert call(capsys, *args)[0] == 0 and (tmp_path/'out'/'results.jsonl').read_bytes() == before
+
+@pytest.mark.parametrize('args,why', [
+    (['compare', '--methods', 'lsrkd'], 'did you mean LsrKD'), (['compare', '--methods', 'LsrKD,KD:alpha'], 'KD:alpha is not one of'), (['compare', '--methods', 'KD'], 'KD needs a teacher: give --teacher'),
+    (['compare', '--methods', 'LsrKD:alpha=.1,alpha=.2'], 'alpha is given twice'), (['compare', '--methods', 'alpha=.1,LsrKD'], 'comes before the method'), (['compare', '--methods', 'nowhere.py:Mine'], 'nowhere.py: no such file'),
+    (['compare', '--methods', 'KD', '--teacher', 'nowhere.pth'], 'nowhere.pth: no such file'), (['compare', '--data', 'nowhere/photos'], 'no such file or folder'), (['tune', 'Nonsense', '--grid', 'alpha=1'], 'Nonsense is not one of'),
+    (['tune', 'LsrKD'], '--grid'), (['tune', 'LsrKD', '--grid', 'alpha'], 'name=value'), (['tune', 'LsrKD', '--tpe', '3', '--grid', 'alpha=.1:.5:foo'], 'low:high'), (['describe', 'nonsense'], 'nonsense is not one of')])
+def test_names_are_checked_before_pytorch_is_loaded(args, why, tmp_path):
+    code = f"""import sys
+from fastkdtf.cli import main
+code = main({args!r})
+print(code, sorted({{'torch', 'pandas', 'fastai', 'numpy'}} & set(sys.modules)))"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert r.stdout.splitlines()[-1] == '2 []' and why in r.stderr and r.stderr.count('\n') == 1, r.stderr
+
+def test_a_file_without_the_name_is_told_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path/'own.py').write_text(OWN)
+    rc,out,err = call(capsys, 'compare', '--methods', f'{tmp_path/"own.py"}:Other')
+    assert rc == 2 and "defines no class or function 'Other': it has Mine, LsrKD" in err
+
+def all_methods():
+    from fastkdtf.names import method_names
+    return list(method_names())
+
+@pytest.mark.parametrize('name', all_methods())
+def test_every_method_is_described(name, capsys):
+    rc,out,err = call(capsys, 'describe', name)
+    assert rc == 0 and err == '' and '10 classes' in out and 'hard term' in out
+    assert call(capsys, 'describe', name, '--json')[0] == 0
+
+@pytest.mark.parametrize('settings', [['tau=1e-3'], ['tau=1e308'], ['alpha=[1]'], ['alpha=None'], ['alpha=1e400'], ['tau={}'], ['tau=-1'], ['9=1'], ['alpha="x"']])
+def test_settings_that_make_no_sense_are_one_line(settings, capsys):
+    rc,out,err = call(capsys, 'describe', 'LsrKD', *settings)
+    assert rc in (0, 2) and (rc == 0 or err.count('\n') == 1) and 'Traceback' not in out+err
+
+def test_the_page_of_the_command_lists_every_option():
+    import fastkdtf.cli
+    page = json.loads((Path(__file__).parent.parent/'nbs'/'50_cli.ipynb').read_text())
+    shown = ''.join(''.join(o.get('text', '')) for cell in page['cells'] for o in cell.get('outputs', ()))
+    parser = fastkdtf.cli._parser()
+    commands = next(action for action in parser._actions if hasattr(action, 'choices') and action.choices).choices
+    options = {(name, option) for name,command in commands.items() for action in command._actions for option in action.option_strings}
+    sections = {name: shown[shown.index(f'usage: fastkdtf {name} '):] for name in commands}
+    assert len(options) > 60 and not [(name, option) for name,option in options if option not in sections[name].split('————')[0]]
+
+def test_help_is_grouped_and_has_examples(capsys):
+    with pytest.raises(SystemExit): main(['--help'])
+    out = capsys.readouterr().out
+    assert all(o in out for o in ('your own images:', "papers' results:", 'examples:', 'fastkdtf tune LsrKD'))
+    with pytest.raises(SystemExit): main(['compare', '--help'])
+    out = capsys.readouterr().out
+    assert all(o in out for o in ('images:', 'network:', 'training:', 'examples:', '--pretrained', '--size', 'EffDstl'))

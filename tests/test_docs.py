@@ -96,6 +96,53 @@ x<br>y"""
         [0, 'T', 'T', 'p.html', '', 'intro a2'], [1, 'F', 'T', 'p.html#f', 'F(x=1)', 'what f is for Doc'],
         [0, 'Other', 'T', 'p.html#other', '', 'x y'], [1, 'F.go', 'T', 'p.html#f.go', '', '']]
 
+def test_tables_are_searched():
+    "Written ones whole; computed ones by their names, without numbers; a sentence that is printed is not"
+    written = '| method | ε |\n|---|---|\n| `LSR` | 0.1 |\n'
+    computed = '::: cell-output\nprinted\n\n' + docs.raw('<table><caption>TfKDReg</caption><tr><th>CE ×2.9</th><td>86.69 ± 0.27</td><td>GradientClip</td></tr></table>') + '\n:::'
+    body = f'<main id="main"><h1>T</h1>{docs.pandoc(written+chr(10)+computed, "html5", "")}</main>'
+    (_,_,_,_,_,text), = docs.search_entries('p.html', 'T', body, {})
+    assert text=='method ε LSR 0.1 TfKDReg CE ×2.9 GradientClip' or text=='method ε LSR 0.1 TfKDReg GradientClip'
+
+# question → page that answers it, and words of its headings
+questions = {
+    'How do I train on my own folder of photos?': ('tutorials/your_own_photos.html', 'a folder of photos'),
+    'How do I do it from a shell?': ('cli.html', 'compare'),
+    'Which method should I use?': ('tutorials/which_method.html', 'The list'),
+    'How do I choose α and τ?': ('tutorials/choosing_alpha.html', 'How to choose alpha and tau'),
+    'Did it help, or was it chance?': ('tutorials/is_it_distillation.html', ''),
+    'How do I bring a teacher?': ('tutorials/networks_as_teachers.html', ''),
+    'How do I see the losses in TensorBoard or W&B?': ('tutorials/loggers.html', 'TensorBoard'),
+    'Can I use it with Hugging Face, or without fastai?': ('tutorials/huggingface.html', 'In a Trainer'),
+    'Can I segment images?': ('tutorials/segmentation.html', 'a teacher'),
+    'Does it go together with MixUp, my loss, two processes?': ('compatibility.html', 'Two of ours together'),
+    'How do I export and deploy what I trained?': ('tutorials/deploying.html', 'export'),
+}
+
+def linked(nb):
+    "Pages that a notebook's text links to"
+    from fastcore.nbio import read_nb
+    text = '\n'.join(c.source for c in read_nb(docs.cfg.nbs_path/nb).cells if c.cell_type=='markdown')
+    here = (docs.cfg.nbs_path/nb).parent
+    targets = [t.split('#')[0] for t in re.findall(r'\]\(([^)\s]+\.ipynb[^)\s]*)\)', text)]
+    return {(here/t).resolve().relative_to(docs.cfg.nbs_path).as_posix() for t in targets}
+
+def test_eleven_questions_of_a_newcomer_are_answered_within_two_clicks():
+    "From the text of the front page, not counting the sidebar, which has every page"
+    from fastcore.nbio import read_nb
+    once = linked('index.ipynb')
+    twice = once.union(*map(linked, once))
+    assert len(questions)==11
+    by_page = {docs.nbpath2html(nb).as_posix(): nb for _,nb in docs.sidebar()}
+    for question,(page,words) in questions.items():
+        assert by_page[page] in twice, question
+        heads = re.findall(r'^#+ (.+)$', '\n'.join(c.source for c in read_nb(docs.cfg.nbs_path/by_page[page]).cells if c.cell_type=='markdown'), re.M)
+        assert heads and any(words.lower() in h.lower().replace('`', '') for h in heads), question
+    assert {by_page[page] for page,_ in questions.values()} <= once, 'one click is enough for each'
+
+def test_the_command_stands_near_the_top():
+    assert [nb for _,nb in docs.sidebar()].index('50_cli.ipynb') < 5
+
 def test_tutorials_open_in_colab():
     "Each tutorial's first code cell, hidden, installs there and only there"
     from fastcore.nbio import read_nb

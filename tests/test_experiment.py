@@ -473,7 +473,7 @@ def test_two_processes_for_one_run(tmp_path):
     assert names == others == ['MobileNetV2 baseline', 'TfKD_self'] and len(a) == len(b) == 2
     trained = lambda w: {k: v for k,v in w.items() if 'running' not in k}
     for o,p in zip(a, b):
-        assert o['bs'] == p['bs'] == 64 and o['steps'] == p['steps'] == 3   # one batch of 128 of 144 images an epoch
+        assert o['bs'] == p['bs'] == 4 and o['steps'] == p['steps'] == 3*18   # batches of 8 of 144 images
         for k,v in trained(o['weights']).items(): assert torch.equal(v, p['weights'][k]), k
     runs = {r['method']: r for r in lines(tmp_path)}
     assert list(runs) == names and len(lines(tmp_path, 'recipes')) == 1 and not list((tmp_path/'unfinished').glob('*.pt'))

@@ -92,6 +92,26 @@ def test_a_function_over_an_open_file_is_refused():
     file = open(os.devnull)
     with pytest.raises(ValueError, match='cannot be told'): fingerprint(lambda: file.read())
 
+def test_values_of_every_kind_of_python_are_told():
+    from collections import Counter, OrderedDict, deque, namedtuple
+    from datetime import datetime
+    from decimal import Decimal
+    import re
+    image = PILImage.create(np.zeros((4, 4, 3), np.uint8))
+    other = PILImage.create(np.ones((4, 4, 3), np.uint8))
+    pairs = [(b'a', b'b'), (bytearray(b'a'), bytearray(b'b')), (1j, 2j), (range(3), range(4)), (slice(1), slice(2)), (Decimal('1.5'), Decimal('2.5')),
+             (datetime(2020, 1, 1), datetime(2020, 1, 2)), (deque([1]), deque([2])), (re.compile('a'), re.compile('b')), (Counter('aa'), Counter('ab')),
+             (namedtuple('P', 'x')(1), 2), (image, other), (np.random.default_rng(0), np.random.default_rng(1)), (Slotted(1), Slotted(2)), (..., None),
+             (lambda: image, lambda: other), (torch.Generator().manual_seed(0), 'generator')]
+    told = 0
+    for a,b in pairs:
+        try: assert fingerprint(a) == fingerprint(a) != fingerprint(b), a
+        except ValueError as e:
+            assert 'cannot be told' in str(e)
+            continue
+        told += 1
+    assert told >= 15
+
 # functions and classes
 
 def weight(share): return lambda pct: share*pct

@@ -1,5 +1,6 @@
 "Batches, losses and labels of another kind than ours: right, or refused with a sentence"
 import gc
+import warnings
 from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
@@ -13,26 +14,29 @@ from fastai.callback.all import CSVLogger, GradientAccumulation, MixUp
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.schedule import lr_find as _   # Learner.lr_find
 from fastai.callback.progress import ProgressCallback
+from fastai.data.load import DataLoader as FastaiLoader
 from fastai.layers import NoneReduce
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from networks import CPUAutocast
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.callback.survival import residual_blocks
-from fastkdtf.callback.term import loss_kind
+from fastkdtf.callback.term import LossTerm, loss_kind
 from fastkdtf.closed_form import label_loss
-from fastkdtf.core import Batch, TwoValued, check_labels, first_output, looks_like_probabilities
+from fastkdtf.core import Batch, TwoValued, check_labels, first_output, looks_like_probabilities, plain_tensors
 from fastkdtf.losses import CKMLoss, KDLoss
 from fastkdtf.teachers.base import FunctionTeacher, Teacher, networks_of
 from fastkdtf.teachers.cache import CachedTeacher
 from fastkdtf.teachers.frozen import FrozenCopy
 from fastkdtf.teachers.memory import MemoryTeacher, is_due
 from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
+from fastkdtf.lab.compare import describe_kd as _   # Learner.describe_kd
 from fastkdtf.vision.data import kd_dataloaders
 from fastkdtf.vision.loader import batch_info
 from fastkdtf.vision.models import create_model
@@ -157,14 +161,14 @@ def test_tsais_mixup(tmp_path):
     held,mixer,keep = [],tsai.MixUp1d(),Keep()
     class Note(Callback):
         order,run_valid = 5.4,False
-        def after_loss(self): held.append([(self.learn.y, mixer.lam), (mixer.yb1[0], 1-mixer.lam)])
+        def after_loss(self): held.append([(plain_tensors(self.learn.y), mixer.lam), (plain_tensors(mixer.yb1[0]), 1-mixer.lam)])
     learn = digits_learner(tmp_path, digit_net(), mixer, LsrKD(), Note(), keep)
     with learn.no_logging(): learn.fit(1)
     assert len(keep.steps) == len(held) == 2
     for o,pairs in zip(keep.steps, held):
-        z = o.pred.double()
+        z,y = plain_tensors((o.pred.double(), o.y))
         base = sum((part*F.cross_entropy(z, labels, reduction='none')).mean() for labels,part in pairs)
-        assert o.loss == pytest.approx((.9*base + lsr(z, o.y) - .9*F.cross_entropy(z, o.y)).item(), rel=1e-5)
+        assert o.loss == pytest.approx((.9*base + lsr(z, y) - .9*F.cross_entropy(z, y)).item(), rel=1e-5)
 
 def test_a_callback_whose_loss_nobody_understands_is_refused():
     class Odd(Callback):
@@ -741,3 +745,168 @@ def test_watching_targets_of_copies_lets_the_learner_be_evaluated(tmp_path):
     seen = watch.seen
     assert set(seen) == {'memory_replay'}
     assert len(learn.validate()) == 1 and watch.seen is seen
+
+# describe_kd
+
+def described(cbs=(), net=None, dls=None, **kwargs):
+    "A learner that was never fitted"
+    if dls is None:
+        dls = DataLoaders(*[DataLoader(TensorDataset(x, y), 16)]*2)
+        dls.c = K
+    return Learner(dls, net or linear(), CrossEntropyLossFlat(), opt_func=SGD, cbs=cbs, **kwargs).remove_cb(ProgressCallback)
+
+LOOKED_AT = dict(KD=lambda: KnowledgeDistillation(linear(), alpha=.5), MemoryReplay=lambda: MemoryReplay(2, interval=25), ensemble=METHODS['ensemble'], WSL=METHODS['WSL'])
+
+@pytest.mark.parametrize('name', [*LOOKED_AT, 'LsrKD'])
+def test_methods_are_measured_before_any_fit_and_given_as_arguments_as_well_as_attached(name, recwarn):
+    make = LOOKED_AT.get(name, LsrKD)
+    learn = described([make()])
+    n_cbs,kept = len(learn.cbs),set(vars(learn))
+    attached = learn.describe_kd(n_batches=2)
+    assert set(vars(learn)) == kept and not [w for w in recwarn if 'interval' in str(w.message)]
+    plain = described(net=learn.model)
+    assert list(attached.index) == list(plain.describe_kd(make, n_batches=2).index) and len(plain.cbs) == n_cbs-1
+    own = next(cb for cb in learn.cbs if isinstance(cb, LossTerm))
+    given = plain.describe_kd(own, n_batches=2)   # also one that another learner has, which keeps it
+    assert own.learn is learn and own in learn.cbs
+    torch.manual_seed(0)
+    for column in ('soft/hard gradient', 'cosine'):
+        if name != 'MemoryReplay': assert given[column].tolist() == attached[column].tolist()   # of another memory it is near 0
+    with learn.no_logging(): learn.fit(1)
+    assert learn.describe_kd().index.tolist() == attached.index.tolist()   # and after a fit
+
+def test_a_given_method_is_measured_in_place_of_the_learners_own():
+    learn = described([LsrKD()])
+    own = learn.lsr_kd
+    assert list(learn.describe_kd(TfKDReg).index) == ['tf_kd_reg'] and list(learn.describe_kd([LsrKD(.3), TfKDReg]).index) == ['lsr_kd', 'tf_kd_reg']
+    assert learn.lsr_kd is own and own in learn.cbs and own.learn is learn and 'tf_kd_reg' not in vars(learn)
+    alone = described()
+    assert list(alone.describe_kd('LsrKD:alpha=.3').index) == ['lsr_kd'] and list(alone.describe_kd('KD', teacher=linear()).index) == ['knowledge_distillation']
+    with pytest.raises(ValueError, match='KD needs a teacher'): alone.describe_kd('KD')
+    with pytest.raises(ValueError, match='fit.cbs=…. are gone'): alone.describe_kd()
+    with pytest.raises(ValueError, match='stochastic_depth adds no term'): described([StochasticDepth()]).describe_kd()
+    assert list(learn.describe_kd(2).index) == ['lsr_kd']   # the number of batches, as in 0.1.0
+
+def test_a_dash_stands_where_a_term_has_no_gradient():
+    row = described([CKM(linear())]).describe_kd().loc['ckm']
+    assert (row['soft/hard gradient'], row['cosine']) == ('–', '–') and row['time'] > 0
+    row = described([LsrKD(alpha=0.)]).describe_kd().loc['lsr_kd']
+    assert (row['soft/hard gradient'], row['cosine']) == (0., '–')
+
+@pytest.mark.parametrize('name', [*LOOKED_AT, 'LsrKD'])
+def test_half_precision_is_measured_as_it_trains(name):
+    seen = []
+    class Look(nn.Module):
+        def forward(self, z):
+            if isinstance(z.dtype, torch.dtype): seen.append(z.dtype)   # folding looks at it too
+            return z
+    teacher,student = linear(),nn.Sequential(linear(), Look())
+    make = lambda: KnowledgeDistillation(teacher, alpha=.5) if name == 'KD' else LOOKED_AT.get(name, LsrKD)()
+    half = described([make(), CPUAutocast()], student).describe_kd()
+    assert seen and set(seen) == {torch.bfloat16}
+    full = described([make()], student).describe_kd()
+    if name in ('KD', 'LsrKD'): assert half.iloc[0]['cosine'] == pytest.approx(full.iloc[0]['cosine'], abs=.05)
+    described([make()]).to_fp16().describe_kd()   # fastai's own, which does nothing without a GPU
+
+@pytest.mark.parametrize('kind', ['torch', 'fastai', 'no attribute'])
+def test_loaders_without_a_device(kind):
+    loader = FastaiLoader(TensorDataset(x, y), 16) if kind == 'fastai' else DataLoader(TensorDataset(x, y), 16)
+    dls = SimpleNamespace(train=loader, valid=loader, loaders=[loader]*2) if kind == 'no attribute' else DataLoaders(loader, loader)
+    dls.c = K
+    assert getattr(dls, 'device', None) is None
+    assert list(described([LsrKD()], dls=dls).describe_kd().index) == ['lsr_kd']
+
+def test_networks_of_several_outputs_are_measured_with_the_loss_that_takes_them():
+    learn = described([LsrKD()], Several('tuple'))
+    learn.loss_func = LOSSES['tuple']
+    plain = described([LsrKD()], learn.model.net)
+    assert learn.describe_kd().iloc[0]['soft/hard gradient'] > 0
+    assert learn.describe_kd().iloc[0]['cosine'] != plain.describe_kd().iloc[0]['cosine']   # the hard term has another part
+
+def test_each_batch_is_run_a_few_times_only():
+    "No more than it takes: gradients once a batch, and at most eleven timed rounds of one batch"
+    class Count(nn.Module):
+        n = 0
+        def forward(self, z):
+            Count.n += 1
+            return z
+    described([LsrKD()], nn.Sequential(linear(), Count())).describe_kd(n_batches=2)
+    assert 2 + 2*4 + 2 <= Count.n <= 2 + 2*11 + 2 + 2
+
+def test_the_copy_of_an_attached_callback_leaves_the_learner_out():
+    from fastkdtf.lab.training import make_callbacks
+    copies = []
+    class Heavy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+        def __deepcopy__(self, memo):
+            copies.append(self)
+            return self
+        def forward(self, x): return self.net(x)
+    learn = described([own := LsrKD(.3), mix := MixUp(.4)], Heavy())
+    for cb in (own, mix):
+        made, = make_callbacks(cb)
+        assert made is not cb and made.learn is None and cb.learn is learn
+    assert not copies and make_callbacks(own)[0].alpha == .3
+
+# what a loss, or a network, does not say of itself
+
+def hidden(**kwargs): return lambda z, t: F.cross_entropy(z, t, **kwargs)
+
+class Then(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.net,self.f = linear(),f
+    def forward(self, x): return self.f(self.net(x))
+
+def one_hot(): return F.one_hot(y, K).float()
+
+@pytest.mark.parametrize('method', [LsrKD, lambda: KnowledgeDistillation(linear()), TfKDReg])
+@pytest.mark.parametrize('loss,net,labels,words', [
+    (hidden(ignore_index=0), None, y, 'the label 0 do not count in the loss, but do in the soft term.*ignore_index=0'),
+    (hidden(weight=torch.tensor([1., 1, 0, 1, 0])), None, y, 'the label 2, 4 do not count'),
+    (hidden(reduction='sum'), None, y, 'the loss is the sum of the samples'),
+    (lambda z, t: F.binary_cross_entropy_with_logits(z, one_hot_of(t)), None, y, '1 is added to all'),
+    (F.binary_cross_entropy_with_logits, None, one_hot(), '1 is added to all'), (F.mse_loss, None, one_hot(), '1 is added to all'),
+    (lambda p, t: F.nll_loss(p.log(), t), Then(lambda z: z.softmax(1)), y, 'the model returned numbers that are not negative and sum to 1')])
+def test_what_a_loss_hides_is_found_in_the_first_batch_and_said_aloud(method, loss, net, labels, words):
+    with pytest.warns(UserWarning, match=words): fit([method()], loss, net and Then(net.f), labels)
+
+def one_hot_of(t): return F.one_hot(t, K).float()
+
+@pytest.mark.parametrize('loss,net,labels', [
+    (CrossEntropyLossFlat(), None, y), (nn.CrossEntropyLoss(label_smoothing=.1, weight=torch.rand(K)), None, y), (nn.CrossEntropyLoss(), None, one_hot()),
+    (nn.NLLLoss(), Then(lambda z: z.log_softmax(1)), y), (FocalLossFlat(), None, y), (CrossEntropyLossFlat(reduction='sum'), None, y),
+    (lambda z, t: (F.cross_entropy(z, t, reduction='none')*torch.linspace(.1, 1, 16)).mean(), None, y), (ignoring(3), None, y),
+    (hidden(), Then(lambda z: z*100), y), (nn.MultiMarginLoss(), None, y)])
+def test_losses_of_one_class_among_several_are_taken_without_a_word(loss, net, labels):
+    for method in (LsrKD, lambda: KnowledgeDistillation(linear())):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            assert len(fit([method()], loss, net, labels)) == 2
+
+@pytest.mark.parametrize('method', [LsrKD, lambda: KnowledgeDistillation(linear()), lambda: CKM(linear()), lambda: LsrKD(gamma=.4)])
+def test_labels_outside_the_classes_are_found_in_later_batches_too(method):
+    marked = y.clone()
+    marked[20] = 255
+    with pytest.raises(ValueError, match='got 255'): fit([method()], hidden(ignore_index=255), labels=marked)
+
+def test_a_look_at_the_loss_draws_no_random_number():
+    "A loss that draws sees the numbers that it would have seen"
+    drawn = []
+    def loss(z, t):
+        drawn.append(torch.rand(1).item())
+        return F.cross_entropy(z, t)
+    fit([LsrKD()], loss)
+    looked,alone = drawn[:],drawn.clear()
+    fit([], loss)
+    assert drawn[:2] == [looked[0], looked[3]] and len(looked) == len(drawn)+2
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.uint8])
+@pytest.mark.parametrize('method', [lambda: LsrKD(gamma=.4), lambda: WSL(linear()), lambda: CKM(linear())])
+def test_labels_of_small_integer_types(dtype, method):
+    def run(labels):
+        torch.manual_seed(0)
+        return [o.loss for o in fit([method()], lambda z, t: F.cross_entropy(z, t.long()), labels=labels)]
+    assert run(y.to(dtype)) == run(y)

@@ -9,11 +9,13 @@ from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.data.load import DataLoader
 from hypothesis import given, settings, strategies as st
-from torch import Tensor, nn
+from torch import Tensor, nn, tensor
 from torch.utils.data import TensorDataset
 
 from fastkdtf.all import *
+from fastkdtf.vision.samplers import sample_labels
 from fastkdtf.callback.methods import methods
+from fastai.text.data import TensorText
 from fastkdtf.lab.bench import listed_candidates
 from fastkdtf.lab.training import with_controls
 from test_relatives import Before, Look, rows_learner, says
@@ -113,7 +115,7 @@ def test_each_method_has_the_controls_that_tell_its_idea_from_the_rest():
 def test_controls_of_the_same_name_and_another_teacher_are_two_arms():
     a,b = nn.Linear(2, 3),nn.Linear(2, 3)
     arms = list(with_controls({'one': DKD(a), 'other': DKD(b), 'again': DKD(a)}, 3))
-    assert [o for o in arms if o.startswith('KD')] == ['KD (1, 1)', 'KD (1, 1), other'] and arms.count('CE ×5') == 1
+    assert [o for o in arms if o.startswith('KD')] == ['KD (1, 1)', 'KD (1, 1) (2)'] and arms.count('CE ×5') == 1
 
 def test_a_controls_control_is_not_made():
     for name in ('PSKD', 'OnlineLabelSmoothing', 'DLB', 'CSKD', 'RDrop', 'NKD', 'DIST', 'MaxSup'):
@@ -303,3 +305,73 @@ def test_arranged_loaders_give_every_sample_as_often_as_they_say(n, half, drop_l
         assert len(halves) == len(twin) == n//half and all(a[half:] == b[:half] for a,b in zip(halves, halves[1:]))
         new = [i for b in halves for i in b[half:]]
         assert len(set(new)) == len(new) == n//half*half
+
+# ---------------------------------------------------------------- shapes and loaders of other kinds
+
+def loss_of(cb, z, y, before=None):
+    look = Look()
+    learn = rows_learner(cb, z, y, cbs=[look] + [Before(before)]*(before is not None))
+    with learn.no_logging(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(1)
+    return look.steps[-1]
+
+@pytest.mark.parametrize('make', [partial(DKD, warmup=1), NKD, DIST, StandardisedKD], ids=['DKD', 'NKD', 'DIST', 'StandardisedKD'])
+def test_positions_of_a_dense_prediction_count_as_samples(make):
+    z,y,zt = random_batch(3, 12)
+    dense = lambda t: t.view(6, 2, 5).transpose(1, 2).contiguous()
+    flat,flat_grad = loss_of(make(says(zt)), z, y)
+    value,grad = loss_of(make(says(dense(zt))), dense(z), y.view(6, 2))
+    assert value == pytest.approx(flat, rel=1e-9)
+    torch.testing.assert_close(grad.transpose(1, 2).reshape(12, 5), flat_grad)
+
+@pytest.mark.parametrize('make', [OnlineLabelSmoothing, MaxSup, partial(PSKD, .5), RDrop])
+def test_methods_without_a_teacher_take_dense_predictions_too(make):
+    z,y,_ = random_batch(4, 12)
+    flat,_ = loss_of(make(), z, y)
+    value,_ = loss_of(make(), z.view(6, 2, 5).transpose(1, 2).contiguous(), y.view(6, 2))
+    assert value == pytest.approx(flat, rel=1e-9)
+
+def test_positions_that_do_not_count_are_in_no_mean():
+    z,y,zt = random_batch(5)
+    y[:2] = -100
+    teacher = ClassMeans()
+    teacher.observe(Batch(y, zt))
+    assert teacher.counts.sum() == ((zt.argmax(1) == y)[2:]).sum()
+    for make in (partial(DKD, warmup=1), NKD, StandardisedKD, MaxSup):
+        cb,short = (make() if make is MaxSup else make(says(t)) for t in (zt, zt[2:]))
+        assert loss_of(cb, z, y)[0] == pytest.approx(loss_of(short, z[2:], y[2:])[0], rel=1e-9)
+
+@pytest.mark.parametrize('dtype,tol', [(torch.float16, 1e-3), (torch.float32, 1e-6), (None, 1e-12)])
+def test_a_table_keeps_predictions_to_the_precision_of_its_type(dtype, tol):
+    table = SampleTable(8, dtype)
+    z = 30*torch.randn(5, 7, dtype=torch.double)
+    z[0, 0] = -1e6   # more than half precision holds
+    table.write(torch.arange(5), z)
+    rows,seen = table.read(torch.arange(8), z)
+    assert seen.tolist() == [True]*5 + [False]*3 and rows.dtype == torch.double
+    torch.testing.assert_close(rows[:5].softmax(1), z.softmax(1), rtol=0, atol=tol)
+
+@pytest.mark.parametrize('make', [PSKD, DLB, CSKD])
+def test_a_weighted_loader_that_draws_samples_twice_is_welcome(make):
+    from fastai.callback.data import WeightedDL
+    items = [(torch.randn(3, 8, 8), i%10) for i in range(48)]
+    dls = with_index(DataLoaders(WeightedDL(items, bs=8, wgts=list(range(1, 49)), shuffle=True, num_workers=0), DataLoader(items, bs=8)))
+    dls.c,seen = 10,[]
+    class See(Callback):
+        run_valid = False
+        def before_batch(self): seen.append(batch_info(self.dl).idx.tolist())
+    learn = learner(make(), See(), dls=dls)
+    with learn.no_logging(): learn.fit(2)
+    assert all(math.isfinite(loss) for loss in learn.recorder.losses) and any(len(set(idx)) < 8 for idx in seen)
+
+def test_samples_of_other_lengths_are_padded_with_their_partners():
+    from fastai.text.data import SortedDL, pad_input
+    items = [(TensorText(torch.ones(3+i%5).long()), tensor(i%2)) for i in range(24)]
+    dls = with_index(DataLoaders(SortedDL(items, bs=4, shuffle=True, before_batch=pad_input), SortedDL(items, bs=4, before_batch=pad_input)))
+    twin = arranged(dls.train, Pairs(sample_labels(dls.train)))
+    n = 0
+    for x,y in twin:
+        n += len(x)
+        assert batch_info(twin).beside[0].shape == x.shape
+    assert n == 24

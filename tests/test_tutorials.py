@@ -13,7 +13,11 @@ from fastai.torch_core import set_seed
 from fastcore.nbio import read_nb
 from torch import nn
 
+from fastkdtf.callback.distill import MemoryReplay
+from fastkdtf.callback.survival import draw_bits, fixed_statistics, subnetwork, survival
+from fastkdtf.losses import KDLoss
 from fastkdtf.vision.data import kd_dataloaders
+from fastkdtf.vision.models import create_model
 from fastkdtf.vision.loader import batch_info
 from fastkdtf.callback.checkpoint import Checkpoint
 
@@ -135,6 +139,86 @@ def test_temporal_ensembling_resumes(own, tmp_path):
     resumed = train(tmp_path/'a.pt')
     assert [o[-1] for o in resumed[0]] == [o[-1] for o in whole[0][10:]]
     for k,v in whole[1].items(): assert torch.equal(v, resumed[1][k])
+
+@pytest.fixture(scope='module')
+def plain(): return definitions('huggingface')
+
+def flat():
+    "A small network without batch norm"
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.ReLU(), nn.Linear(24, 10))
+
+def test_memory_replay_in_a_loop_is_the_callback(plain):
+    "The same batches, the same weights"
+    set_seed(1)
+    watch,method = Watch(),MemoryReplay(3, interval_steps=4)
+    learn = Learner(loaders(), flat(), nn.CrossEntropyLoss(), SGD, cbs=[Double(), watch, method])
+    learn.recorder.smooth_loss = SmoothLoss()
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, .1)
+    model = flat()
+    plain['memory_replay'](model, [(x, y) for _,x,y,*_ in watch.steps], torch.optim.SGD(model.parameters(), .1), 4)
+    assert len(watch.steps) == 20
+    for k,v in learn.model.state_dict().items(): torch.testing.assert_close(v, model.state_dict()[k], rtol=1e-9, atol=1e-11)
+
+def test_self_guidance_in_a_loop_is_the_papers(plain):
+    "Eq. 5 with the two networks written out; whole and part have the gradients of their own terms"
+    net = survival(create_model('resnet8', 10).double()).train()
+    x,y = torch.randn(8, 3, 8, 8),torch.arange(8)
+    torch.manual_seed(0)
+    bits = draw_bits(net)
+    torch.manual_seed(0)
+    before = {k: v.clone() for k,v in net.state_dict().items()}
+    loss = plain['self_guidance_loss'](net, x, y)
+    loss.backward()
+    ours = [p.grad.clone() for p in net.parameters()]
+    net.load_state_dict(before)
+    net.zero_grad()
+    with subnetwork(net, bits), fixed_statistics(net): zs = net(x)
+    zt = net(x)
+    p,t = (zs/3).log_softmax(1),(zt.detach()/3).softmax(1)
+    expected = F.cross_entropy(zs, y) + F.cross_entropy(zt, y) + .25*9*(t*(t.log()-p)).sum(1).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for g,p in zip(ours, net.parameters()): torch.testing.assert_close(g, p.grad)
+
+class Answer(dict):
+    __getattr__ = dict.__getitem__
+
+class StandIn:
+    "A `Trainer` that only computes losses"
+    def __init__(self, model): self.model,self.args = model,type('', (), dict(device='cpu'))
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        out = model(**inputs)
+        return (out.loss, out) if return_outputs else out.loss
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+    def forward(self, x, labels=None):
+        z = self.layer(x)
+        return Answer(loss=None if labels is None else F.cross_entropy(z, labels), logits=z)
+
+def test_the_trainer_with_a_teacher_distils_in_training_and_evaluates_as_before(plain):
+    source = next(c.source for c in read_nb(tutorials/'huggingface.ipynb').cells if 'class DistillationTrainer' in c.source)
+    ns = {**plain, 'Trainer': StandIn}
+    exec(source, ns)
+    student,teacher = Classifier(),Classifier().train()
+    trainer = ns['DistillationTrainer'](student, teacher=teacher, loss_func=KDLoss(.5, 2.))
+    inputs = dict(x=torch.randn(4, 5), labels=torch.tensor([0, 1, 2, 0]))
+    loss,out = trainer.compute_loss(student.train(), inputs, return_outputs=True, num_items_in_batch=4)
+    z,zt = student(inputs['x']).logits,teacher(inputs['x']).logits
+    p,t = (z/2).log_softmax(1),(zt/2).softmax(1)
+    torch.testing.assert_close(loss, .5*F.cross_entropy(z, inputs['labels']) + .5*4*(t*(t.log()-p)).sum(1).mean())
+    loss.backward()
+    assert 'labels' in inputs and not teacher.training and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    torch.testing.assert_close(trainer.compute_loss(student.eval(), inputs), F.cross_entropy(z, inputs['labels']))
+
+def test_every_page_that_people_look_for_is_executed():
+    "They have code, and none of it is kept from running; `test_notebooks` runs them"
+    for name in ('your_own_photos', 'choosing_alpha', 'loggers', 'huggingface', 'segmentation'):
+        code = [c.source for c in read_nb(tutorials/f'{name}.ipynb').cells if c.cell_type == 'code']
+        assert len(code) > 10 and not any('eval: false' in o or '#| slow' in o for o in code), name
 
 def test_temporal_ensembling_refuses_mixed_images(own):
     from fastai.callback.mixup import MixUp

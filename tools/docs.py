@@ -144,6 +144,8 @@ def symbol_anchors(body, anchors):
 
 # search
 
+def words_only(txt): return txt if re.search(r'[^\W\d_]{2}', txt) else ' '    # of computed tables: names, no numbers and signs
+
 def first(anchor): return re.sub(r'-\d+$', '', anchor)    # pandoc numbers anchors of equal headings
 
 class Sections(HTMLParser):
@@ -156,8 +158,10 @@ class Sections(HTMLParser):
         self.sections = [[anchor, ' '.join(head.split()), ' '.join(body.split()), sig.strip()] for anchor,head,body,sig in self.sections]
 
     def skipped(self, tag, attrs):
-        if tag in ('annotation', 'footer', 'style', 'svg'): return True
-        return attrs.get('class') in ('cell-output', 'colab') or 'float' in attrs.get('style', '')    # floating: show_doc's source link
+        "Whether what this tag holds is not searched: True, False, or None for what stands outside tables only"
+        if tag in ('annotation', 'footer', 'style', 'svg', 'script'): return True
+        if attrs.get('class')=='cell-output': return None
+        return attrs.get('class')=='colab' or 'float' in attrs.get('style', '')    # floating: show_doc's source link
 
     def handle_starttag(self, tag, attrs):
         attrs = {k:v or '' for k,v in attrs}
@@ -169,7 +173,7 @@ class Sections(HTMLParser):
             self.sections.append([attrs.get('id', ''), '', '', ''])
             self.into = 1
         elif tag=='pre' and self.sections and attrs.get('class', '').startswith('sourceCode') and self.signature: self.into = 3
-        elif tag in ('p', 'pre', 'td', 'th', 'li', 'summary'): self.handle_data(' ')
+        elif tag in ('p', 'pre', 'td', 'th', 'li', 'summary', 'caption'): self.handle_data(' ')
 
     @property
     def main(self): return any(t=='main' for t,_ in self.open)
@@ -183,8 +187,13 @@ class Sections(HTMLParser):
             while self.open.pop()[0]!=tag: pass
         if re.fullmatch('h[1-4]|pre', tag): self.into = 2
 
+    @property
+    def out_of_table(self): return any(o is None for _,o in self.open) and not any(t=='table' for t,_ in self.open)
+
     def handle_data(self, data):
-        if self.main and self.sections and not any(o for _,o in self.open): self.sections[-1][self.into] += data
+        if not (self.main and self.sections) or any(o for _,o in self.open) or self.out_of_table: return
+        in_output = any(o is None for _,o in self.open)
+        self.sections[-1][self.into] += words_only(data) if in_output else data
 
 def call(signature):
     "The parameters of a signature as `show_doc` writes it, in one line without comments and types: what one types"

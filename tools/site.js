@@ -15,8 +15,11 @@ document.getElementById('theme').onclick = () => {
 
 // Search: window.searchIndex holds one [symbol?, title, page's title, link, signature, text] per section of the site
 const box = document.getElementById('search'), list = document.getElementById('found')
+const greek = {α: 'alpha', β: 'beta', γ: 'gamma', δ: 'delta', ε: 'epsilon', κ: 'kappa', λ: 'lambda', τ: 'tau'}
 const fold = o => o.toLowerCase()
-let index = null, chosen = -1
+const plain = o => fold(o).replace(/[α-ω]/g, c => greek[c] || c)    // α is found as alpha, and alpha as α
+const closed = o => plain(o).replace(/[^\p{L}\p{N}]+/gu, '')    // so that huggingface finds Hugging Face
+let index = null, chosen = -1, vocabulary = []
 
 function load() {
   if (index) return
@@ -24,17 +27,50 @@ function load() {
   const script = document.createElement('script')
   script.onload = () => {
     index = window.searchIndex.map(([symbol, title, page, url, signature, text]) =>
-      ({symbol, title, page, url, signature, text, low: fold(title), all: fold(`${title} ${page} ${signature} ${text}`)}))
+      ({symbol, title, page, url, signature, text, low: plain(title), all: plain(`${title} ${page} ${signature} ${text} ${closed(title)} ${closed(page)}`)}))
+    const counts = new Map()
+    for (const o of index) for (const w of o.all.match(/[\p{L}\p{N}_]{3,}/gu) || []) counts.set(w, (counts.get(w) || 0) + 1)
+    vocabulary = [...counts]
     search()
   }
   script.src = new URL('search-index.js', root)
   document.head.append(script)
 }
 
+// how many letters must be changed, added, left out or swapped with their neighbour; more than `most` are not told apart
+function distance(a, b, most) {
+  if (Math.abs(a.length - b.length) > most) return most+1
+  let before = [], last = [...Array(b.length+1).keys()]
+  for (let i = 1; i <= a.length; i++) {
+    const row = [i]
+    for (let j = 1; j <= b.length; j++) {
+      row[j] = Math.min(last[j]+1, row[j-1]+1, last[j-1] + (a[i-1] !== b[j-1]))
+      if (i > 1 && j > 1 && a[i-1] === b[j-2] && a[i-2] === b[j-1]) row[j] = Math.min(row[j], before[j-2]+1)
+    }
+    if (Math.min(...row) > most) return most+1
+    before = last
+    last = row
+  }
+  return last[b.length]
+}
+
+// a word that is nowhere on the site becomes the nearest one, or the nearest beginning of one; the more frequent first
+function meant(word) {
+  if (word.length < 4 || index.some(o => o.all.includes(word))) return word
+  const most = word.length < 8 ? 1 : 2
+  let best = [word, most+.5, 0]
+  for (const [w, n] of vocabulary) {
+    let d = distance(word, w, most)
+    if (d > most && w.length > word.length) d = distance(word, w.slice(0, word.length), most) + .25
+    if (d < best[1] || d === best[1] && n > best[2]) best = [w, d, n]
+  }
+  return best[0]
+}
+
 // lower comes first: exact symbol, symbol's beginning, heading, inside a symbol or a symbol's method, text
 function rank(o, query, words) {
   const name = o.symbol ? o.low : ''
-  if (name === query) return o.title === box.value.trim() ? 0 : 1
+  if (name && name === query) return o.title === box.value.trim() ? 0 : 1
   if (name && name.startsWith(query) && !name.includes('.', query.length)) return 2
   if (words.every(w => o.low.includes(w))) return o.symbol ? 5 : o.low.startsWith(query) ? 3 : 4
   return words.every(w => o.all.includes(w)) ? o.all.includes(query) ? 6 : 7 : null
@@ -69,11 +105,16 @@ function row(o, i, words) {
 }
 
 function search() {
-  const query = fold(box.value.trim()), words = query.split(/\s+/)
-  if (!query) return close()
-  const hits = index.map(o => [rank(o, query, words), o]).filter(([r]) => r !== null)
+  const asked = plain(box.value.trim()), words = asked.split(/\s+/).map(meant), query = words.join(' ')
+  if (!asked) return close()
+  let hits = index.map(o => [rank(o, query, words), o]).filter(([r]) => r !== null)
+  if (!hits.length && words.length > 1) {    // no section has all the words: those that have most of them
+    const counted = index.map(o => [words.filter(w => o.all.includes(w)).length, o]), most = Math.max(0, ...counted.map(([n]) => n))
+    if (most) hits = counted.filter(([n]) => n === most).map(([, o]) => [words.some(w => o.low.includes(w)) ? 8 : 9, o])
+  }
   hits.sort(([r, a], [s, b]) => r-s || a.title.length-b.title.length)
   list.replaceChildren(...hits.slice(0, 20).map(([, o], i) => row(o, i, words)))
+  if (hits.length && words.some((w, i) => w !== asked.split(/\s+/)[i])) list.prepend(el('p', '', `Nothing found for “${box.value.trim()}”. Shown: “${query}”`))
   if (!hits.length) list.append(el('p', '', window.searchIndex ? `Nothing found for “${box.value.trim()}”` : 'Loading…'))
   list.hidden = false
   box.setAttribute('aria-expanded', true)

@@ -30,12 +30,10 @@ from ..targets import LogitStandardisation, TeacherCorrection
 from ..teachers.base import LabelTeacher, UniformTeacher, VirtualTeacher
 from ..teachers.memory import MemoryTeacher
 from ..teachers.network import as_teacher
-from .term import LossTerm, known_classes, own_autocast
+from .term import LossTerm, check_base_loss, known_classes, own_autocast
 
 # %% ../../nbs/31_callback.distill.ipynb #67bdce6d
 def _unique(things): return list({id(o): o for o in things}.values())
-
-def _at(value, pct): return float(value(pct)) if callable(value) else value
 
 def check_schedule(
     name:str, # the argument, as the user wrote it
@@ -70,9 +68,10 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared')
-    skipped,checked,_label_matters = False,False,True
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'watching', 'refuses_mixing')
+    skipped,checked,n_outputs,_label_matters = False,False,None,True
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
+    watching,refuses_mixing = (),False   # those that are shown each batch; whether one of them wants no mixed images
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
@@ -139,8 +138,9 @@ class Distill(LossTerm):
         return 1-alpha, alpha
 
     def _now(self, value, pct):
+        if not callable(value): return value
         has_epochs = isinstance(value, ByEpoch) and self.learn is not None and {'epoch', 'n_epoch'} <= vars(self.learn).keys()
-        return value.in_fit(self.learn, pct) if has_epochs else _at(value, pct)
+        return value.in_fit(self.learn, pct) if has_epochs else float(value(pct))
 
     def temperatures(self, pct:float)->tuple:
         "Return the teacher's temperature and the student's"
@@ -160,8 +160,8 @@ class Distill(LossTerm):
     def idle(self)->bool:
         "True if the soft term never has a weight, and no teacher has to see each batch"
         soft = self.alpha[1] if isinstance(self.alpha, tuple) else self.alpha
-        waits = any(teacher.every_batch or teacher.observes for teacher in self.teachers.values())
-        return not callable(soft) and soft == 0 and not waits
+        if callable(soft) or soft: return False
+        return not any(teacher.every_batch or teacher.observes for teacher in self.teachers.values())
 
     # a fit
 
@@ -170,13 +170,15 @@ class Distill(LossTerm):
         self.skipped,self.checked = False,False
         if not self.fitting: return
         self._share_teachers()
+        self.watching = [teacher for teacher in self.owned if teacher.observes]
+        self.refuses_mixing = any(teacher.refuses_mixing for teacher in self.teachers.values())
         self._check_mixing()
         self._label_matters = self._asks_label()
         for teacher in self.owned: teacher.attach(self.learn)
 
     def _check_mixing(self):
         "Check that no callback mixes images where what is remembered belongs to one"
-        if not any(teacher.refuses_mixing for teacher in self.teachers.values()): return
+        if not self.refuses_mixing: return
         mixer = self.mixing or next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
         if mixer is None: return
         name = type(mixer).__name__
@@ -224,7 +226,7 @@ class Distill(LossTerm):
         if self.idle: return
         pct = self.learn.pct_train
         (hard,soft),tau = self.weights(pct),self.temperatures(pct)
-        self._check_mixing()
+        if self.refuses_mixing: self._check_mixing()
         for teacher in self.owned: teacher.before_batch()
         self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
         self.ask(self.batch, before_student=True)
@@ -252,16 +254,17 @@ class Distill(LossTerm):
         batch:Batch, # with the student's logits, and all answers
     ):
         "Check the answers and hand them to the parts; one that is infinite or not a number becomes 0, and `batch.finite` False"
+        prepared = len(self.rewrites) > 0
         for key,teacher in self.teachers.items():
             logits = check_teacher_logits(batch.answers[key], batch.z, batch.axis if teacher.before_student else 1)
             finite = logits.isfinite().all() if isinstance(logits, Tensor) else None
             if finite is not None and not (finite.is_cpu and finite):   # another device is not waited for
                 batch.finite = finite if batch.finite is None else batch.finite & finite
                 logits = torch.where(finite, logits, 0.)
-            logits = self._prepare(logits, batch)
+            if prepared: logits = self._prepare(logits, batch)
             if key is None: batch.zt = logits
             else:           batch.extra_logits[key] = logits
-        batch.z = self._prepare(batch.z, batch)
+        if prepared: batch.z = self._prepare(batch.z, batch)
 
     def _prepare(self, logits, batch):
         "Return logits as the rewrites want them, the student's as well as the teacher's"
@@ -278,16 +281,17 @@ class Distill(LossTerm):
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = 0.
         for y,portion in labels:
-            z,y = classification_batch(first_output(self.learn.pred), y, batch.axis)
+            z,y = classification_batch(plain_tensors(first_output(self.learn.pred)), y, batch.axis)
             labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
             self.hear(labelled)
             if not self.checked: self._check_first(labelled)
+            else: self._check_labels(labelled)
             losses = losses + self._portion_of(self.weighted_losses(labelled), portion)
             self.watch(labelled, portion)
             batch.finite = labelled.finite
-        self.checked,weight = True,self._factor(batch.soft, batch.tau[1], z.shape[1])
+        self.checked,self.n_outputs,weight = True,z.shape[1],self._factor(batch.soft, batch.tau[1], z.shape[1])
         loss = losses if not losses.ndim else reduce_samples(losses, y, 'sum' if batch.reduction == 'sum' else 'mean', batch.ignore_index)
         if batch.finite is not None: loss = torch.where(batch.finite, loss, 0.)
         batch.release()
@@ -296,11 +300,19 @@ class Distill(LossTerm):
     def _check_first(self, batch):
         "Check once a fit what would otherwise be wrong without a word: labels that are no classes, probabilities for logits"
         check_labels(batch.y, batch.n_classes, batch.ignore_index)
+        if not self.mixing: check_base_loss(self.learn, batch)
         self.soft_loss.check(batch)
         for key,logits in ((None, batch.zt), *batch.extra_logits.items()):
             if not isinstance(logits, Tensor) or not looks_like_probabilities(logits, 1+logits.ndim-batch.z.ndim): continue
             warnings.warn(f'the teacher {self.teachers[key]!r} returned numbers that are not negative and sum to 1: probabilities, it seems, where logits are '
                           'expected. They are softened as logits; if they are probabilities, let the teacher return their logarithm')
+
+    def _check_labels(self, batch):
+        "Check the labels of a later batch: at once on a CPU, else where the device is waited for anyway"
+        if batch.y.is_cpu: return check_labels(batch.y, batch.n_classes, batch.ignore_index)
+        if batch.y.is_floating_point(): return
+        inside = ((batch.y.clamp(0, batch.n_classes-1) == batch.y) | (batch.y == batch.ignore_index)).all()
+        batch.finite = inside if batch.finite is None else batch.finite & inside
 
     def _portion_of(self, losses, portion):
         if losses.ndim or not isinstance(portion, Tensor) or portion.numel() == 1: return portion*losses
@@ -348,15 +360,15 @@ class Distill(LossTerm):
 
     def before_backward(self):
         "Show the batch to the teachers that are made of the training"
-        watching = [teacher for teacher in self.owned if teacher.observes]
-        if self.batch is None or not watching: return
+        if self.batch is None or not self.watching: return
         z,y = classification_batch(at_least_float32(first_output(self.learn.pred).detach()), self.learn.y, self.batch.axis)
-        for teacher in watching: teacher.observe(self.batch.labelled(y, z))
+        for teacher in self.watching: teacher.observe(self.batch.labelled(y, z))
 
     def after_batch(self):
-        "Stop if a teacher broke; here the recorder waits for the device anyway"
+        "Stop if a teacher or a label broke; here the recorder waits for the device anyway"
         batch,self.batch = self.batch,None
         if batch is None or batch.finite is None or batch.finite: return
+        for y in (batch.y, *getattr(self.mixing, 'yb1', ())): check_labels(plain_tensors(y), self.n_outputs, batch.ignore_index)
         who = ' or '.join(map(repr, self.teachers.values()))
         raise ValueError(f'the teacher {who} returned logits that are infinite or not a number; this batch was trained on without it')
 

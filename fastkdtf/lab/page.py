@@ -9,7 +9,6 @@ __all__ = ['headline', 'failures', 'pooled_reliability', 'report_html', 'write_w
 
 # %% ../../nbs/45b_lab.page.ipynb #d32e3518
 import math
-import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from fastcore.xml import A, Body, Br, Dd, Div, Dl, Dt, Footer, H1, H2, H3, H4, Head, Header, Html, Li, Link, Main, Meta, Nav, P
 from fastcore.xml import Safe, Section, Span, Strong, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml
 
+from ..files import replacing
 from .draw import *
 from .report import Comparison, comparisons, last_score, mean_sd, number_or_nan, t_interval, verdict
 
@@ -157,7 +157,7 @@ def _reliability(c, look):
         "Draw the diagram of a method, None where its runs have no bins"
         runs = [r for r in c.runs(name) if r['last'].get('reliability')]
         if not runs: return None
-        error = mean_sd([number_or_nan(r['last']['ece']) for r in runs])[0]
+        error = mean_sd([number_or_nan(r['last'].get('ece')) for r in runs])[0]
         ece = 'ECE –' if math.isnan(error) else f'ECE {100*error:.2f} %'
         draw = partial(draw_reliability, bins=np.nan_to_num(pooled_reliability(runs)), colour=look.colour(name))
         drawn = panel(draw, f'Reliability of {name}, {ece}', 190, 185)
@@ -318,10 +318,7 @@ def write_whole(
     text:str, # all of it
 )->Path: # the file
     "Write a file that is there as a whole or not at all, whoever else writes it at the time"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    part.write_bytes(text.encode(errors='backslashreplace'))
-    os.replace(part, path)
+    with replacing(path) as f: f.write(text.encode(errors='backslashreplace'))
     return path
 
 def write_report(

@@ -424,18 +424,22 @@ def _is_whole(x):  return isinstance(x, int) and not isinstance(x, bool) and abs
 def _is_text(x):   return isinstance(x, str)
 def _is_dict(x):   return isinstance(x, dict)
 def _list_of(what): return lambda x: isinstance(x, list) and all(map(what, x))
-def _scores(*names): return lambda x: isinstance(x, dict) and all(name in x and _is_number(x[name]) for name in names)
 def _are_curves(x): return isinstance(x, dict) and all(map(_list_of(_is_number), x.values()))
 def _is_pair(x):   return isinstance(x, list) and len(x) == 2 and all(map(_is_text, x))
+def _are_bins(x):  return isinstance(x, list) and all(isinstance(o, list) and len(o) == 3 and all(map(_is_number, o)) for o in x)
+def _scores(judged): # the metric that must be there
+    numbers = judged,'nll','ece'
+    return lambda x: isinstance(x, dict) and judged in x and all(_is_number(x.get(name)) for name in numbers) and _are_bins(x.get('reliability') or [])
+def _is_bool(x):   return isinstance(x, bool)
+def _is_split(x):  return isinstance(x, dict) and _is_whole(x.get('number')) and _is_text(x.get('group'))
 def _is_callback(x): return isinstance(x, dict) and _is_text(x.get('callback'))
 
 _in_words = {_is_number: 'a number', _is_whole: 'a whole number', _is_text: 'a text', _is_dict: 'a dict', _are_curves: 'lists of numbers'}
 _of_runs = dict(key=_is_text, method=_is_text, rank=_is_whole, control_for=_list_of(_is_text), seed=_is_whole, setting=_is_text,
-                evaluated_on=_is_text, last=_scores('accuracy', 'nll', 'ece'), best=_scores('accuracy'), history=_are_curves,
-                seconds_per_epoch=_is_number)
+                evaluated_on=_is_text, history=_are_curves, seconds_per_epoch=_is_number)
 _if_there = dict(settings=_is_dict, baseline=_is_text, callbacks=_list_of(_is_callback), description=_list_of(_is_pair), date=_is_text,
                  teacher_accuracy=_is_number, epoch_seconds=_list_of(_is_number), loading_seconds=_list_of(_is_number),
-                 validation_seconds=_list_of(_is_number), platform=_is_text)
+                 validation_seconds=_list_of(_is_number), platform=_is_text, metric=_is_text, higher=_is_bool, split=_is_split)
 
 def _check_shape(record, what, needed, allowed=None):
     for name,fits in {**needed, **(allowed or {})}.items():
@@ -449,6 +453,8 @@ def check_run(
 ):
     "Raise `ValueError` unless a record is that of a finished run, as `Campaign` writes it"
     _check_shape(record, 'run', _of_runs, _if_there)
+    judged = record.get('metric') or 'accuracy'
+    _check_shape(record, 'run', dict.fromkeys(('last', 'best'), _scores(judged)))
 
 _of_recipes = dict(recipe=_is_text, data=_is_text, runs=lambda x: _is_dict(x) and all(map(_list_of(_is_text), x.values())),
                    method=_is_text, baseline=_is_text, controls=_list_of(_is_text), n_epoch=_is_whole, n_train=_is_whole, words=_is_text,

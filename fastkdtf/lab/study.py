@@ -11,7 +11,7 @@ __all__ = ['is_real', 'search_space', 'check_grid', 'whole_grid', 'grid_points',
 
 # %% ../../nbs/40c_lab.study.ipynb #52c3cb86
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack, contextmanager
 from html import escape
 from itertools import chain, product
@@ -60,6 +60,9 @@ def check_grid(
         if not isinstance(values, (list, range, np.ndarray)) or not len(values):
             raise TypeError(f'grid[{name!r}] must be a list of values, got {values!r}; ranges are for tpe=, a number of trials')
     def python_number(value): return value.item() if isinstance(value, np.generic) else value
+    for name,values in grid.items():
+        if all(isinstance(value, Hashable) for value in values): continue
+        raise TypeError(f'grid[{name!r}] must be a list of single values, got {values!r}')
     return {name: list(dict.fromkeys(map(python_number, values))) for name,values in grid.items()}
 
 def whole_grid(

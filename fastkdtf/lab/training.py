@@ -303,7 +303,7 @@ class LearnerParts:
 def teacher_accuracy(
     teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # as `as_teacher` takes it
     learn:Learner, # of a student
-)->float:
+)->float|None: # None where labels are not one class for each sample, as in segmentation
     "Measure a teacher's accuracy on the set that is reported of a student, with the student's classes and inputs"
     teacher = as_teacher(teacher)
     teacher = teacher.live
@@ -315,6 +315,7 @@ def teacher_accuracy(
         for batch in learn.dls[evaluation_set(learn.dls)].new(shuffle=False, drop_last=False):
             learn._split(batch)
             xb,y = plain_tensors((tuple(learn.xb), learn.yb[0]))
+            if not torch.is_tensor(y) or y.is_floating_point() or y.numel() != len(y): return None
             with torch.no_grad(): logits.append(teacher(Batch(y, None, xb)).float().cpu())
             labels.append(y.cpu())
     finally: teacher.detach()
@@ -577,12 +578,18 @@ class FolderStore(MemoryStore):
     def find(self, run:Run)->dict|None:
         "Return the record of a finished run; None if it has none, or if weights that others need are gone"
         if run.keep and not self._weights_file(run).exists(): return None
-        return self.ledger.find(run.key)
+        record = self.ledger.find(run.key)
+        if record: self._forget_checkpoint(run)   # a process that died just before may have left it
+        return record
+
+    def _forget_checkpoint(self, run):
+        file = self._checkpoint_file(run)
+        for left in (file, file.with_name(f'{file.name}.tmp')): left.unlink(missing_ok=True)
 
     def add(self, run:Run, record:dict)->dict:
         "Write the record of a finished run, delete its checkpoint, and return the record"
         self.ledger.append(record)
-        self._checkpoint_file(run).unlink(missing_ok=True)
+        self._forget_checkpoint(run)
         return record
 
     def keep(self, run:Run, weights:dict):
@@ -643,7 +650,7 @@ class Campaign:
         check_types(Campaign.__init__, locals())
         seeds,n_epoch = check_seeds(seeds),check_whole('n_epoch', n_epoch)
         for method in [fit, *[arm.fit for arm in arms.values() if arm.fit is not None]]: _check_fit(method)
-        if lr is not None: lr = check_number('lr', lr, '(0,inf)')
+        if lr is not None: lr = check_number('lr', lr, '(0,1e6]')
         _check_arms(arms)
         self.splits = getattr(make_learner, 'splits', [None])
         self.make_learner = make_learner.for_seeds(seeds) if hasattr(make_learner, 'for_seeds') else make_learner

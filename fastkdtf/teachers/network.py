@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +65,14 @@ def _next_step(model, x):
 def _shown(out): return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 # %% ../../nbs/21_teachers.network.ipynb #61e9b8d4
+_copies = WeakKeyDictionary()   # teacher → its copy from the last fit, and the weights that it has
+
 class NetworkTeacher(Teacher):
     """A trained network as teacher
 
     It works on a private copy, in evaluation mode and without a graph: what is given here is neither moved nor changed, takes no part
     in the training, and is left out of `learn.export`. Its convolutions swallow their batch norms where that leaves the outputs what they
-    are (to 1e-4); then it is kept while the network's weights stay the same."""
+    are (to 1e-4); then it waits for the next fit with the same weights."""
     before_student,asks_label,asks_tau = True,False,False
     waits_for,origin,norm,translate,learn = None,None,'auto',None,None
     _n_student,_places,_epoch,_reset_due,_asked,_copied,_scale = None,None,None,False,True,None,None
@@ -113,12 +116,13 @@ class NetworkTeacher(Teacher):
         self.learn,self._n_student = learn,_known_outputs(learn)
         if pretrained_cfg(self.model): self._check_outputs(self.model.num_classes)
         self._asked,self._epoch,self._places,self._scale,self._reset_due = False,None,None,None,False
+        if self.copy is None: self.copy,self._copied = _copies.pop(self, (None, None))
         if self.copy is not None and not self._still_good(): self.copy = None
 
     def detach(self):
-        "Let go of the learner, and of the copy unless it was folded, which takes time"
-        self.learn = None
-        if self.copy is not None and not self.copy.folded: self.copy = None
+        "Let go of the learner and the copy; the next fit finds a folded copy again, as folding takes time"
+        if self.copy is not None and self.copy.folded: _copies[self] = self.copy,self._copied
+        self.learn,self.copy = None,None
 
     def _find_below(self, learn):
         if not self.waits_for: return

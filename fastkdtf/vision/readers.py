@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.readers.html.md"""
 __all__ = ['npz_arrays', 'read_npz', 'check_size', 'read_files', 'imagenet_files', 'shared_images']
 
 # %% ../../nbs/10a_vision.readers.ipynb #b3380422
-import bz2, csv, gzip, io, lzma, math, os, posixpath, re, stat, tarfile, warnings, zipfile, zlib
+import bz2, csv, errno, gzip, io, lzma, math, os, posixpath, re, stat, tarfile, warnings, zipfile, zlib
 from collections import Counter
 from pathlib import PurePosixPath
 from functools import lru_cache
@@ -139,7 +139,7 @@ def _files(path):
     if path.suffix.lower()=='.csv': return {path.name: _File(path.stat().st_size, path.read_bytes)}
     try: found = dict(_of_zip(path) if zipfile.is_zipfile(path) else _of_tar(path))
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as e:
-        if getattr(e, 'errno', None): raise   # the disk's, not the archive's
+        if getattr(e, 'errno', None) not in (None, errno.EINVAL): raise   # the disk's, not the archive's
         raise ValueError(f"truncated or damaged archive ({e})") from e
     return {name: found[name] for name in sorted(found) if not _is_hidden(name)}
 

@@ -19,5 +19,5 @@ def network(): return nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.BatchNo
 family = {'LSR': partial(LsrKD, tau=1.), 'PSKD': PSKD, 'OLS': OnlineLabelSmoothing, 'MaxSup': MaxSup, 'CSKD': CSKD,
           'MeanTeacher': partial(MeanTeacher, .95, rampup=2), 'RDrop': RDrop}
 settings = dict(lr=1e-2, settings=dict(data='digits', arch='two layers'))
-compare(family, dls, network, 12, 5, out=out, **settings)
+compare(family, dls, network, 12, 5, out=out/'methods', **settings)
 compare({'DLB': DLB}, dls, network, 6, 5, out=out/'dlb', **settings)

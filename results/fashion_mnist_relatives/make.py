@@ -30,6 +30,6 @@ alone = {'LSR': partial(LsrKD, tau=1.), 'PSKD': PSKD, 'OLS': OnlineLabelSmoothin
          'MeanTeacher': partial(MeanTeacher, .99, rampup=2)}
 taught = {'KD': lambda: KnowledgeDistillation(teacher), 'DKD': lambda: DKD(teacher, warmup=2), 'NKD': lambda: NKD(teacher),
           'DIST': lambda: DIST(teacher, tau=4.), 'StandardisedKD': lambda: StandardisedKD(teacher)}
-compare({**alone, **taught}, dls, student, 10, 5, lr=1e-2, out=out, settings=settings)
+compare({**alone, **taught}, dls, student, 10, 5, lr=1e-2, out=out/'methods', settings=settings)
 compare({'DLB': DLB}, dls, student, 5, 5, lr=1e-2, out=out/'dlb', settings=settings)
 compare({'RDrop': RDrop}, dls, partial(create_model, 'plain_cnn', dls.c), 10, 5, lr=1e-2, out=out/'rdrop', settings={**settings, 'arch': 'plain_cnn'})

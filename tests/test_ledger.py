@@ -1,0 +1,98 @@
+"A ledger of many records: each line is looked at once, and records are read when they are asked for"
+import json, os
+
+import pytest
+
+from fastkdtf.lab import runs
+from fastkdtf.lab.runs import Ledger, check_run
+from fastkdtf.lab.report import read_runs
+
+def record(key, **more):
+    scores = dict(accuracy=.5, nll=1., ece=0.)
+    return dict(key=key, method='a', rank=0, control_for=[], seed=0, setting='s', evaluated_on='test', last=scores, best=scores, history=dict(accuracy=[.1, .5]), seconds_per_epoch=1.) | more
+
+def write(path, n): path.write_text(''.join(json.dumps(record(f'{i}', text='x'*200))+'\n' for i in range(n)))
+
+@pytest.fixture
+def looked(monkeypatch):
+    "Lines that were looked at, and parsed"
+    counts = dict(lines=0, parsed=0)
+    note,parse = runs._Index._note,runs.read_json
+    def count_note(self, line): counts['lines'] += 1; return note(self, line)
+    def count_parse(text): counts['parsed'] += 1; return parse(text)
+    monkeypatch.setattr(runs._Index, '_note', count_note), monkeypatch.setattr(runs, 'read_json', count_parse)
+    return counts
+
+def test_look_ups_and_appends_do_not_look_at_lines_again(tmp_path, looked):
+    write(tmp_path/'results.jsonl', 20_000)
+    ledger = Ledger(tmp_path/'results.jsonl', check_run)
+    assert len(ledger) == 20_000 and looked == dict(lines=20_000, parsed=0)
+    for i in (0, 10_000, 19_999): assert ledger.find(f'{i}')['key'] == f'{i}'
+    assert ledger.find('none') is None and looked == dict(lines=20_000, parsed=3)
+    assert Ledger(tmp_path/'results.jsonl').find('5')['key'] == '5' and looked['lines'] == 20_000   # one index for all who ask
+    for i in range(10): assert ledger.append(record(f'new{i}')) and not ledger.append(record(f'new{i}'))
+    assert len(ledger) == 20_010 and looked == dict(lines=20_010, parsed=4)
+
+def test_all_records_are_parsed_in_few_steps(tmp_path, looked):
+    write(tmp_path/'results.jsonl', 5000)
+    assert len(read_runs(tmp_path)) == 5000 and looked['parsed'] < 50
+
+def test_what_others_add_is_seen(tmp_path):
+    ledger,path = Ledger(tmp_path/'results.jsonl'),tmp_path/'results.jsonl'
+    assert 'a' not in ledger
+    with open(path, 'a') as f: f.write('{"key": "a"}\n')
+    assert 'a' in ledger
+    with open(path, 'a') as f: f.write('{"key": "b", "x": 1}\n')
+    assert ledger.find('b')['x'] == 1 and len(ledger) == 2
+
+@pytest.mark.parametrize('change', [lambda path: path.write_text('{"key": "c", "x": 7}\n'), lambda path: path.write_text(''), lambda path: path.unlink(),
+                                    lambda path: os.replace(path.with_name('other'), path), lambda path: path.write_text(path.read_text().replace('"a"', '"z"')),
+                                    lambda path: path.write_text(path.read_text().replace('1', '11') + '{"key": "c"}\n')])
+def test_a_file_that_was_changed_otherwise_is_looked_at_anew(tmp_path, change):
+    path,ledger = tmp_path/'results.jsonl',Ledger(tmp_path/'results.jsonl')
+    for key in 'ab': ledger.append(dict(key=key, x=1))
+    path.with_name('other').write_text('{"key": "o"}\n{"key": "p"}\n{"key": "q"}\n')
+    assert len(ledger) == 2
+    stat = path.stat()
+    change(path)
+    if path.exists(): os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns+10**6))   # a clock may be slower than a test
+    lines = path.read_text().splitlines() if path.exists() else []
+    assert [r['key'] for r in ledger] == [json.loads(line)['key'] for line in lines] and len(ledger) == len(lines)
+    for line in lines: assert ledger.find(json.loads(line)['key']) == json.loads(line)
+
+def test_lines_that_only_together_are_json_are_damaged(tmp_path):
+    path = tmp_path/'results.jsonl'
+    path.write_text('{"key": "a", "x": [{}\n{}]}\n{"key": "c"}, {"key": "d"}\n')
+    with pytest.raises(ValueError, match='results.jsonl'): Ledger(path).records()
+
+def test_a_second_key_at_the_end_is_damage(tmp_path):
+    (tmp_path/'results.jsonl').write_text('{"key": "a", "x": 1, "key": "b"}\n')
+    with pytest.raises(ValueError, match="the record of 'a' has another key"): Ledger(tmp_path/'results.jsonl').find('a')
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_the_ledger_whole(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path/'results.jsonl')
+    ledger.append(dict(key='a'))
+    before = ledger.path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(os, 'write', lambda fd, data: write(fd, data[:5]) if b'"b"' in data else write(fd, data))
+    with pytest.raises(OSError, match='results.jsonl: the record was not written, and those before it are whole'): ledger.append(dict(key='b'))
+    monkeypatch.undo()
+    assert ledger.path.read_bytes() == before and ledger.append(dict(key='b')) and len(ledger) == 2
+
+bad = dict(method=3, rank='first', control_for='baseline', seed=True, setting=None, evaluated_on=[], last=.5, best={}, history=[1], seconds_per_epoch='fast',
+           callbacks=[3], description=[['a']], settings=[], teacher_accuracy='good', epoch_seconds=[None, 'x'], baseline=3, date=20)
+
+@pytest.mark.parametrize('name', bad)
+def test_a_record_of_another_shape_is_named(name, tmp_path):
+    Ledger(tmp_path/'results.jsonl').append(record('odd', **{name: bad[name]}))
+    with pytest.raises(ValueError, match=rf"results.jsonl: the record of 'odd' is no run: its '{name}'"): read_runs(tmp_path)
+
+@pytest.mark.parametrize('name', ['method', 'rank', 'control_for', 'seed', 'setting', 'evaluated_on', 'last', 'best', 'history', 'seconds_per_epoch'])
+def test_a_record_without_a_part_is_named(name, tmp_path):
+    Ledger(tmp_path/'results.jsonl').append({k: v for k,v in record('odd').items() if k != name})
+    with pytest.raises(ValueError, match=rf"is no run: it has no '{name}'"): read_runs(tmp_path)
+
+def test_a_diverged_run_is_a_run(tmp_path):
+    scores = dict(accuracy=None, nll=None, ece=None)
+    Ledger(tmp_path/'results.jsonl').append(record('odd', last=scores, best=scores, seconds_per_epoch=None, history=dict(train_loss=[None])))
+    assert len(read_runs(tmp_path)) == 1
