@@ -149,9 +149,9 @@ class NetworkTeacher(Teacher):
     def _check_outputs(self, n):
         "Raise `ValueError` if the teacher has another number of outputs than the student, as far as both are known"
         if self.vocab is not None or n is None or not self._n_student or n in self._n_student: return
-        raise ValueError(f"the teacher {self!r} has {n} outputs. That is not the student's shape, which has {self._n_student[0]} classes. If "
-                         "these are among them, say with vocab= what the teacher's outputs are called; if not, train it on these classes "
-                         'first, as a Learner on the same data')
+        raise ValueError(f"the teacher {self!r} has {n} outputs, and the student has {self._n_student[0]} classes: that is not the student's "
+                         "shape. If these classes are among the outputs, say with vocab= what the outputs are called; if not, train the "
+                         'teacher on these classes first, as a Learner on the same data')
 
     def _still_good(self):
         "True if the copy is a folded one, and its network is what it was"
