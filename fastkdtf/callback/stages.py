@@ -131,7 +131,7 @@ class OneHistory(Callback):
 # %% ../../nbs/35_callback.stages.ipynb #ff9d7f5f
 class OneDisplay(ProgressCallback):
     "Show one table and one bar over several fits"
-    name,begun,_stateattrs = 'progress',False,('begun',)
+    name,begun,_stateattrs = 'progress',False,ProgressCallback._stateattrs + ('begun',)
     def __init__(self,
         n_epoch:int, # of all fits
     ): self.n_epoch = n_epoch
