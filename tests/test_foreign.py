@@ -901,7 +901,18 @@ def test_a_look_at_the_loss_draws_no_random_number():
     fit([LsrKD()], loss)
     looked,alone = drawn[:],drawn.clear()
     fit([], loss)
-    assert drawn[:2] == [looked[0], looked[3]] and len(looked) == len(drawn)+2
+    assert drawn[:2] == [looked[0], looked[4]] and len(looked) == len(drawn)+3
+
+def test_a_look_at_the_loss_leaves_the_graph_of_the_step_alone():
+    "Gradients that a callback keeps of the logits, and its hooks, are those of the step"
+    seen = []
+    class Hooks(Callback):
+        def after_pred(self):
+            self.learn.pred.retain_grad()
+            self.learn.pred.register_hook(seen.append)
+        def after_backward(self): assert torch.equal(self.learn.pred.grad, seen[-1])
+    fit([LsrKD(), Hooks()])
+    assert len(seen) == 2
 
 @pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.uint8])
 @pytest.mark.parametrize('method', [lambda: LsrKD(gamma=.4), lambda: WSL(linear()), lambda: CKM(linear())])
