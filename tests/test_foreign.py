@@ -907,6 +907,7 @@ def test_a_look_at_the_loss_leaves_the_graph_of_the_step_alone():
     "Gradients that a callback keeps of the logits, and its hooks, are those of the step"
     seen = []
     class Hooks(Callback):
+        run_valid = False
         def after_pred(self):
             self.learn.pred.retain_grad()
             self.learn.pred.register_hook(seen.append)
