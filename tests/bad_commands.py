@@ -20,7 +20,7 @@ def options(command):
     return [action for action in sub.choices[command]._actions if action.option_strings and action.nargs in (None, '?', '+', '*') and action.dest != 'help']
 
 listed = {   # what was seen to end in a traceback, and its kind
-    'describe': [['LsrKD', 'tau=1e-320'], ['LsrKD', 'tau=1e308'], ['LsrKD', 'alpha=[1]'], ['LsrKD', 'alpha={}'], ['LsrKD', 'gamma=(1,2)'], ['LsrKD', 'tau=None'], ['LsrKD', '=1'], ['LsrKD', 'a b=1'],
+    'describe': [['LsrKD', 'tau=1e308'], ['LsrKD', 'alpha=[1]'], ['LsrKD', 'alpha={}'], ['LsrKD', 'gamma=(1,2)'], ['LsrKD', 'tau=None'], ['LsrKD', '=1'], ['LsrKD', 'a b=1'],
                  ['LsrKD', 'alpha=.1', 'alpha=.2', 'nosuch=3'], ['LSR', 'alpha=1e400'], ['TfKDReg', 'variant=[]'], ['TfKDReg', 'scale=[]'], ['TfKDReg', 'correct_prob=1e-400'], ['MemoryReplay', 'n_copies=9'*12], ['SelfGuidance', 'lam=[[]]'],
                  ['LsrKD', '--classes', '9'*25], ['LsrKD', 'alpha=' + '('*500], ['LsrKD', 'alpha=1/0'], ['LsrKD', 'name=3'], ['KD', 'teacher=x', 'alpha=x'], ['Nonsense'], [''], ['LsrKD', 'tau=9'*400], ['SelfGuidance', 'detach=x']],
     'sweep': [[recipe, '--grid', 'alpha=.1:.5:foo', '--tpe', '2'], [recipe, '--grid', 'alpha=.5:.1', '--tpe', '2'], [recipe, '--grid', 'alpha=[1]'], [recipe, '--grid', 'alpha=x'], [recipe, '--grid', 'nosuch=1'], [recipe, '--grid', 'alpha=.1:.2:.3:.4', '--tpe', '2'],

@@ -535,8 +535,13 @@ def test_a_folded_teacher_is_kept_between_fits_while_its_weights_are_the_same():
     def fit():
         student = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
         learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillation(teacher)).remove_cb(ProgressCallback)
-        with learn.no_logging(): learn.fit(1)
-        return teacher.copy
+        with learn.no_logging(): learn.fit(1, cbs=Look(used := []))
+        assert teacher.copy is None, 'the method holds none'
+        return used[0]
+    class Look(Callback):
+        order,run_valid = 6,False
+        def __init__(self, used): self.used = used
+        def before_batch(self): self.used.append(teacher.copy)
     first = fit()
     assert first.folded and fit() is first
     for change in (lambda: net[1].fc.weight.data.neg_(), lambda: net[0][1].running_mean.add_(1), lambda: setattr(net[0][1], 'eps', .5),

@@ -661,7 +661,7 @@ METHODS = dict(LsrKD=LsrKD, KD=lambda: KnowledgeDistillation(linear()), MemoryRe
                SelfGuidance=SelfGuidance, no_full=lambda: SelfGuidance(full_backward=False))
 
 def held(method):
-    "Tensors with a graph, and copies of networks, that can be reached from a method"
+    "Tensors with a graph, and copies of networks, that can be reached from a method; a teacher keeps its own from fit to fit"
     gc.collect()
     found,todo,seen = [],[vars(method).get(name) for name in vars(method) if name != '_learn'],set()
     while todo:
@@ -672,6 +672,7 @@ def held(method):
         elif isinstance(o, Batch): found.append(o)
         elif isinstance(o, dict): todo += o.values()
         elif isinstance(o, (list, tuple)): todo += o
+        elif isinstance(o, NetworkTeacher): todo += [value for name,value in vars(o).items() if name != 'copy']
         elif hasattr(o, '__dict__') and not isinstance(o, nn.Module): todo += vars(o).values()
     return found
 

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 import fastkdtf.lab.training
 from fastkdtf.callback.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg
 from fastkdtf.lab.compare import compare
-from fastkdtf.lab.training import make_callbacks, with_controls
+from fastkdtf.lab.training import Arm, BatchDraws, StepDraws, make_callbacks, with_controls
 from fastkdtf.lab.report import Comparison
 from fastkdtf.vision.models import create_model
 from fastkdtf.vision.data import kd_dataloaders
@@ -79,14 +79,14 @@ def undisturbed(tmp_path_factory):
 # ---------------------------------------------------------------- the same start, the same batches
 
 class Logged(nn.Module):
-    "Writes down its initial weights and every training batch, once per training"
+    "Writes down its initial weights and every training batch, once per training; a batch that is only tried has no gradient"
     log = []
     def __init__(self):
         super().__init__()
         self.net,self.mine = net(),None
 
     def forward(self, x):
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             if self.mine is None:
                 self.mine = dict(weights=[p.detach().clone() for p in self.parameters()], batches=[])
                 Logged.log.append(self.mine)
@@ -108,7 +108,7 @@ def test_same_weights_and_batches_per_seed():
     Logged.log = []
     c = tiny_compare({'greedy': greedy_factory, **BOTH}, model_fn=Logged)
     methods = len(c.names)
-    assert len(Logged.log) == 2*methods and methods == 7
+    assert len(Logged.log) == 2*methods and methods == 9
     per_seed = Logged.log[:methods],Logged.log[methods:]
     for runs in per_seed:
         for run in runs:
@@ -140,7 +140,8 @@ def test_baseline_is_a_plain_learner(undisturbed):
     model = net()
     learn = Learner(dls, model, metrics=accuracy, loss_func=CrossEntropyLossFlat()).remove_cb(ProgressCallback)
     seed_run(1, dls)
-    with learn.no_logging(): learn.fit_one_cycle(3, .02)
+    draws = BatchDraws(1)
+    with learn.no_logging(): learn.fit_one_cycle(3, .02, cbs=[draws, StepDraws(draws)])
     record = next(r for r in undisturbed[1].records if (r['method'], r['seed']) == ('baseline', 1))
     assert record['history']['valid_loss'] == [v[1] for v in learn.recorder.values] and record['history']['accuracy'] == [v[2] for v in learn.recorder.values]
     with learn.no_bar():
@@ -173,8 +174,8 @@ def test_controls_are_shared_and_named(undisturbed):
     assert table.control_for['LS 0.1'] == 'LsrKD' and (table.control_for[4:] == 'TfKDReg').all() and (table.control_for[:3] == '').all()
     methods = {'baseline': None, 'LSR': partial(LsrKD, tau=1.), 'a': LsrKD, 'b': partial(LsrKD, tau=4.)}
     arms = with_controls({**methods, 'user': Greedy, 'pair': [LsrKD(), Greedy()]}, 10)
-    assert list(arms) == ['baseline', 'LSR', 'a', 'b', 'user', 'pair'], 'label smoothing .1 is there already, as a method'
-    assert arms['LSR'][1] == ['a', 'b']
+    assert list(arms)[:6] == ['baseline', 'LSR', 'a', 'b', 'user', 'pair'], 'label smoothing .1 is there already, as a method'
+    assert arms['LSR'][1] == ['a', 'b'] and {name: arm[1:] for name,arm in list(arms.items())[6:]} == {'CE + greedy': (['pair'], False), 'LS 0.1 + greedy': (['pair'], False)}
     arms = with_controls({'baseline': None, 'a': LsrKD, 'b': partial(LsrKD, tau=4.)}, 10)
     assert list(arms) == ['baseline', 'a', 'b', 'LS 0.1'] and arms['LS 0.1'][1] == ['a', 'b']
     d = arms['LS 0.1'][0].describe(10)
@@ -205,6 +206,10 @@ def test_finished_runs_are_skipped(undisturbed, monkeypatch):
     assert (out/'results.jsonl').read_bytes() == before and sorted(o.name for o in out.iterdir()) == folder
     pd.testing.assert_frame_equal(again.table, c.table)
     assert repr(again) == repr(c)
+
+def test_one_method_that_diverges_beside_others():
+    c = tiny_compare({'LsrKD': Arm(LsrKD, fit=too_fast)}, n_epoch=1, seeds=1, lr=None)
+    assert c.shown.loc['LsrKD', 'NLL'] == '–' != c.shown.loc['baseline', 'NLL']
 
 def test_adding_seeds_methods_and_settings(tmp_path, no_plots):
     def go(methods, **kw):
@@ -294,14 +299,14 @@ def test_keys_of_sets(keys_of_two_processes): assert keys_of_two_processes[0]['s
 
 class Fragile(nn.Module):
     "Raises at one training batch, counted over all trainings"
-    at,seen,error = None,0,RuntimeError
+    at,seen,error = None,0,[RuntimeError]
     def __init__(self):
         super().__init__()
         self.net = net()
     def forward(self, x):
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             Fragile.seen += 1
-            if Fragile.seen == Fragile.at: raise Fragile.error('interrupted')
+            if Fragile.seen == Fragile.at: raise Fragile.error[0]('interrupted')
         return self.net(x)
 
 def fragile(out, **kw): return tiny_compare({'LsrKD': LsrKD}, out=out, model_fn=Fragile, n_epoch=3, seeds=2, **kw)
@@ -318,7 +323,7 @@ def expected(tmp_path_factory):
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 def test_resumed_after_an_exception(tmp_path, no_plots, expected, at, error):
     for n in at:
-        Fragile.at,Fragile.seen,Fragile.error = n,0,error
+        Fragile.at,Fragile.seen,Fragile.error = n,0,[error]
         with pytest.raises(error): fragile(tmp_path)
     Fragile.at = None
     c = fragile(tmp_path)
@@ -489,7 +494,7 @@ def test_make_callbacks():
 
 def test_several_callbacks_together():
     c = tiny_compare({'both': lambda: [LsrKD(), TfKDReg()], 'clip': [LsrKD(), GradientClip(.1)]}, n_epoch=1, seeds=1)
-    assert c.names == ['baseline', 'both', 'clip'], 'controls exist for a method alone'
+    assert c.names == ['baseline', 'both', 'clip', 'CE ×2.9', 'LS 0.661 ×2.9', 'CE + gradient_clip', 'LS 0.1 + gradient_clip']
     assert {'lsr_kd_loss', 'tf_kd_reg_loss'} <= c.records[1]['history'].keys()
 
 @pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle', 'fit_flat_cos', 'fine_tune'])
@@ -505,13 +510,15 @@ def test_a_baseline_of_ones_own():
 
 # ---------------------------------------------------------------- diverging
 
+def too_fast(learn, n_epoch, cbs): learn.fit_one_cycle(n_epoch, 1e30, cbs=cbs)
+
 def test_a_diverging_run_is_a_result(tmp_path, monkeypatch):
-    c = tiny_compare({'LsrKD': LsrKD}, n_epoch=2, seeds=2, lr=1e30, opt_func=SGD, out=tmp_path)
+    c = tiny_compare({'LsrKD': LsrKD}, n_epoch=2, seeds=2, fit=too_fast, lr=None, opt_func=SGD, out=tmp_path)
     assert_whole(tmp_path, 6)
     for r in lines(tmp_path): assert r['last']['nll'] is None and r['history']['valid_loss'][-1] is None and r['last']['accuracy'] is not None
-    assert c.shown.loc['LsrKD', 'NLL'] == '–'
+    assert 'NLL' not in c.shown and c.shown.loc['LsrKD', 'last acc %'] != '–'
     monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
-    again = tiny_compare({'LsrKD': LsrKD}, n_epoch=2, seeds=2, lr=1e30, opt_func=SGD, out=tmp_path)
+    again = tiny_compare({'LsrKD': LsrKD}, n_epoch=2, seeds=2, fit=too_fast, lr=None, opt_func=SGD, out=tmp_path)
     assert repr(again) == repr(c)
 
 

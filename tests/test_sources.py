@@ -178,10 +178,10 @@ def test_a_timm_network_with_another_number_of_outputs_is_refused_when_the_fit_b
     big = timm.create_model('test_resnet', pretrained=False)
     monkeypatch.setattr(type(big), 'forward', lambda self, x: asked.append(1))
     said = refused(NetworkTeacher(big, teacher_norm=None))
-    assert '1000 outputs, and the student has 8 classes' in said and 'vocab=' in said and 'Learner on the same data' in said and not asked
+    assert "1000 outputs, and the student has 8 classes: that is not the student's shape" in said and 'vocab=' in said and 'Learner on the same data' in said and not asked
 
 def test_another_number_of_outputs_is_refused_at_the_first_batch():
-    assert '5 outputs, and the student has 8 classes' in refused(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)))
+    assert "5 outputs, and the student has 8 classes: that is not the student's shape" in refused(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)))
 
 def test_a_student_whose_data_say_another_number_than_its_outputs_is_believed():
     learn = student()

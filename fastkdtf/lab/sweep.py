@@ -42,14 +42,16 @@ def paper_grid(
 
     Wang et al. 2020, §4.3; label smoothing: the supplement of Yuan et al. 2020, §2; λ: Zheng et al. 2022;
     temperature of stage 2: Song et al. 2023, Tab. 4d"""
-    check_types(paper_grid, locals())
     r = _as_recipe(recipe)
     if r.method_name not in _grids:
         known = ', '.join(_grids)
         raise ValueError(f"{r.id}: the papers state no grid for {r.method_name}, only for {known}: give grid={{'alpha': [.1, .5, .9]}}")
     return {name: list(values) for name,values in _grids[r.method_name].items()}
 
-def _as_recipe(recipe): return find_recipe(recipe) if isinstance(recipe, str) else recipe
+def _as_recipe(recipe):
+    if isinstance(recipe, str): return find_recipe(recipe)
+    if hasattr(recipe, 'method_name'): return recipe
+    raise TypeError(f'recipe must be a recipe or its id, got {recipe!r}')
 
 # %% ../../nbs/48_lab.sweep.ipynb #a8448bc1
 class Sweep(TrialTable):
@@ -109,7 +111,7 @@ def sweep(
     Parameters are the recipe's, in its own units: with fewer epochs, the interval of memory replay shrinks with the schedule.
     With one process, a sweep that was killed and started again ends as one that was not.
     With several, what is suggested and pruned depends on which trials have ended."""
-    check_types(sweep, locals())
+    check_types(sweep, {**locals(), 'recipe': ''})   # which may be anything that is like one
     check_whole('seed', seed, 0)
     if train_subset is not None: check_whole('train_subset', train_subset)
     optuna,r,out,seeds = import_optuna('sweep'),_as_recipe(recipe),make_folder(out),check_seeds(seeds)

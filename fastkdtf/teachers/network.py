@@ -71,8 +71,8 @@ class NetworkTeacher(Teacher):
     """A trained network as teacher
 
     It works on a private copy, in evaluation mode and without a graph: what is given here is neither moved nor changed, takes no part
-    in the training, and is left out of `learn.export`. The copy is kept while the weights stay what they are. Its convolutions swallow
-    their batch norms where that leaves the outputs what they are (to 1e-4)."""
+    in the training, and is left out of `learn.export`. Its convolutions swallow their batch norms where that leaves the outputs what they
+    are (to 1e-4); then it waits for the next fit with the same weights."""
     before_student,asks_label,asks_tau = True,False,False
     waits_for,origin,norm,translate,learn = None,None,'auto',None,None
     _n_student,_places,_epoch,_reset_due,_asked,_copied,_scale = None,None,None,False,True,None,None
@@ -120,8 +120,8 @@ class NetworkTeacher(Teacher):
         if self.copy is not None and not self._still_good(): self.copy = None
 
     def detach(self):
-        "Let go of the learner and the copy; the next fit finds a copy without a state of its own again"
-        if self.copy is not None and self.copy.steady: _copies[self] = self.copy,self._copied
+        "Let go of the learner and the copy; the next fit finds a folded copy again, as folding takes time"
+        if self.copy is not None and self.copy.folded: _copies[self] = self.copy,self._copied
         self.learn,self.copy = None,None
 
     def _find_below(self, learn):
@@ -149,14 +149,13 @@ class NetworkTeacher(Teacher):
     def _check_outputs(self, n):
         "Raise `ValueError` if the teacher has another number of outputs than the student, as far as both are known"
         if self.vocab is not None or n is None or not self._n_student or n in self._n_student: return
-        raise ValueError(f"the teacher {self!r} has {n} outputs, and the student has {self._n_student[0]} classes. If the student's "
-                         "classes are among them, say with vocab= what the teacher's outputs are called; if not, train it on these classes "
-                         'first, as a Learner on the same data')
+        raise ValueError(f"the teacher {self!r} has {n} outputs, and the student has {self._n_student[0]} classes: that is not the student's "
+                         "shape. If these classes are among the outputs, say with vocab= what the outputs are called; if not, train the "
+                         'teacher on these classes first, as a Learner on the same data')
 
     def _still_good(self):
-        "True if the copy has no state of its own, and its network is what it was"
-        same = self.copy.steady and self.copy.remainder == remainder(self.model)
-        return same and self._copied == weights_of(self.model)
+        "True if the copy is a folded one, and its network is what it was"
+        return self.copy.folded and self.copy.remainder == remainder(self.model) and self._copied == weights_of(self.model)
 
     def before_batch(self):
         "Begin a batch: at the first of an epoch, reset the state of a recurrent network, as the student's is"
