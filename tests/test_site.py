@@ -136,7 +136,7 @@ def index(built): return json.loads((built/'search-index.js').read_text(encoding
 
 # what one types → what comes first
 first = {'LsrKDLoss': 'losses.html#lsrkdloss', 'lsrkdloss': 'losses.html#lsrkdloss', 'LsrKDL': 'losses.html#lsrkdloss',
-         'TfKDReg': 'callback.distill.html#tfkdreg', 'coming from other': 'translations.html', 'torchdistill': None, 'qwertzuiop': None, 'how do I export': 'tutorials/deploying.html',
+         'TfKDReg': 'callback.distill.html#tfkdreg', 'coming from other': 'translations.html', 'torchdistill': None, 'qwertzuiop': None, 'how do I deploy': 'tutorials/deploying.html',
          # what people look for, in their words
          'tensorboard': 'tutorials/loggers.html#tensorboard', 'wandb': 'tutorials/loggers.html#weights-biases-wandb',
          'hugging face': 'tutorials/huggingface.html', 'huggingface': 'tutorials/huggingface.html', 'segmentation': 'tutorials/segmentation.html',

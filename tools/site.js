@@ -106,17 +106,17 @@ function row(o, i, words) {
 }
 
 function search() {
-  const asked = plain(box.value.trim()), words = asked.split(/\s+/).map(meant), query = words.join(' ')
-  if (!asked) return close()
+  const asked = plain(box.value.trim()).split(/\s+/), told = asked.filter(w => !filler.has(w)), given = told.length ? told : asked
+  if (!asked[0]) return close()
+  const words = given.map(meant), query = words.join(' ')
   let hits = index.map(o => [rank(o, query, words), o]).filter(([r]) => r !== null)
-  if (!hits.length && words.length > 1) {    // no section has all the words: those that have most of the words that matter
-    const told = words.filter(w => !filler.has(w)), counted = index.map(o => [told.filter(w => o.all.includes(w)).length, o])
-    const most = Math.max(0, ...counted.map(([n]) => n))
-    if (most) hits = counted.filter(([n]) => n === most).map(([, o]) => [told.some(w => o.low.includes(w)) ? o.symbol ? 9 : 8 : 10, o])
+  if (!hits.length && words.length > 1) {    // no section has all the words: those that have most of them
+    const counted = index.map(o => [words.filter(w => o.all.includes(w)).length, o]), most = Math.max(0, ...counted.map(([n]) => n))
+    if (most) hits = counted.filter(([n]) => n === most).map(([, o]) => [words.some(w => o.low.includes(w)) ? o.symbol ? 9 : 8 : 10, o])
   }
   hits.sort(([r, a], [s, b]) => r-s || a.title.length-b.title.length || a.url.includes('#')-b.url.includes('#'))
   list.replaceChildren(...hits.slice(0, 20).map(([, o], i) => row(o, i, words)))
-  if (hits.length && words.some((w, i) => w !== asked.split(/\s+/)[i])) list.prepend(el('p', '', `Nothing found for “${box.value.trim()}”. Shown: “${query}”`))
+  if (hits.length && words.some((w, i) => w !== given[i])) list.prepend(el('p', '', `Nothing found for “${box.value.trim()}”. Shown: “${query}”`))
   if (!hits.length) list.append(el('p', '', window.searchIndex ? `Nothing found for “${box.value.trim()}”` : 'Loading…'))
   list.hidden = false
   box.setAttribute('aria-expanded', true)
