@@ -111,7 +111,9 @@ def _is_library_module(name):
     module = sys.modules.get(name)
     if module is None or name == '__main__': return False
     file = getattr(module, '__file__', None)
-    return file is None or os.path.realpath(file).startswith(_library_folders())
+    if file is None: return True
+    file = os.path.realpath(file)
+    return file.startswith(_library_folders()) or not {'site-packages', 'dist-packages'}.isdisjoint(file.split(os.sep))   # also another Python's
 
 def is_of_library(
     x:object, # a function or a class
@@ -355,8 +357,10 @@ def _loaders_words(tell, dls):
 def _list_words(tell, x): return [tell(part) for part in x]
 def _set_words(tell, x):  return sorted(map(tell, x), key=json.dumps)
 def _dict_words(tell, x):
-    words = {str(key): tell(value) for key,value in x.items()}
-    return words if len(words) == len(x) else sorted(([tell(key), tell(value)] for key,value in x.items()), key=json.dumps)
+    try: items = [*x.items()]
+    except Exception as error: return _untold(tell, x, error)   # a mapping that makes its values when they are asked for, and cannot
+    words = {str(key): tell(value) for key,value in items}
+    return words if len(words) == len(items) else sorted(([tell(key), tell(value)] for key,value in items), key=json.dumps)
 
 def _table_words(tell, x):
     try: values = _bytes_digest(pd.util.hash_pandas_object(x, categorize=False).values.tobytes())
