@@ -33,6 +33,7 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import no_random, to_device
 from fastcore.foundation import L
 from torch import nn
+from torch.utils.data import DataLoader as TorchLoader, Sampler
 
 # %% ../nbs/06_fingerprint.ipynb #512e5150
 def _number(x):
@@ -110,7 +111,9 @@ def _is_library_module(name):
     module = sys.modules.get(name)
     if module is None or name == '__main__': return False
     file = getattr(module, '__file__', None)
-    return file is None or os.path.realpath(file).startswith(_library_folders())
+    if file is None: return True
+    file = os.path.realpath(file)
+    return file.startswith(_library_folders()) or not {'site-packages', 'dist-packages'}.isdisjoint(file.split(os.sep))   # also another Python's
 
 def is_of_library(
     x:object, # a function or a class
@@ -237,7 +240,8 @@ def _untold(tell, x, error):
 
 # %% ../nbs/06_fingerprint.ipynb #3071ba2b
 _of_the_process = {'dataset', 'fake_l', 'rng', 'num_workers', 'pin_memory', 'timeout', 'device', 'after_item', 'before_batch', 'after_batch',
-                   'wif', 'offs', 'it', 'prebatched', 'persistent_workers', 'generator', 'dl', 'rank', 'world_size', 'n'}
+                   'wif', 'offs', 'it', 'prebatched', 'persistent_workers', 'generator', 'dl', 'rank', 'world_size', 'n',
+                   'pin_memory_device', 'prefetch_factor'}
 
 def pipelines_of(
     dl:DataLoader,
@@ -331,21 +335,32 @@ def samples_fingerprint(
     "Return what a loader makes of its samples in words: data set and transforms, whatever the batches"
     return [_dataset_words(_Teller(refuse), dl.dataset), _transforms_words(dl, refuse)]
 
+def _sampler_words(tell, sampler):
+    "Return PyTorch's order of samples, without the generator that shuffles them: the seed of a run sets it"
+    own = {name: value for name,value in vars(sampler).items() if name not in ('generator', 'data_source')}
+    return [tell(type(sampler)), _settings_words(tell, own)]
+
+def _settings_words(tell, settings):
+    return {name: _sampler_words(tell, value) if isinstance(value, Sampler) else tell(value) for name,value in settings.items()}
+
 def _loader_words(tell, dl, leave=()):
     settings = {name: value for name,value in vars(dl).items() if name not in (*_of_the_process, *leave) and name[0] != '_'}
-    return _digits(tell, type(dl).__name__, type(dl), samples_fingerprint(dl, tell.refuse), settings)
+    return _digits(tell, type(dl).__name__, type(dl), samples_fingerprint(dl, tell.refuse), _settings_words(tell, settings))
 
 def _loaders_words(tell, dls):
     "Return all loaders in words; the batch size of an evaluation changes no number"
     train,*others = dls.loaders
-    return [tell(train), *[_loader_words(tell, dl, ['bs']) for dl in others], tell(getattr(dls.train_ds, 'loss_func', None))]
+    evaluated = [_loader_words(tell, dl, ['bs', 'batch_size', 'batch_sampler']) for dl in others]
+    return [tell(train), *evaluated, tell(getattr(dls.train_ds, 'loss_func', None))]
 
 # %% ../nbs/06_fingerprint.ipynb #cb1ba298
 def _list_words(tell, x): return [tell(part) for part in x]
 def _set_words(tell, x):  return sorted(map(tell, x), key=json.dumps)
 def _dict_words(tell, x):
-    words = {str(key): tell(value) for key,value in x.items()}
-    return words if len(words) == len(x) else sorted(([tell(key), tell(value)] for key,value in x.items()), key=json.dumps)
+    try: items = [*x.items()]
+    except Exception as error: return _untold(tell, x, error)   # a mapping that makes its values when they are asked for, and cannot
+    words = {str(key): tell(value) for key,value in items}
+    return words if len(words) == len(items) else sorted(([tell(key), tell(value)] for key,value in items), key=json.dumps)
 
 def _table_words(tell, x):
     try: values = _bytes_digest(pd.util.hash_pandas_object(x, categorize=False).values.tobytes())
@@ -355,8 +370,8 @@ def _table_words(tell, x):
 _kinds = [(Mapping, _dict_words), ((set, frozenset), _set_words), ((list, L), _list_words), (torch.Tensor, lambda tell, x: _tensor_words(x)),
           (np.ndarray, lambda tell, x: tell(_array_words(np.asarray(x)))), ((pd.DataFrame, pd.Series), _table_words),
           (PurePath, lambda tell, x: _path_words(x)), (weakref.ref, lambda tell, x: tell(x())), (partial, _partial_words), (type, _class_words), (FunctionType, _function_words),
-          (MethodType, _method_words), (BuiltinFunctionType, _builtin_words), (nn.Module, _network_words), (DataLoader, _loader_words),
-          (DataLoaders, _loaders_words), (object, _object_words)]
+          (MethodType, _method_words), (BuiltinFunctionType, _builtin_words), (nn.Module, _network_words),
+          ((DataLoader, TorchLoader), _loader_words), (DataLoaders, _loaders_words), (object, _object_words)]
 
 class _Teller:
     "Tells objects in words, each once"

@@ -1,5 +1,6 @@
 """The `fastkdtf` command: exit codes 0, 1, 2 and 130, one clear line for each mistake, and nothing lost in `--out`"""
-import json, os, re, subprocess, sys
+import json, os, re, signal, subprocess, sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -492,7 +493,8 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path, capsys):
     (tmp_path/'presses.py').write_text(presses_ctrl_c)
     args = ['compare', '--data', str(data), *TINY, '--epochs', '5', '--methods', f'{tmp_path/"presses.py"}:Presses', '--no-controls']
     out = tmp_path/'interrupted'
-    p = subprocess.run([*command, *args, '--out', str(out)], capture_output=True, text=True, env=env)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)   # where the tests run in the background, Ctrl-C is ignored, and so by what they start
+    p = subprocess.run([*command, *args, '--out', str(out)], capture_output=True, text=True, env=env, preexec_fn=heard)
     assert p.returncode == 130, p.stderr
     assert 'Traceback' not in p.stdout+p.stderr and p.stderr.splitlines()[-1] == 'fastkdtf: interrupted; the same command goes on from here'
     assert len(lines(out)) == 1 and list(out.glob('unfinished/*.pt')), 'the run under way is kept'

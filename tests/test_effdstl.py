@@ -422,5 +422,5 @@ def test_bad_two_stages(kwargs, error, words):
 
 def test_a_strong_teacher_with_other_classes():
     learn = learner()
-    with pytest.raises(ValueError, match='has 4 outputs, and the student has 5 classes'):
+    with pytest.raises(ValueError, match='4 outputs.*5 classes'):
         quiet(learn, 'fit_effdstl', 2, teacher(), nn.Linear(8, 4))

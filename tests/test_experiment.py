@@ -430,6 +430,19 @@ def test_ray_killed(tmp_path):
     assert len(lines(tmp_path/'ray', 'recipes')) == 1
 
 
+def test_plans_make_each_network_once_and_without_weights(tmp_path, monkeypatch):
+    made = []
+    def counted(name, n_classes):
+        net = small(name, n_classes)
+        made.append((name, net[0].weight.device.type))
+        return net
+    monkeypatch.setattr(Recipe, 'model_fn', lambda self, n_classes=None, data=None, name=None: partial(counted, name or self.network, n_classes))
+    loaders,keys = {},[]
+    for id in (REG, SELF, REG):
+        runs = RecipeRuns(Plan(id, (0, 1), .1, 2, 'digits', None, str(tmp_path), 'cpu'), loaders).campaign.runs
+        keys.append([run.key for run in runs.values()])
+    assert made == [('mobilenetv2', 'meta')] and keys[0] == keys[2] and set(keys[0]) & set(keys[1])
+
 # ---------------------------------------------------------------- several processes for one run
 
 def part(rank, port, out, extra=''):

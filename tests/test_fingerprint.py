@@ -238,6 +238,22 @@ def test_other_data_sets_go_by_what_they_hold():
     words = [str(fingerprint(loaders(dataset))) for dataset in (Own(x), Own(y), Own(x, True), Own(x[:7]), list(zip(x, range(8))), list(zip(y, range(8))))]
     assert len(set(words)) == 6 and str(fingerprint(loaders(Own(x.clone())))) == words[0]
 
+def test_pytorchs_loaders_go_by_samples_order_and_batches_whatever_their_generators_state():
+    from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+    x = torch.arange(32.).reshape(8, 4)
+    def loaders(x=x, bs=4, valid_bs=4, seed=0, **kwargs):
+        dataset = TensorDataset(x)
+        return DataLoaders(DataLoader(dataset, bs, generator=torch.Generator().manual_seed(seed), **kwargs), DataLoader(dataset, valid_bs))
+    used = loaders(shuffle=True)
+    before = str(fingerprint(used))
+    assert len([*used.train]) == 2
+    same = used,loaders(shuffle=True, seed=1),loaders(shuffle=True, num_workers=2),loaders(shuffle=True, valid_bs=8),loaders(x.clone(), shuffle=True)
+    assert all(str(fingerprint(dls)) == before for dls in same)
+    weighted = [WeightedRandomSampler(weights, 8) for weights in (torch.ones(8), torch.arange(8.))]
+    others = [loaders(), loaders(x+1, shuffle=True), loaders(bs=2, shuffle=True), loaders(shuffle=True, drop_last=True), loaders(shuffle=True, collate_fn=list),
+              *[loaders(sampler=sampler) for sampler in (*weighted, SubsetRandomSampler(range(4)))]]
+    assert len({before, *[str(fingerprint(dls)) for dls in others]}) == 9
+
 def test_paths_go_by_what_lies_there(tmp_path, monkeypatch):
     (tmp_path/'imgs').mkdir()
     (tmp_path/'imgs'/'a.txt').write_text('1')

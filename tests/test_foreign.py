@@ -661,7 +661,7 @@ METHODS = dict(LsrKD=LsrKD, KD=lambda: KnowledgeDistillation(linear()), MemoryRe
                SelfGuidance=SelfGuidance, no_full=lambda: SelfGuidance(full_backward=False))
 
 def held(method):
-    "Tensors with a graph, and copies of networks, that can be reached from a method; a teacher keeps its own from fit to fit"
+    "Tensors with a graph, and copies of networks, that can be reached from a method"
     gc.collect()
     found,todo,seen = [],[vars(method).get(name) for name in vars(method) if name != '_learn'],set()
     while todo:
@@ -672,7 +672,6 @@ def held(method):
         elif isinstance(o, Batch): found.append(o)
         elif isinstance(o, dict): todo += o.values()
         elif isinstance(o, (list, tuple)): todo += o
-        elif isinstance(o, NetworkTeacher): todo += [value for name,value in vars(o).items() if name != 'copy']
         elif hasattr(o, '__dict__') and not isinstance(o, nn.Module): todo += vars(o).values()
     return found
 
@@ -902,7 +901,19 @@ def test_a_look_at_the_loss_draws_no_random_number():
     fit([LsrKD()], loss)
     looked,alone = drawn[:],drawn.clear()
     fit([], loss)
-    assert drawn[:2] == [looked[0], looked[3]] and len(looked) == len(drawn)+2
+    assert drawn[:2] == [looked[0], looked[4]] and len(looked) == len(drawn)+3
+
+def test_a_look_at_the_loss_leaves_the_graph_of_the_step_alone():
+    "Gradients that a callback keeps of the logits, and its hooks, are those of the step"
+    seen = []
+    class Hooks(Callback):
+        run_valid = False
+        def after_pred(self):
+            self.learn.pred.retain_grad()
+            self.learn.pred.register_hook(seen.append)
+        def after_backward(self): assert torch.equal(self.learn.pred.grad, seen[-1])
+    fit([LsrKD(), Hooks()])
+    assert len(seen) == 2
 
 @pytest.mark.parametrize('dtype', [torch.int8, torch.int16, torch.int32, torch.uint8])
 @pytest.mark.parametrize('method', [lambda: LsrKD(gamma=.4), lambda: WSL(linear()), lambda: CKM(linear())])

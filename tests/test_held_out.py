@@ -1,4 +1,4 @@
-"What people bring to `tune` and `compare`: photos in folders, of which a part is held out, and teachers of pixels"
+"What people bring to `tune` and `compare`: photos in folders, of which a part is held out, teachers of pixels, networks of other libraries"
 import numpy as np
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from fastkdtf.callback.distill import LsrKD
-from fastkdtf.fingerprint import samples_fingerprint
+from fastkdtf.fingerprint import fingerprint, is_of_library, samples_fingerprint
 from fastkdtf.lab.compare import compare
 from fastkdtf.lab.training import teacher_accuracy
 from fastkdtf.lab.tune import hold_out, tune
@@ -73,3 +73,21 @@ def test_a_teacher_of_pixels_has_no_accuracy_and_teaches_in_a_comparison():
     assert teacher_accuracy(teacher, learn) is None
     c = compare(['KD:alpha=.5'], learn, 1, seeds=1, teacher=teacher, metric='overlap', higher=True)
     assert c.names[:2]==['baseline', 'KD(alpha=0.5)'] and len(c.runs('KD(alpha=0.5)'))==1
+
+class Lazy(dict):
+    "As transformers' lists of models: it imports what is asked for"
+    def items(self): raise ImportError('no module of that name')
+
+def test_a_mapping_that_cannot_give_its_values_is_refused_in_words_where_runs_are_kept():
+    with pytest.raises(ValueError, match='cannot be told from another Lazy in a later process'): fingerprint(Lazy(a=1))
+    lazy = Lazy(a=1)
+    assert fingerprint(lazy, refuse=False)==fingerprint(lazy, refuse=False)!=fingerprint(Lazy(a=1), refuse=False)
+
+def test_a_library_is_one_wherever_it_is_installed(tmp_path, monkeypatch):
+    "Such as by `pip install --target`, found by PYTHONPATH; the user's own module is none"
+    for folder,name in (('site-packages', 'some_library'), ('mine', 'my_module')):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/f'{name}.py').write_text('class Net: pass\n')
+        monkeypatch.syspath_prepend(str(tmp_path/folder))
+    import my_module, some_library
+    assert is_of_library(some_library.Net) and not is_of_library(my_module.Net)

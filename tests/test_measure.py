@@ -3,6 +3,7 @@ import os, time
 
 import numpy as np, pytest, torch
 
+from fastkdtf.lab.bench import machine
 from fastkdtf.lab.measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
 
 MB = 2**20
@@ -66,3 +67,7 @@ def test_errors_pass_and_stderr_comes_back(capfd):
     assert capfd.readouterr().err == 'still here\n'
 
 def test_keep_freed_memory(): assert isinstance(keep_freed_memory(), bool)
+
+def test_a_benchmark_names_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'the card {device}')
+    assert machine()['device'] == 'cpu' and machine('cuda:1')['device'] == 'the card cuda:1' and machine()['cores'] == os.cpu_count()

@@ -426,7 +426,7 @@ def test_describe():
     assert (d.hard, d.soft, d.tau, d.scale) == (2., 2.25, 3., 2.75) and list(d.controls) == ['CE ×2.75']
     assert SelfGuidance(full_backward=False).describe(100).hard == 1 and 'only teaches' in str(SelfGuidance(full_backward=False).describe(100))
     assert (StochasticDepth().describe(100).hard, StochasticDepth().describe(100).soft) == (1., 0.)
-    assert list(matched_controls(SelfGuidance(), 100)) == ['CE ×2.75']
+    assert list(matched_controls(SelfGuidance(), 100)) == ['CE ×2.75', 'stochastic depth 0.5']
     learn = digits_learner(SelfGuidance())
     assert learn.self_guidance.describe().n_classes == K
     for o in METHODS.values():

@@ -136,7 +136,7 @@ def index(built): return json.loads((built/'search-index.js').read_text(encoding
 
 # what one types → what comes first
 first = {'LsrKDLoss': 'losses.html#lsrkdloss', 'lsrkdloss': 'losses.html#lsrkdloss', 'LsrKDL': 'losses.html#lsrkdloss',
-         'TfKDReg': 'callback.distill.html#tfkdreg', 'coming from other': 'translations.html', 'torchdistill': None, 'qwertzuiop': None,
+         'TfKDReg': 'callback.distill.html#tfkdreg', 'coming from other': 'translations.html', 'torchdistill': None, 'qwertzuiop': None, 'how do I deploy': 'tutorials/deploying.html',
          # what people look for, in their words
          'tensorboard': 'tutorials/loggers.html#tensorboard', 'wandb': 'tutorials/loggers.html#weights-biases-wandb',
          'hugging face': 'tutorials/huggingface.html', 'huggingface': 'tutorials/huggingface.html', 'segmentation': 'tutorials/segmentation.html',
@@ -146,7 +146,7 @@ first = {'LsrKDLoss': 'losses.html#lsrkdloss', 'lsrkdloss': 'losses.html#lsrkdlo
          'tensorbord': 'tutorials/loggers.html#tensorboard', 'segmantation': 'tutorials/segmentation.html', 'hugging fcae': 'tutorials/huggingface.html',
          'LsrDKLoss': 'losses.html#lsrkdloss', 'KnowlegeDistil': 'callback.distill.html#knowledgedistillation',
          # words that stand in tables only, written and computed ones
-         'GradientClip': 'compatibility.html', 'mdistiller repdistiller': 'translations.html'}
+         'get_preds without labels': 'compatibility.html', 'mdistiller repdistiller': 'translations.html'}
 
 def browse(built, pages, tmp):
     Handler.harness = harness.replace('PAGES', json.dumps(pages)).replace('WIDTHS', '[390, 1280]').replace('WORDS', json.dumps(list(first)))

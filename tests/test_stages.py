@@ -218,11 +218,11 @@ def test_an_interrupt_leaves_the_learner_as_it_was():
 class Die(Callback):
     "Interrupt at a place of the training, counted in batches or epochs of all stages"
     order = 2000
-    def __init__(self, batch=None, epoch=None): self.batch,self.epoch_ = batch,epoch
+    def __init__(self, batch=None, epochs=None): self.batch,self.epochs = batch,epochs
     def after_batch(self):
         if self.training and self.batch == len(self.recorder.lrs): raise KeyboardInterrupt
     def after_epoch(self):
-        if self.epoch_ == len(self.recorder.values): raise KeyboardInterrupt
+        if self.epochs == len(self.recorder.values): raise KeyboardInterrupt
 
 def teach(step): return step.xb[0] @ torch.linspace(-1, 1, 6*K).view(6, K)
 def better(step): return 2*step.xb[0][:,:K]
@@ -249,15 +249,15 @@ def same(a, b):
     for name,p,q in zip(('losses', 'lrs', 'iters', 'values', 'names'), x, y): assert p == q, name
 
 @pytest.mark.parametrize('equal', [False, True])
-@pytest.mark.parametrize('where', [dict(batch=1), dict(batch=8), dict(epoch=1), dict(epoch=2), dict(batch=13), dict(epoch=3), dict(batch=19), dict(batch=20), dict(epoch=4), dict(epoch=5)], ids=str)
+@pytest.mark.parametrize('where', [dict(batch=1), dict(batch=8), dict(epochs=1), dict(epochs=2), dict(batch=13), dict(epochs=3), dict(batch=19), dict(batch=20), dict(epochs=4), dict(epochs=5)], ids=str)
 def test_resumed_in_any_stage_it_is_the_same_training(where, equal, tmp_path):
     whole = train(tmp_path/'whole.pt', equal=equal)
-    assert train(tmp_path/'broken.pt', Die(**where), equal=equal) is None or where == dict(epoch=5) and equal
+    assert train(tmp_path/'broken.pt', Die(**where), equal=equal) is None or where == dict(epochs=5) and equal
     same(train(tmp_path/'broken.pt', equal=equal), whole)
 
 def test_interrupted_in_every_stage(tmp_path):
     whole = train(tmp_path/'whole.pt')
-    for where in (dict(batch=3), dict(batch=9), dict(batch=15), dict(epoch=3), dict(batch=20)): assert train(tmp_path/'broken.pt', Die(**where)) is None
+    for where in (dict(batch=3), dict(batch=9), dict(batch=15), dict(epochs=3), dict(batch=20)): assert train(tmp_path/'broken.pt', Die(**where)) is None
     same(train(tmp_path/'broken.pt'), whole)
 
 @pytest.mark.parametrize('equal', [False, True])
@@ -281,3 +281,10 @@ def test_a_checkpoint_of_other_stages_is_refused(tmp_path):
     train(tmp_path/'a.pt')
     with pytest.raises(ValueError, match='belongs to another training'):
         quiet(learner(opt_func=partial(SGD, mom=.9)), [Stage(3, [WSL(teach), LsrKD(alpha=.1, tau=1.)])], cbs=Checkpoint(tmp_path/'a.pt'))
+
+def test_a_resumed_call_says_nothing_of_our_own_callbacks(tmp_path, capsys, recwarn):
+    "What they hold is of one call, and the stages before pass again"
+    with pytest.raises(KeyboardInterrupt): learner().fit_stages(stages(), cbs=[Checkpoint(tmp_path/'a.pt'), Die(batch=9)])
+    learner().fit_stages(stages(), cbs=Checkpoint(tmp_path/'a.pt'))
+    assert re.findall('a.pt: (.*)', capsys.readouterr().out) == ['continuing after epoch 1 of 2']
+    assert [str(w.message) for w in recwarn if 'could not keep' in str(w.message)] == []

@@ -139,9 +139,10 @@ def test_waiting_for_batches_is_told_from_training():
     assert all(w >= .01*48 and w <= s for w,s in zip(slow['loading_seconds'], slow['epoch_seconds']))
     assert sum(quick['loading_seconds']) < sum(slow['loading_seconds'])
 
-@pytest.mark.parametrize('fit', ['train', 3, None])
-def test_fits_that_are_none(fit):
-    with pytest.raises(ValueError, match='fit must name a training method'): campaign({'a': Arm()}, fit=fit)
+@pytest.mark.parametrize('fit,error,why', [('train', ValueError, 'fit must name a training method'), (3, TypeError, 'fit must be a text or a function, got 3'),
+                                           (None, TypeError, 'fit must be a text or a function, got None')])
+def test_fits_that_are_none(fit, error, why):
+    with pytest.raises(error, match=why): campaign({'a': Arm()}, fit=fit)
 
 def test_train_says_what_is_missing():
     c = campaign({'a': Arm(keep='last'), 'b': Arm(start='a')}, seeds=1)

@@ -23,9 +23,8 @@ from fastkdtf.callback.checkpoint import Checkpoint
 
 tutorials = Path(__file__).parents[1]/'nbs'/'tutorials'
 
-def definitions(name):
-    "The namespace of a notebook's cells that do nothing but import and define"
-    ns = {}
+def definitions(name, **ns):
+    "The namespace of a notebook's cells that do nothing but import and define, beside what is given"
     for cell in read_nb(tutorials/f'{name}.ipynb').cells:
         if cell.cell_type != 'code' or cell.source.lstrip().startswith(('!', '#| hide\n# on Colab')): continue
         if all(isinstance(o, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for o in ast.parse(cell.source).body): exec(cell.source, ns)
@@ -140,8 +139,18 @@ def test_temporal_ensembling_resumes(own, tmp_path):
     assert [o[-1] for o in resumed[0]] == [o[-1] for o in whole[0][10:]]
     for k,v in whole[1].items(): assert torch.equal(v, resumed[1][k])
 
+class Answer(dict):
+    __getattr__ = dict.__getitem__
+
+class StandIn:
+    "A `Trainer` that only computes losses"
+    def __init__(self, model): self.model,self.args = model,type('', (), dict(device='cpu'))
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        out = model(**inputs)
+        return (out.loss, out) if return_outputs else out.loss
+
 @pytest.fixture(scope='module')
-def plain(): return definitions('huggingface')
+def plain(): return definitions('huggingface', Trainer=StandIn)
 
 def flat():
     "A small network without batch norm"
@@ -181,16 +190,6 @@ def test_self_guidance_in_a_loop_is_the_papers(plain):
     torch.testing.assert_close(loss, expected)
     for g,p in zip(ours, net.parameters()): torch.testing.assert_close(g, p.grad)
 
-class Answer(dict):
-    __getattr__ = dict.__getitem__
-
-class StandIn:
-    "A `Trainer` that only computes losses"
-    def __init__(self, model): self.model,self.args = model,type('', (), dict(device='cpu'))
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        out = model(**inputs)
-        return (out.loss, out) if return_outputs else out.loss
-
 class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
@@ -200,11 +199,8 @@ class Classifier(nn.Module):
         return Answer(loss=None if labels is None else F.cross_entropy(z, labels), logits=z)
 
 def test_the_trainer_with_a_teacher_distils_in_training_and_evaluates_as_before(plain):
-    source = next(c.source for c in read_nb(tutorials/'huggingface.ipynb').cells if 'class DistillationTrainer' in c.source)
-    ns = {**plain, 'Trainer': StandIn}
-    exec(source, ns)
     student,teacher = Classifier(),Classifier().train()
-    trainer = ns['DistillationTrainer'](student, teacher=teacher, loss_func=KDLoss(.5, 2.))
+    trainer = plain['DistillationTrainer'](student, teacher=teacher, loss_func=KDLoss(.5, 2.))
     inputs = dict(x=torch.randn(4, 5), labels=torch.tensor([0, 1, 2, 0]))
     loss,out = trainer.compute_loss(student.train(), inputs, return_outputs=True, num_items_in_batch=4)
     z,zt = student(inputs['x']).logits,teacher(inputs['x']).logits

@@ -19,6 +19,7 @@ const greek = {α: 'alpha', β: 'beta', γ: 'gamma', δ: 'delta', ε: 'epsilon',
 const fold = o => o.toLowerCase()
 const plain = o => fold(o).replace(/[α-ω]/g, c => greek[c] || c)    // α is found as alpha, and alpha as α
 const closed = o => plain(o).replace(/[^\p{L}\p{N}]+/gu, '')    // so that huggingface finds Hugging Face
+const filler = new Set('a an and are can do does for from how i in is it me my of on or the to use what when where which with'.split(' '))
 let index = null, chosen = -1, vocabulary = []
 
 function load() {
@@ -27,7 +28,7 @@ function load() {
   const script = document.createElement('script')
   script.onload = () => {
     index = window.searchIndex.map(([symbol, title, page, url, signature, text]) =>
-      ({symbol, title, page, url, signature, text, low: plain(title), all: plain(`${title} ${page} ${signature} ${text} ${closed(title)} ${closed(page)}`)}))
+      ({symbol, title, page, url, signature, text, low: symbol ? plain(title) : `${plain(title)} ${closed(title)}`, all: plain(`${title} ${page} ${signature} ${text} ${closed(title)} ${closed(page)}`)}))
     const counts = new Map()
     for (const o of index) for (const w of o.all.match(/[\p{L}\p{N}_]{3,}/gu) || []) counts.set(w, (counts.get(w) || 0) + 1)
     vocabulary = [...counts]
@@ -105,16 +106,17 @@ function row(o, i, words) {
 }
 
 function search() {
-  const asked = plain(box.value.trim()), words = asked.split(/\s+/).map(meant), query = words.join(' ')
-  if (!asked) return close()
+  const asked = plain(box.value.trim()).split(/\s+/), told = asked.filter(w => !filler.has(w)), given = told.length ? told : asked
+  if (!asked[0]) return close()
+  const words = given.map(meant), query = words.join(' ')
   let hits = index.map(o => [rank(o, query, words), o]).filter(([r]) => r !== null)
   if (!hits.length && words.length > 1) {    // no section has all the words: those that have most of them
     const counted = index.map(o => [words.filter(w => o.all.includes(w)).length, o]), most = Math.max(0, ...counted.map(([n]) => n))
-    if (most) hits = counted.filter(([n]) => n === most).map(([, o]) => [words.some(w => o.low.includes(w)) ? 8 : 9, o])
+    if (most) hits = counted.filter(([n]) => n === most).map(([, o]) => [words.some(w => o.low.includes(w)) ? o.symbol ? 9 : 8 : 10, o])
   }
-  hits.sort(([r, a], [s, b]) => r-s || a.title.length-b.title.length)
+  hits.sort(([r, a], [s, b]) => r-s || a.title.length-b.title.length || a.url.includes('#')-b.url.includes('#'))
   list.replaceChildren(...hits.slice(0, 20).map(([, o], i) => row(o, i, words)))
-  if (hits.length && words.some((w, i) => w !== asked.split(/\s+/)[i])) list.prepend(el('p', '', `Nothing found for “${box.value.trim()}”. Shown: “${query}”`))
+  if (hits.length && words.some((w, i) => w !== given[i])) list.prepend(el('p', '', `Nothing found for “${box.value.trim()}”. Shown: “${query}”`))
   if (!hits.length) list.append(el('p', '', window.searchIndex ? `Nothing found for “${box.value.trim()}”` : 'Loading…'))
   list.hidden = false
   box.setAttribute('aria-expanded', true)

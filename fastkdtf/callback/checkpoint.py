@@ -166,7 +166,7 @@ def _differences(saved, here, n=3):
 class CheckpointFirst(Callback):
     "The part of a `Checkpoint` that goes first: it loads the weights before other callbacks look at them"
     order = TrainEvalCallback.order+1   # once the model is on its device
-    def __init__(self, checkpoint:'Checkpoint'): self.checkpoint = checkpoint
+    def __init__(self, checkpoint:Callback): self.checkpoint = checkpoint
     def before_fit(self): self.checkpoint.before_others()
 
 def _rows_of(text, header, n_epoch):

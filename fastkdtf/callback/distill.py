@@ -452,8 +452,8 @@ class KnowledgeDistillation(Distill):
     "Distillation from networks. Hinton et al. 2015; Yuan et al. 2020, eq. 4; Wang et al. 2020, eq. 4"
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
-        alpha:float|Callable=.9, # soft share in [0,1], or a schedule
-        tau:float|Callable=4., # temperature of both, or a schedule
+        alpha:float|tuple|Callable=.9, # soft share in [0,1], or a schedule; or the pair `(hard, soft)`, as `Distill` takes it
+        tau:float|tuple|Callable=4., # temperature of both, or a schedule; or the pair (teacher's, student's)
         scale:float|str='tau2', # factor of the soft term: 1 (Yuan's eq. 4 as printed) | 'tau' | 'tau2' | a number
         variant:str='paper', # 'paper', or 'official': Yuan et al.'s code, which averages over classes too
         multiplier:float=1., # the authors' factor; only with 'official'

@@ -92,11 +92,12 @@ def _term_columns(cbs):
 
 class OneHistory(Callback):
     "Let the recorder go on from fit to fit; a column that a stage does not have is not-a-number there"
-    order = 51   # after the recorder, before progress and trackers
+    order,_stateattrs = 51,('names', 'past')   # after the recorder, before progress and trackers; what it holds is of the fits of one call
+    past = None
     def __init__(self,
         columns:Iterable=(), # of methods, in the order in which they are shown
         one_loss:bool=True, # smooth the training loss over all fits; False: begin anew with each, as fastai does
-    ): self.names,self.one_loss,self.past = list(columns),one_loss,None
+    ): self.names,self.one_loss = list(columns),one_loss
 
     def keep(self, recorder:Recorder):
         "Remember a fit that ended"
@@ -130,10 +131,10 @@ class OneHistory(Callback):
 # %% ../../nbs/35_callback.stages.ipynb #ff9d7f5f
 class OneDisplay(ProgressCallback):
     "Show one table and one bar over several fits"
-    name = 'progress'
+    name,begun,_stateattrs = 'progress',False,ProgressCallback._stateattrs + ('begun',)
     def __init__(self,
         n_epoch:int, # of all fits
-    ): self.n_epoch,self.begun = n_epoch,False
+    ): self.n_epoch = n_epoch
 
     def before_fit(self):
         "Begin the table with the first fit"

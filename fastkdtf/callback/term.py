@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import *
+from ..teachers.inputs import map_tensors
 from ..vision.loader import batch_info
 
 # %% ../../nbs/30_callback.term.ipynb #697c6d30
@@ -115,6 +116,15 @@ def _check_by_calls(learn, pred, reduction, is_log):
         warnings.warn('the loss is the sum of the samples\' losses, but the soft term is the mean of theirs: say reduction=\'sum\', as in '
                       "CrossEntropyLossFlat(reduction='sum'), and the soft term is a sum too")
 
+def _gradient_by_a_call(learn, pred):
+    "Return the loss's gradient with respect to the logits; not on the graph of the step, whose hooks would see it"
+    states,leaf = get_random_states(),pred.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = learn.loss_func(map_tensors(lambda t: leaf if t is pred else t.detach(), learn.pred), *learn.yb).sum()
+        grad, = torch.autograd.grad(loss, leaf, allow_unused=True)
+    set_random_states(**states)
+    return grad
+
 def check_base_loss(
     learn:Learner, # after the loss of a batch that nothing mixes
     batch:Batch, # it, with the student's logits and the habits of the loss
@@ -129,7 +139,7 @@ def check_base_loss(
                              'term softens them as logits; let the model return logits, or their logarithm')
     if pred is learn.pred: _check_by_calls(learn, pred.detach(), batch.reduction, is_log=(torch.logsumexp(at_least_float32(z), 1).abs() < 1e-3).all())
     if y.is_floating_point() or not pred.requires_grad: return
-    grad, = torch.autograd.grad(learn.loss.sum(), pred, retain_graph=True, allow_unused=True)
+    grad = _gradient_by_a_call(learn, pred)
     if grad is None: return
     moved = (grad.movedim(batch.axis, 1) != 0).any(1)
     index,axis = at_label(z, y)

@@ -11,7 +11,6 @@ __all__ = ['bench_losses', 'StepBench', 'Candidate', 'distillation_candidates', 
 # %% ../../nbs/46a_lab.bench.ipynb #61fbf7e3
 import json
 import os
-import platform
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -272,21 +271,12 @@ def loss_difference(
 # %% ../../nbs/46a_lab.bench.ipynb #6b789fd4
 _peers = ('fasterai', 'torchdistill')
 
-def _processor():
-    "Name the processor as Linux does, or as Python does elsewhere"
-    try: lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError: lines = []
-    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
 def machine(
     device:str='cpu',
 )->dict:
     "Return all that a measurement has to name: processor, cores, threads, versions, and the commit"
-    out = dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
-    if torch.device(device).type == 'cuda': out['device'] = torch.cuda.get_device_name(device)
     peers = {name: version(name) for name in _peers if find_spec(name)}
-    return {**out, **run_environment(), **peers}
+    return {**run_environment(device), 'cores': os.cpu_count(), **peers}
 
 # %% ../../nbs/46a_lab.bench.ipynb #9bd0cff3
 class Bench:

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.rnn import RNNCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import CastToTensor, Learner
@@ -241,6 +242,7 @@ def _losses(learn, batch, term=None):
     for cb in learn._grab_cbs(CastToTensor): cb.before_batch()
     with own_autocast(learn):
         learn.pred = learn.model(*learn.xb)
+        for cb in learn._grab_cbs(RNNCallback): cb.after_pred()   # leaves the logits of what a recurrent network returns
         event('after_pred')
         learn.pred = to_float(learn.pred)
         base = learn.loss = learn.loss_func(learn.pred, *learn.yb)

@@ -28,7 +28,7 @@ from fastcore.foundation import L
 
 from ..core import *
 from ..callback.stages import with_batch_size
-from ..fingerprint import settings_digest
+from ..fingerprint import fingerprint, settings_digest
 from .measure import keep_freed_memory
 from .recipes import Recipe, recipe as recipe_of
 from .reproduction import Reproduction
@@ -160,14 +160,27 @@ class SharedStore(FolderStore):
         return self.find(run)
 
 @cache
-def _planned_size(make, *args, **kwargs):
-    "Return class and number of parameters of a network, made on the device `meta`, which holds no weights"
-    with torch.random.fork_rng(), torch.device('meta'): model = make(*args, **kwargs)
-    return type(model).__name__,sum(p.numel() for p in model.parameters())
+def _planned(make, *args, **kwargs):
+    "Return a network made on the device `meta`, which holds no weights: they follow from the function and the seed"
+    with torch.random.fork_rng(), torch.device('meta'): return make(*args, **kwargs)
+
+@cache
+def _planned_words(make, *args, **kwargs):
+    "Return class, number of parameters and fingerprint of a network, and of the function that makes it"
+    model = _planned(make, *args, **kwargs)
+    n_params = sum(p.numel() for p in model.parameters())
+    return dict(model=type(model).__name__, n_params=n_params, network=fingerprint([partial(make, *args, **kwargs), model]))
 
 class RecipeCampaign(Campaign):
     "A `Campaign` that several processes of one run can share. Planning makes each network once, without weights"
-    def _class_and_size(self, model_fn): return _planned_size(model_fn.func, *model_fn.args, **model_fn.keywords)
+    def _first_learner(self):
+        make = self.make_learner.model_fn
+        return self.make_learner(self.seeds[0], partial(_planned, make.func, *make.args, **make.keywords))
+
+    def _network_of(self, arm):
+        make = arm.model_fn or self.make_learner.model_fn
+        return _planned_words(make.func, *make.args, **make.keywords)
+
     def _open_store(self, out): return super()._open_store(out) if out is None or num_distrib() < 2 else SharedStore(out)
 
 # %% ../../nbs/47b_lab.experiment.ipynb #a6e3cae0
@@ -197,13 +210,14 @@ def recipe_campaign(
     data:str|None=None, # other images than the recipe's
     learner:Callable=Learner, # makes a learner from loaders, model and `metrics`
     precision:str='32', # 'auto' | '32' | 'bf16' | 'fp16', as `Learner.to_fast` takes it
+    told:dict|None=None, # as `Campaign` takes it
 )->Campaign:
     "Plan the runs of a recipe, with smaller batches on few images. Recipes that need the same network find it trained in the same folder"
     recipe = with_enough_steps(recipe, len(dls.train_ds))
     arms = recipe_arms(recipe, dls.c, n_epoch, data, controls, **(settings or {}))
     baseline,about = next(iter(arms)),_about(data or recipe.data, recipe.network)
     make = LearnerParts(dls, recipe.model_fn(dls.c, data), learner)
-    return RecipeCampaign(arms, make, n_epoch, seeds, recipe.fit, None, out, baseline, about, precision=precision)
+    return RecipeCampaign(arms, make, n_epoch, seeds, recipe.fit, None, out, baseline, about, precision=precision, told=told)
 
 # %% ../../nbs/47b_lab.experiment.ipynb #ebe34706
 @dataclass(frozen=True)
@@ -238,7 +252,7 @@ class RecipeRuns:
         self.recipe = with_enough_steps(self.recipe, self.size['train_subset'] or self.n_full)
         self.dls = self._load(loaders, self.size['train_subset'], self.recipe.schedule.bs)
         self.campaign = recipe_campaign(self.recipe, self.dls, list(plan.seeds), self.size['n_epoch'], plan.out, plan.controls,
-                                        data=plan.data, learner=learner, precision=plan.precision)
+                                        data=plan.data, learner=learner, precision=plan.precision, told=loaders.setdefault('told', {}))
 
     def _load(self, loaders, train_subset, bs):
         "Return loaders of the recipe, made once for all recipes with the same ones"

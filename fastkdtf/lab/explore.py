@@ -11,7 +11,6 @@ __all__ = ['exploration_subsets', 'SoftOnly', 'exploration_schemes', 'Exploratio
 # %% ../../nbs/43_lab.explore.ipynb #662a9c25
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .draw import save_png
+from .interpret import evaluating
 from .report import Comparison, csv_safe, last_accuracy
 from .training import Arm, Campaign, LearnerParts
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
@@ -172,16 +172,6 @@ def explore(
     return Campaign(arms, LearnerParts(dls, model_fn), n_epoch, seeds, fit, lr, out, Exploration.weak).compare(Exploration)
 
 # %% ../../nbs/43_lab.explore.ipynb #9c3332bd
-@contextmanager
-def _evaluating(*models):
-    "Put networks in evaluation mode for the block; each part gets its own mode back"
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models: model.eval()
-        yield
-    finally:
-        for module,training in modes.items(): module.training = training
-
 def _unit_step(gradient, norm):
     "Return steps along a gradient `[N,…]` whose length is 1 in a norm"
     if norm == 'inf': return gradient.sign()
@@ -198,7 +188,7 @@ def fgsm(
     "Return adversarial examples, one step along the gradient of the loss"
     check_number('eps', eps, '[0,inf)')
     check_choice('norm', norm, ('inf', 2))
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         loss = F.cross_entropy(model(x).float(), y, reduction='sum')
         g, = torch.autograd.grad(loss, x)
@@ -268,7 +258,7 @@ def confidence_change(
     networks.update({name: _as_network(other) for name,other in (others or {}).items()})
     device = next((p.device for p in networks['teacher'].parameters()), torch.device('cpu'))
     changes,manipulated = {name: [] for name in networks},[]
-    with _evaluating(*networks.values()):
+    with evaluating(*networks.values()):
         for network in networks.values(): network.to(device)
         for x,y in dl:
             x,y = (plain_tensors(t).to(device) for t in (x, y))

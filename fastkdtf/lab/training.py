@@ -646,6 +646,7 @@ class Campaign:
         metric:str|None=None, # what runs are judged by; None: accuracy if samples are classified, else the learner's first metric
         higher:bool|None=None, # is a larger value better? None: known from the metric's name
         precision:str='32', # as `Learner.to_fast` takes it
+        told:dict|None=None, # what is known of loaders, shared by campaigns with the same ones, which nobody changes in between
     ):
         check_types(Campaign.__init__, locals())
         seeds,n_epoch = check_seeds(seeds),check_whole('n_epoch', n_epoch)
@@ -655,7 +656,7 @@ class Campaign:
         self.splits = getattr(make_learner, 'splits', [None])
         self.make_learner = make_learner.for_seeds(seeds) if hasattr(make_learner, 'for_seeds') else make_learner
         store_attr('n_epoch,seeds,fit,lr,out,baseline')
-        learn = self.make_learner(seeds[0])
+        learn = self._first_learner()
         self.precision = check_precision(precision, getattr(learn.dls, 'device', None))
         self.hint = _faster_hint(self.precision, learn)
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
@@ -664,7 +665,8 @@ class Campaign:
         for name,arm in arms.items():
             said = getattr(arm.make_learner or make_learner, 'settings', {})
             self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings={**said, **(settings or {})})
-        self.networks,self.told,self.measured = {(None, None): self._network_words(learn.model)},{},{}   # by what makes a network; loaders; teachers by arm and split
+        self.networks,self.measured = {(None, None): self._network_words(learn.model)},{}   # by what makes a network; teachers by arm and split
+        self.told = {} if told is None else told   # by loaders and batch size
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
         for seed in seeds:
             for name in arms: self._plan_run(name, seed)
@@ -673,6 +675,8 @@ class Campaign:
         run_environment()   # notes the commit before a long training sees others
 
     def _open_store(self, out): return MemoryStore() if out is None else FolderStore(out)
+
+    def _first_learner(self): return self.make_learner(self.seeds[0])
 
     def _told(self, x): return fingerprint(x, refuse=self.out is not None)
 
