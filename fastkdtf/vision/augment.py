@@ -38,7 +38,6 @@ def _whole_number(name, value, low):
     try: value = operator.index(value)
     except TypeError: raise TypeError(f"{name} must be a whole number, not {value!r}") from None
     if value<low: raise ValueError(f"{name}={value} must be at least {low}")
-    if value>=2**31: raise ValueError(f"{name} must be below 2**31")
     return value
 
 # %% ../../nbs/10c_vision.augment.ipynb #ec4c0ac0
@@ -66,6 +65,7 @@ class Augment:
             raise TypeError(f"rotate must be a number of degrees, not {rotate!r}")
         if not 0<=rotate<=180: raise ValueError(f"rotate={rotate} must lie between 0 and 180 degrees")
         self.flip,self.pad,self.rotate = bool(flip),_whole_number('pad', pad, 0),float(rotate)
+        if self.pad>2**15: raise ValueError(f'pad must be at most {2**15} pixels')
         self.views = None if views is None else _whole_number('views', views, 1)
         self.seed = _whole_number('seed', seed, 0)
         if (self.views or 0)>=2**31: raise ValueError(f"views={views} must be below 2**31: use None for a new version every time")
