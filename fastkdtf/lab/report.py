@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.report.html.md"""
 # %% auto #0
 __all__ = ['column_names', 'number_or_nan', 'last_accuracy', 'Score', 'last_score', 'mean_sd', 't_interval', 'welch_interval',
            'counted_images', 'paired_difference', 'paired_p', 'verdict', 'holm', 'seeds_to_show', 'seeds_needed',
-           'unlike', 'csv_safe', 'Comparison', 'read_runs', 'comparisons']
+           'unlike', 'csv_safe', 'Comparison', 'read_runs', 'comparisons', 'save_tables']
 
 # %% ../../nbs/45_lab.report.ipynb #69001025
 import json
@@ -693,6 +693,15 @@ def comparisons(
         setting = json.dumps([same, r.get('baseline')], sort_keys=True)
         groups.setdefault(setting, []).append(r)
     return [Comparison(_one_configuration_a_name(runs), runs[0].get('baseline', 'baseline')) for runs in groups.values()]
+
+def save_tables(
+    comparisons:Iterable, # each a `Comparison`, such as all of a folder
+    out:str|Path, # folder
+)->Path: # the file
+    "Write the tables of several settings into one `table.csv`"
+    table = pd.concat([c.table.assign(setting=c.records[0]['setting']) for c in comparisons])
+    csv_safe(table).to_csv(Path(out)/'table.csv')
+    return Path(out)/'table.csv'
 
 def _one_configuration_a_name(records):
     configurations = {}
