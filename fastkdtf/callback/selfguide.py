@@ -179,7 +179,7 @@ class StochasticDepth(DropsBranches, OneLearner):
 class SelfGuidance(DropsBranches, LossTerm):
     "Train full network and sub-network on each batch, and teach the sub-network what the full one predicts. Zheng and Peng 2022, eq. 5"
     _stateattrs = LossTerm._stateattrs + ('bits', 'student_mean', 'kl_mean', 'with_graph')
-    bits,student_mean,kl_mean,with_graph = None,None,None,None
+    bits,student_mean,kl_mean,with_graph,checked = None,None,None,None,False
     def __init__(self,
         lam:float=.25, # weight `λ` of the divergence, at least 0
         tau:float=3., # temperature of both
@@ -209,6 +209,7 @@ class SelfGuidance(DropsBranches, LossTerm):
 
     def before_fit(self):
         super().before_fit()
+        self.checked = False
         if not self.fitting: return
         check_norms(self.learn)
         others = [term.name for term in self.siblings if term is not self]
@@ -227,8 +228,8 @@ class SelfGuidance(DropsBranches, LossTerm):
         "Run the student's pass"
         model,batch = get_model(self.learn.model),self.new_batch(tau=(self.tau, self.tau))
         self.bits = self.draws(model)
-        with own_autocast(self.learn), subnetwork(model, self.bits), fixed_statistics(model): batch.z = model(*batch.xb)
-        self.batch = batch
+        with own_autocast(self.learn), subnetwork(model, self.bits), fixed_statistics(model, not self.checked): batch.z = model(*batch.xb)
+        self.batch,self.checked = batch,True
         if not self.full_backward: self.with_graph = without_graph(model)
 
     def after_cancel_batch(self):

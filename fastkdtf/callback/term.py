@@ -397,5 +397,6 @@ class LossTerm(OneLearner):
         self.base_mean.add(base, n)
         if not parts: return
         added = sum(parts[1:], parts[0])
+        if added.dtype == torch.float64: added = added.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
         learn.loss_grad = plain_tensors(learn.loss_grad) + added   # regularisers add to this one only
         learn.loss = base.detach() + added.detach()

@@ -41,7 +41,7 @@ class ClassPartner(Teacher):
         self.detach()
         self.learn,self.pairs = learn,Pairs(sample_labels(index_of(learn.dls.train)), self.same)
 
-    def detach(self): self.learn,self.pairs,self.twin = None,None,None
+    def detach(self): self.learn,self.pairs,self.twin,self.checked = None,None,None,False
 
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return the loader's twin that fetches a partner for each sample"
@@ -52,7 +52,9 @@ class ClassPartner(Teacher):
         "Return the student's logits of the partners"
         beside,model = getattr(batch_info(self.learn.dl), 'beside', ()),get_model(self.learn.model)
         if not beside: raise ValueError('the loader gave no partners with this batch: train with the loader that the fit began with')
-        with fixed_statistics(model): return first_output(model(*plain_tensors(beside)))
+        with fixed_statistics(model, not self.checked): out = model(*plain_tensors(beside))
+        self.checked = True
+        return first_output(out)
 
     def notes(self, n_classes:int, learn:Learner|None=None)->list:
         image = 'the same image, augmented anew' if self.same else "another image of the sample's class"
@@ -112,7 +114,7 @@ class RDrop(LossTerm):
     def before_batch(self):
         "Run the second pass, which leaves the running statistics to the main one"
         model,batch = get_model(self.learn.model),self.new_batch()
-        with own_autocast(self.learn), fixed_statistics(model): batch.z = model(*batch.xb)
+        with own_autocast(self.learn), fixed_statistics(model, not self.checked): batch.z = model(*batch.xb)
         self.batch = batch
 
     def contribution(self, labels:list)->tuple:
