@@ -179,7 +179,7 @@ class StochasticDepth(DropsBranches, OneLearner):
 class SelfGuidance(DropsBranches, LossTerm):
     "Train full network and sub-network on each batch, and teach the sub-network what the full one predicts. Zheng and Peng 2022, eq. 5"
     _stateattrs = LossTerm._stateattrs + ('bits', 'student_mean', 'kl_mean', 'with_graph')
-    bits,student_mean,kl_mean,with_graph,checked = None,None,None,None,False
+    bits,student_mean,kl_mean,with_graph = None,None,None,None
     def __init__(self,
         lam:float=.25, # weight `λ` of the divergence, at least 0
         tau:float=3., # temperature of both
@@ -229,7 +229,7 @@ class SelfGuidance(DropsBranches, LossTerm):
         model,batch = get_model(self.learn.model),self.new_batch(tau=(self.tau, self.tau))
         self.bits = self.draws(model)
         with own_autocast(self.learn), subnetwork(model, self.bits), fixed_statistics(model, not self.checked): batch.z = model(*batch.xb)
-        self.batch,self.checked = batch,True
+        self.batch = batch
         if not self.full_backward: self.with_graph = without_graph(model)
 
     def after_cancel_batch(self):
@@ -256,7 +256,9 @@ class SelfGuidance(DropsBranches, LossTerm):
         loss = self.learn.loss_func(pred, *self.learn.yb)
         batch.z = first_output(pred)
         self.student_mean.add(loss, n)
-        if self.lam:
+        if not self.lam: self.checked = True
+        else:
+            self.check_learner(batch, labels[0][0])
             kl = self._divergence(batch, labels[0][0])
             self.kl_mean.add(kl, n)
             loss = loss + self.lam*self.tau**2*kl

@@ -86,7 +86,7 @@ class CSKD(TaughtDistill):
 class RDrop(LossTerm):
     "Two passes with other dropout masks, each trained, and brought together. Liang et al. 2021"
     _stateattrs = LossTerm._stateattrs + ('second_mean', 'kl_mean')
-    order,checked = 5.1,False   # both passes take the branches that StochasticDepth has dropped
+    order = 5.1   # both passes take the branches that StochasticDepth has dropped
     def __init__(self,
         alpha:float=.6, # weight of the divergence, at least 0
         name:str|None=None, # needed for a second callback of the same class
@@ -126,6 +126,8 @@ class RDrop(LossTerm):
         self.second_mean.add(loss, n)
         self.kl_mean.add(kl, n)
         if not self.checked: self._check(kl)
+        if self.alpha: self.check_learner(batch, labels[0][0])
+        self.checked = True
         return 1., 1., loss + self.alpha*kl
 
     def _divergence(self, pred, y, batch):
@@ -135,7 +137,6 @@ class RDrop(LossTerm):
         return .5*reduce_samples(((loga.exp()-logb.exp())*(loga-logb)).sum(1), y, batch.reduction, batch.ignore_index)
 
     def _check(self, kl):
-        self.checked = True
         if kl.detach() != 0: return
         warnings.warn('the network says the same in both passes, as nothing in it is random: RDrop only doubles the loss')
 
