@@ -20,7 +20,7 @@ dls = kd_dataloaders(sys.argv[1], train_subset=5000)
 settings = dict(data='fashion_mnist', arch='resnet8')
 
 set_seed(7)
-teacher = Learner(dls, create_model('resnet20', dls.c), metrics=accuracy, path=out, model_dir='trained')
+teacher = Learner(dls, create_model('resnet20', dls.c), metrics=accuracy, path=out, model_dir='trained').to_fast()
 if (out/'trained/teacher.pth').exists(): teacher.load('teacher')
 else:
     with teacher.no_bar(): teacher.fit_one_cycle(15, 1e-2)
