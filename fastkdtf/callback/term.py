@@ -63,8 +63,8 @@ def loss_kind(
     given = {}
     while isinstance(loss_func, partial): loss_func,given = loss_func.func,{**loss_func.keywords,**given}
     inner = getattr(loss_func, 'func', loss_func)
-    said = lambda name, owner, default: given.get(name, getattr(owner, name, default))
-    return LossKind(said('axis', loss_func, 1), said('ignore_index', inner, -100), said('reduction', loss_func, 'mean'))
+    return LossKind(given.get('axis', getattr(loss_func, 'axis', 1)), given.get('ignore_index', getattr(inner, 'ignore_index', -100)),
+                    given.get('reduction', getattr(loss_func, 'reduction', 'mean')))
 
 # %% ../../nbs/30_callback.term.ipynb #45e49afd
 def own_autocast(
@@ -171,7 +171,7 @@ class RunningMean:
 
     def add(self, value:Tensor, n:int):
         "Take in the mean `value` of `n` samples"
-        self.add_sum(value.detach()*n, n)
+        self.total,self.n = value.detach()*n + self.total,self.n + n
 
     def add_sum(self, total:Tensor, n:int|Tensor):
         "Take in the sum `total` over `n` samples"
@@ -248,12 +248,14 @@ class OneLearner(Callback):
 
     def _guarded(self, f, event_type, ex, final=noop):   # a method, so that a learner can be exported in a fit
         learn = self.learn
+        vars(learn).pop('_with_events', None)   # what an epoch holds is guarded with it
         try: type(learn)._with_events(learn, f, event_type, ex, final)
         except _signals: raise
         except BaseException:
             for cb in learn.cbs:
                 if isinstance(cb, OneLearner): cb._leave(learn)
             raise
+        if self.learn is learn: vars(learn).setdefault('_with_events', self._guarded)
 
     def __call__(self, event_name:str):
         "Handle an event, if there is a method for it: fastai would look for one on learner and model too, which takes longer than a loss"
@@ -387,7 +389,8 @@ class LossTerm(OneLearner):
         "Add every method's term, by name, so that the order of callbacks never matters"
         terms,learn = [term for term in self.siblings if term.run],self.learn
         if self is not terms[0] or not len(learn.yb): return
-        base,labels = plain_tensors(learn.loss),self.labels()   # plain: a subclass makes each operation ten times as slow
+        labels = self.labels()
+        base,graph = plain_tensors(learn.loss),plain_tensors(learn.loss_grad)   # plain: a subclass makes each operation ten times as slow
         n,parts = len(labels[0][0]),[]
         for term in terms:
             hard,weight,soft = term.contribution(labels)
@@ -397,5 +400,5 @@ class LossTerm(OneLearner):
         self.base_mean.add(base, n)
         if not parts: return
         added = sum(parts[1:], parts[0])
-        learn.loss_grad = plain_tensors(learn.loss_grad) + added   # regularisers add to this one only
+        learn.loss_grad = graph + added   # regularisers add to this one only
         learn.loss = base.detach() + added.detach()
