@@ -497,7 +497,7 @@ def _bench(args):
     from fastkdtf.lab.bench import bench
     arch = None if args.losses_only else args.arch
     check_room(f'--samples {args.samples} of --classes {args.classes}', 40*args.samples*args.classes)   # logits, and what is made of them
-    b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device))
+    b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device), args.precision)
     return str(b), b.to_dict()
 
 def _bench_options(p):
@@ -508,6 +508,7 @@ def _bench_options(p):
     p.add_argument('--bs', type=_positive, default=128, help='its batch size')
     p.add_argument('--size', type=_positive, default=32, help='side of its images, in pixels')
     p.add_argument('--rounds', type=_positive, default=20, help='how often each candidate runs')
+    p.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='auto', help='of the fast steps; auto: the fastest on the device')
     p.add_argument('--device', help='cpu, cuda, …; cuda if there is one')
 
 # %% ../nbs/50_cli.ipynb #c07d3604
