@@ -495,10 +495,19 @@ def _describe_options(p):
 def _bench(args):
     from fastkdtf.files import check_room
     from fastkdtf.lab.bench import bench
+    if args.race: return _race(args)
+    lone = [f'--{name.replace("_", "-")}' for name in ('data', 'path', 'train_subset', 'epochs', 'workers') if getattr(args, name) is not None]
+    if lone: raise UsageError(f"{', '.join(lone)}: of a race, give --race too; the tables are made of noise")
     arch = None if args.losses_only else args.arch
     check_room(f'--samples {args.samples} of --classes {args.classes}', 40*args.samples*args.classes)   # logits, and what is made of them
     b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device), args.precision)
     return str(b), b.to_dict()
+
+def _race(args):
+    from fastkdtf.lab.race import race
+    if args.losses_only: raise UsageError('--losses-only: of the tables, leave it out with --race')
+    r = race(args.data or 'digits', args.arch, args.epochs or 4, args.bs, args.train_subset, args.path, _usable_device(args.device), args.precision, args.workers)
+    return str(r), r.to_dict()
 
 def _bench_options(p):
     p.add_argument('--samples', type=_positive, default=128, help='logits: samples')
@@ -509,6 +518,13 @@ def _bench_options(p):
     p.add_argument('--size', type=_positive, default=32, help='side of its images, in pixels')
     p.add_argument('--rounds', type=_positive, default=20, help='how often each candidate runs')
     p.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='auto', help='of the fast steps; auto: the fastest on the device')
+    race = p.add_argument_group('a race', 'instead of the tables: the same training by our loop and by other libraries that are installed')
+    race.add_argument('--race', action='store_true', help='train and time, an epoch in turn')
+    race.add_argument('--data', help='images that fit into memory: digits, cifar100, an .npz file, … (default: digits)')
+    race.add_argument('--path', help='files of a data set known by name')
+    race.add_argument('--train-subset', type=_positive, help='train on so many images')
+    race.add_argument('--epochs', type=_positive, help='of each training (default: 4)')
+    race.add_argument('--workers', type=_number_between(int, 0), help="processes of the other libraries' loaders (default: four, or the cores that there are)")
     p.add_argument('--device', help='cpu, cuda, …; cuda if there is one')
 
 # %% ../nbs/50_cli.ipynb #c07d3604
@@ -552,8 +568,9 @@ _commands = dict(   # name → function, its options, help, description, example
         'Runs of recipes are held against the papers, also in .md and .csv beside it.',
         ['kd_runs more_runs --out report.html']),
     bench=(_bench, _bench_options, 'time and memory of losses and training steps',
-        'Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step.',
-        ['--arch resnet20']))
+        'Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step. '
+        'With --race whole trainings, beside those of other libraries.',
+        ['--arch resnet20', '--race --data cifar100 --path cifar100.npz --train-subset 10000 --epochs 4']))
 
 _groups = {'your own images': 'compare tune', 'a method': 'describe bench', "papers' results": 'recipes run sweep', 'finished runs': 'report'}
 
