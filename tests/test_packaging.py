@@ -197,9 +197,9 @@ def test_wheel(tree):
         info = f'fastkdtf-{ini["version"]}.dist-info'
         meta = email.message_from_string(z.read(f'{info}/METADATA').decode())
         entries = z.read(f'{info}/entry_points.txt').decode()
-    data = {p.relative_to(tree).as_posix() for p in (tree/'fastkdtf').rglob('*') if p.suffix in ('.py', '.csv', '.css')}
+    data = {p.relative_to(tree).as_posix() for p in (tree/'fastkdtf').rglob('*') if p.suffix in ('.py', '.csv', '.css') or p.name=='py.typed'}
     assert {o for o in held if not o.startswith(info)}==data
-    assert {'fastkdtf/lab/report.css', 'fastkdtf/lab/reproduction.css', 'fastkdtf/tables/results.csv'}<=data
+    assert {'fastkdtf/py.typed', 'fastkdtf/lab/report.css', 'fastkdtf/lab/reproduction.css', 'fastkdtf/tables/results.csv'}<=data
     assert f'{info}/licenses/LICENSE' in held
     assert (meta['Name'], meta['Version'], meta['Summary'])==('fastkdtf', ini['version'], ini['description'])
     assert meta['Requires-Python']==f">={ini['min_python']}" and meta['License-Expression']=='Apache-2.0'
@@ -215,4 +215,4 @@ def test_sdist_builds_and_holds_no_notebooks(tree):
     import tarfile
     sdist, = (tree/'dist').glob('*.tar.gz')
     with tarfile.open(sdist) as t: held = t.getnames()
-    assert any(o.endswith('/settings.ini') for o in held) and not any(o.endswith('.ipynb') for o in held)
+    assert any(o.endswith('/fastkdtf/py.typed') for o in held) and any(o.endswith('/settings.ini') for o in held) and not any(o.endswith('.ipynb') for o in held)
