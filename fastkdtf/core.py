@@ -398,8 +398,8 @@ class Batch:
     @cached_property
     def pt(self)->Tensor|TwoValued:
         "The teacher's softened distribution"
-        axis = 1 if isinstance(self.zt, TwoValued) else 1 + self.zt.ndim - self.z.ndim
-        return soften(self.zt, self.tau[0], self.n_classes, axis)
+        if isinstance(self.zt, TwoValued): return self.zt.soften(self.tau[0], self.z.shape[1])
+        return soften(self.zt, self.tau[0], self.z.shape[1], 1 + self.zt.ndim - self.z.ndim)
 
     def labelled(self,
         y:Tensor, # labels `[N,…]`, or probabilities

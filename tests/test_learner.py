@@ -542,6 +542,19 @@ def test_bad_input(change, error, name, monkeypatch, tmp_path):
     with pytest.raises(error, match=name): tiny_compare(kw.pop('methods'), out=tmp_path/'out', **kw)
     assert not (tmp_path/'out'/'results.jsonl').exists()
 
+def test_a_second_comparison_in_a_folder_adds_to_table_and_report(tmp_path):
+    tiny_compare({'LsrKD': LsrKD}, out=tmp_path, controls=False)
+    second = tiny_compare({'TfKDReg': TfKDReg}, out=tmp_path, controls=False)   # of the same setting
+    table = pd.read_csv(tmp_path/'table.csv', index_col='method')
+    assert list(second.names) == ['baseline', 'TfKDReg'] and set(table.index) == {'baseline', 'LsrKD', 'TfKDReg'} and len(table) == 3
+    assert table.loc['TfKDReg', 'difference'] == pytest.approx(second.table.loc['TfKDReg', 'difference'])
+    third = tiny_compare({'LsrKD': LsrKD}, out=tmp_path, controls=False, n_epoch=1)   # of another
+    table = pd.read_csv(tmp_path/'table.csv')
+    assert list(table.method) == ['baseline', 'LsrKD', 'baseline', 'LsrKD', 'TfKDReg'] and table.setting.nunique() == 2
+    assert table['last'][:2].tolist() == pytest.approx(third.table['last'].tolist())
+    page = (tmp_path/'report.html').read_text()
+    assert page.count('<h2>') >= 2 and 'TfKDReg' in page
+
 def test_bad_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)
     (tmp_path/'file').write_text('mine')

@@ -56,15 +56,29 @@ class LossKind(NamedTuple):
     ignore_index:int # positions with this label do not count
     reduction:str # 'mean' | 'sum' | 'none'
 
+def _inside(loss_func):
+    "Return what a loss of the user's holds: layers, attributes, variables around a function"
+    function,owner = getattr(loss_func, '__func__', loss_func),getattr(loss_func, '__self__', loss_func)
+    cells = [cell.cell_contents for cell in getattr(function, '__closure__', None) or () if cell != type(cell)()]
+    layers = owner.modules() if isinstance(owner, nn.Module) else getattr(owner, '__dict__', {}).values()
+    return [*cells, *layers]
+
+def _ignored(loss_func):
+    "Return the `ignore_index` of the losses inside a loss of the user's, where they have the same"
+    said = {getattr(o, 'keywords', {}).get('ignore_index', getattr(o, 'ignore_index', None))
+            for one in _inside(loss_func) for o in (one, getattr(one, 'func', None))} - {None}
+    return said.pop() if len(said) == 1 else -100
+
 def loss_kind(
     loss_func:Callable, # a learner's, or one of fastai's `BaseLoss`
 )->LossKind:
-    "Return the class axis, `ignore_index` and reduction of `loss_func`; PyTorch's defaults where it does not say"
+    "Return the class axis, `ignore_index` and reduction of `loss_func`; PyTorch's defaults where neither it nor a loss inside it says"
     given = {}
     while isinstance(loss_func, partial): loss_func,given = loss_func.func,{**loss_func.keywords,**given}
     inner = getattr(loss_func, 'func', loss_func)
     said = lambda name, owner, default: given.get(name, getattr(owner, name, default))
-    return LossKind(said('axis', loss_func, 1), said('ignore_index', inner, -100), said('reduction', loss_func, 'mean'))
+    ignored = said('ignore_index', inner, None)
+    return LossKind(said('axis', loss_func, 1), _ignored(loss_func) if ignored is None else ignored, said('reduction', loss_func, 'mean'))
 
 # %% ../../nbs/30_callback.term.ipynb #45e49afd
 def own_autocast(
@@ -171,7 +185,7 @@ class RunningMean:
 
     def add(self, value:Tensor, n:int):
         "Take in the mean `value` of `n` samples"
-        self.add_sum(value.detach()*n, n)
+        self.total,self.n = value.detach()*n + self.total,self.n + n
 
     def add_sum(self, total:Tensor, n:int|Tensor):
         "Take in the sum `total` over `n` samples"
@@ -248,12 +262,14 @@ class OneLearner(Callback):
 
     def _guarded(self, f, event_type, ex, final=noop):   # a method, so that a learner can be exported in a fit
         learn = self.learn
+        vars(learn).pop('_with_events', None)   # what an epoch holds is guarded with it
         try: type(learn)._with_events(learn, f, event_type, ex, final)
         except _signals: raise
         except BaseException:
             for cb in learn.cbs:
                 if isinstance(cb, OneLearner): cb._leave(learn)
             raise
+        if self.learn is learn: vars(learn).setdefault('_with_events', self._guarded)
 
     def __call__(self, event_name:str):
         "Handle an event, if there is a method for it: fastai would look for one on learner and model too, which takes longer than a loss"
@@ -272,7 +288,7 @@ class LossTerm(OneLearner):
     `contribution(labels)`, the triple (weight of the base loss, weight of the soft loss, soft loss). It may show more `columns`."""
     _stateattrs = ('base_mean', 'soft_mean', 'batch', 'siblings')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
-    siblings,batch,base_mean,soft_mean = (),None,None,None
+    siblings,batch,base_mean,soft_mean,checked = (),None,None,None,False
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
@@ -383,11 +399,22 @@ class LossTerm(OneLearner):
         both = [(y, mixing.lam), (plain_tensors(mixing.yb1[0]), 1-mixing.lam)]
         return both if isinstance(mixing, MixHandler) else labels_of(mixing, both, self.learn)
 
+    def check_learner(self,
+        batch:Batch, # as `new_batch` made it
+        y:Tensor, # its labels
+    ):
+        "Check the labels, and once a fit the learner's loss, for a term that reads neither: each position counts in it unless the loss says that it is ignored"
+        z,y = classification_batch(plain_tensors(first_output(self.learn.pred)).detach(), y, batch.axis)
+        if y.is_cpu or not self.checked: check_labels(y, z.shape[1], batch.ignore_index)   # another device is waited for once
+        if not (self.checked or self.mixing): check_base_loss(self.learn, batch.labelled(y, z))
+        self.checked = True
+
     def after_loss(self):
         "Add every method's term, by name, so that the order of callbacks never matters"
         terms,learn = [term for term in self.siblings if term.run],self.learn
         if self is not terms[0] or not len(learn.yb): return
-        base,labels = plain_tensors(learn.loss),self.labels()   # plain: a subclass makes each operation ten times as slow
+        labels = self.labels()
+        base,graph = plain_tensors(learn.loss),plain_tensors(learn.loss_grad)   # plain: a subclass makes each operation ten times as slow
         n,parts = len(labels[0][0]),[]
         for term in terms:
             hard,weight,soft = term.contribution(labels)
@@ -397,5 +424,6 @@ class LossTerm(OneLearner):
         self.base_mean.add(base, n)
         if not parts: return
         added = sum(parts[1:], parts[0])
-        learn.loss_grad = plain_tensors(learn.loss_grad) + added   # regularisers add to this one only
+        if added.dtype == torch.float64: added = added.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
+        learn.loss_grad = graph + added   # regularisers add to this one only
         learn.loss = base.detach() + added.detach()

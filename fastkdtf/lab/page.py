@@ -66,6 +66,8 @@ def _reservations(c, at_most):
     out,alone = [],[name for name in c.methods if not c.controls(name)]
     if c.baseline not in c.names: out.append(f'There is no run of {c.baseline}, so no difference to it.')
     elif alone: out += [f'{said}: {named(names)}.' for said,names in _why_alone(c, alone).items()]
+    unlike = [name for name in c.methods if c.marks(name)]
+    if unlike: out.append(f'Not trained alike with what they are held against, in versions or machine: {named(unlike)} (footnotes of the table).')
     return [*out, c.covers]
 
 def _why_alone(c, names):
@@ -218,9 +220,10 @@ def _table(c, look):
     shown = c.shown
     head = Tr(*(Th(column, scope='col') for column in ('method', *shown.columns)))
     def cell(column, value): return Td(value, cls='words' if column == 'control for' else None)
-    def row(name, values): return Tr(Th(look.named(name), scope='row'), *(cell(*pair) for pair in values.items()))
-    rows = [row(*pair) for pair in shown.iterrows()]
-    return Div(Table(Thead(head), Tbody(*rows)), cls='scroll', tabindex=0, role='region', aria_label='Table of results')
+    def row(name, values): return Tr(Th(look.named(name), *(f' [{i}]' for i in c.marks(name)), scope='row'), *(cell(*pair) for pair in values.items()))
+    rows = [row(name, values) for name,(_,values) in zip(c.names, shown.iterrows())]
+    table = Div(Table(Thead(head), Tbody(*rows)), cls='scroll', tabindex=0, role='region', aria_label='Table of results')
+    return Div(table, *(P(words, cls='less') for words in c.footnotes)) if c.footnotes else table
 
 def _methods(c, look):
     def card(name):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import *
 from .base import FunctionTeacher, Teacher, resets_state
 from .copying import check_has_weights, remainder, weights_of
-from .frozen import FrozenCopy
+from .frozen import FrozenCopy, bare_network
 from .inputs import *
 from .sources import comes_later, find_network, look_below, n_outputs, pretrained_cfg
 from ..fingerprint import fingerprint, settings_digest
@@ -182,6 +182,12 @@ class NetworkTeacher(Teacher):
         if logits.is_inference(): logits = logits.clone()
         return logits if self.order is None else logits.index_select(self.axis, self._order_on(logits.device, batch))
 
+    def is_steady(self,
+        batch:Batch, # that it has just been asked about
+    )->bool:
+        "True if it is known that an answer depends on the batch alone: asking draws no random number and leaves no state behind"
+        return self.copy is not None and self.copy.is_steady(self._read(batch.xb))
+
     # what it reads
 
     def _read(self, xb):
@@ -230,7 +236,7 @@ class NetworkTeacher(Teacher):
     def identity(self)->str:
         "A digest of the network's structure and weights, of its classes, and of how it sees images"
         if self.waits_for: self._take(find_network(*self.waits_for))
-        return settings_digest(fingerprint([self.model, self.stats, self.vocab, self.size, self.origin.table]))
+        return settings_digest(fingerprint([bare_network(self.model), self.stats, self.vocab, self.size, self.origin.table]))
 
     def __getstate__(self): return {**vars(self), 'model': None, 'copy': None, 'learn': None}
     def __deepcopy__(self, memo):
