@@ -134,6 +134,16 @@ def test_a_method_stands_in_the_sentence_of_its_verdicts(tmp_path, gain, over, p
     assert e.summary.shown['M'] == word and e.summary['over its strictest control']['M'].startswith('control: ')
     assert ('Behind' in said[3]) == (gain < 0) and said[4].startswith('All 3 arms are finished')
 
+def test_a_method_whose_control_is_not_trained_yet_is_not_called_ahead_of_every_control(tmp_path):
+    runs = made_up({'baseline': base, 'M': [b+.1+x for b,x in zip(base, [.001, -.001, .0005, 0.])]})
+    said = {}
+    for name,control in (('known', 'control'), ('none', None)):
+        folder = tmp_path/name
+        for r in runs: Ledger(folder/'results.jsonl').append(r | (dict(description=[['controls', control]]) if control and r['method'] == 'M' else {}))
+        (folder/'planned.csv').write_text('arm,role,what\nbaseline,baseline,a\nM,method,b\ncontrol,control,c\n')
+        said[name] = [i for i,o in enumerate(sentences(Evidence(folder, 4))) if 'M (' in o]
+    assert said == dict(known=[2], none=[1])
+
 def test_the_strictest_control_is_the_one_that_the_method_gains_least_over(tmp_path):
     runs = made_up({'baseline': base, 'M': [b+.01 for b in base], 'control': [b-.02 for b in base], 'other': [b+.005 for b in base]})
     for r in runs: Ledger(tmp_path/'results.jsonl').append(r | dict(control_for=['M'] if r['method'] in ('control', 'other') else [], named=r['method'] in ('M', 'baseline')))

@@ -163,12 +163,14 @@ class Evidence:
         return self.comparison.plot_differences() if len(self.judgements) else None
 
 # %% ../../nbs/45c_lab.evidence.ipynb #0398aa2c
-def _standing(judgements, baseline):
+def _standing(e):
     "Sort methods by what is shown: 'clear', 'gain', 'behind', 'open'"
+    judgements = e.judgements
     def of(name):
         said = judgements.loc[name].verdict
-        if (said == 'ahead').all() and len(said): return 'clear'
-        against = said.get(baseline, 'open')
+        waiting = [control for control in e.comparison.known_controls(name) if control in e.names and not e.n_finished(control)]
+        if (said == 'ahead').all() and not waiting: return 'clear'
+        against = said.get(e.baseline, 'open')
         return 'gain' if against == 'ahead' else 'behind' if against == 'behind' else 'open'
     out = dict(clear=[], gain=[], behind=[], open=[])
     for name in dict.fromkeys(judgements.index.get_level_values(0)): out[of(name)].append(name)
@@ -194,8 +196,8 @@ def sentences(
     out = [_base_sentence(c, e.n_finished(c.baseline))]
     if not len(e.judgements): out.append('No method has been held against it yet.')
     else:
-        found = _standing(e.judgements, c.baseline)
-        out.append(f"Shown to be ahead of the baseline and of every control that was run: {_with_difference(c, found['clear'])}.")
+        found = _standing(e)
+        out.append(f"Shown to be ahead of the baseline and of every control: {_with_difference(c, found['clear'])}.")
         out.append(f"Ahead of the baseline, but not shown to be ahead of every control, so that the idea may not be the reason: {_with_difference(c, found['gain'])}.")
         behind = f"Behind the baseline: {_with_difference(c, found['behind'])}. " if found['behind'] else ''
         out.append(f"{behind}No difference to the baseline is shown for: {_with_difference(c, found['open'])}.")
