@@ -189,7 +189,7 @@ def _class_words(tell, cls):
     return _digits(tell, cls.__name__, own, cls.__bases__)
 
 # %% ../nbs/06_fingerprint.ipynb #1fa5185f
-_of_every_module = set(vars(nn.Module()))
+_of_every_module = {*vars(nn.Module()), '_is_torch_compile'}   # which `torch.compile` leaves behind
 
 def _module_words(tell, module):
     "Return class, attributes and hooks of one module, without its parameters, buffers and children"

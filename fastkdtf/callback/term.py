@@ -60,8 +60,8 @@ def _inside(loss_func):
     "Return what a loss of the user's holds: layers, attributes, variables around a function"
     function,owner = getattr(loss_func, '__func__', loss_func),getattr(loss_func, '__self__', loss_func)
     cells = [cell.cell_contents for cell in getattr(function, '__closure__', None) or () if cell != type(cell)()]
-    layers = owner.modules() if isinstance(owner, nn.Module) else getattr(owner, '__dict__', {}).values()
-    return [*cells, *layers]
+    layers = owner.modules() if isinstance(owner, nn.Module) else [owner]
+    return [*cells, *(o for layer in layers for o in (layer, *getattr(layer, '__dict__', {}).values()))]
 
 def _ignored(loss_func):
     "Return the `ignore_index` of the losses inside a loss of the user's, where they have the same"

@@ -369,7 +369,7 @@ class CachedTeacher(Teacher):
     @torch.no_grad()
     def _checked(self, batch, logits):
         "Return logits. Raises `ValueError` once a fit where the teacher answers otherwise when it is asked again"
-        if not self.checked and not all(network.is_steady(batch) for network in _networks(self.teacher)):
+        if not self.checked and not all(network.steady for network in _networks(self.teacher)):
             off,size = (self.teacher(batch)-logits).abs().max().item(),logits.abs().max().item()
             if not off <= 1e-2*size: raise ValueError(f'{self.teacher!r} answers otherwise when it is asked again, as it keeps a state from batch to batch, or draws '
                                                       'random numbers: there is no answer to keep; use the live teacher')

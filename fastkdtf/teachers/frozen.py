@@ -389,14 +389,6 @@ class FrozenCopy:
         output = self._forward(twin, xb)
         return output,_same_state(before, _state(twin))
 
-    def is_steady(self,
-        xb:tuple, # inputs
-    )->bool:
-        "True if it is known that a call changes nothing in the network and draws no random number"
-        if self.steady is None:
-            with torch.inference_mode(False), torch.no_grad(), _random_numbers_kept(): _,self.steady = self._try(xb)
-        return self.steady
-
     def _forms(self, folded, device, dtype):
         "Networks and formats of their weights, the fastest first"
         last = dtype == torch.float32 and (device.type == 'cpu' or device.type == 'cuda' and _autocasts(device))   # see the table below

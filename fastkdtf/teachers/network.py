@@ -182,11 +182,10 @@ class NetworkTeacher(Teacher):
         if logits.is_inference(): logits = logits.clone()
         return logits if self.order is None else logits.index_select(self.axis, self._order_on(logits.device, batch))
 
-    def is_steady(self,
-        batch:Batch, # that it has just been asked about
-    )->bool:
-        "True if it is known that an answer depends on the batch alone: asking draws no random number and leaves no state behind"
-        return self.copy is not None and self.copy.is_steady(self._read(batch.xb))
+    @property
+    def steady(self)->bool:
+        "True if it is known that an answer depends on the batch alone: the first one drew no random number and left no state behind"
+        return self.copy is not None and bool(self.copy.steady)
 
     # what it reads
 
@@ -195,7 +194,7 @@ class NetworkTeacher(Teacher):
         if self.translate is not None: xb = self.translate(xb)
         if self.rescale is None and self.size is None: return xb
         tensors = tensors_in(xb)
-        places = self._places if self._places is not None and len(self._places) == len(tensors) else image_places(xb)
+        places = self._places if self._places is not None and len(self._places) == len(tensors) else image_places(xb, xb)
         images = iter(places)
         return map_tensors(lambda t: self._image(t) if next(images) else t, xb)
 
