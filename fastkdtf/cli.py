@@ -210,12 +210,27 @@ def _prepared(args, methods):
     return _maker(args, dls, args.arch),shared
 
 # %% ../nbs/50_cli.ipynb #b1250e05
+def _siblings(args, device):
+    "Return a block beside which further processes train the same runs"
+    from fastai.torch_core import num_distrib
+    from fastkdtf.lab.parallel import Siblings, start_sibling
+    where = 'on a Ray cluster' if getattr(args, 'engine', 'local') == 'ray' else 'in several processes' if num_distrib() > 1 else ''
+    if where and args.parallel not in ('auto', 1): raise UsageError(f'--parallel {args.parallel}: processes that share one device; this trains {where}')
+    return Siblings(partial(start_sibling, args.argv), 1 if where else args.parallel, device)
+
+def _n_parallel(text): return text if text == 'auto' else _number_between(int, 1, 64)(text)
+
+def _parallel_option(p):
+    p.add_argument('--parallel', type=_n_parallel, default='auto', metavar='N',
+                   help='processes that share the device; auto: as many as a GPU has memory and time for, one on a processor')
+
 def _compare(args):
     methods,start,out = _chosen(args.methods),time.perf_counter(),Path(args.out)
     make,shared = _prepared(args, methods)
     from fastkdtf.lab.compare import compare
     before = _n_records(out)
-    comparison = compare(['baseline', *methods], make, args.epochs, args.seeds, controls=not args.no_controls, splits=args.splits, **shared)
+    with _siblings(args, _usable_device(args.device)):
+        comparison = compare(['baseline', *methods], make, args.epochs, args.seeds, controls=not args.no_controls, splits=args.splits, **shared)
     n,trained = len(comparison.records),_n_records(out)-before
     files = [str(out/name) for name in ('report.html', 'table.csv', 'accuracy.png', 'curves.png', 'results.jsonl')]
     done = f"{_count(n, 'run')}, {trained or 'none'} trained now, in {_took(start)}: {', '.join(files)}"
@@ -259,6 +274,7 @@ def _compare_options(p):
     p.add_argument('--seeds', type=_positive, default=3, help='how many')
     p.add_argument('--splits', type=_positive, default=1, help='so many splits of the data, for the seeds in turn, so that the intervals cover the split too')
     p.add_argument('--out', type=_named, default='kd_runs', help='folder for runs, table, plots and report')
+    _parallel_option(p)
     _data_options(p)
 
 # %% ../nbs/50_cli.ipynb #4bc998fc
@@ -360,7 +376,9 @@ def _run(args):
     for id in ids: recipe(id).method()   # says why, if it cannot be run, before anything is loaded
     device,trained = args.device if args.engine == 'ray' else _usable_device(args.device),_count(len(ids), 'recipe')
     how = dict(engine=args.engine, device=device, controls=not args.no_controls, gpus=args.gpus, precision=args.precision)
-    try: found = run_recipes(ids, args.seeds, args.epochs, args.scale, args.data, args.path, out, **how)
+    try:
+        with _siblings(args, device or 'cpu'):
+            found = run_recipes(ids, args.seeds, args.epochs, args.scale, args.data, args.path, out, **how)
     except RuntimeError as e:
         if not hasattr(e, 'failures'): raise
         return f'{trained} in {_took(start)}, none of which has its runs', dict(failed=_failed(e.failures))
@@ -387,6 +405,7 @@ def _run_options(p):
     _size_options(p, 3, 'kd_runs')
     p.add_argument('--engine', choices=('local', 'ray'), default='local', help='here, one after the other, or on a Ray cluster')
     p.add_argument('--gpus', type=_number_between(float, 0), help='of each run on Ray; may be a fraction')
+    _parallel_option(p)
     p.add_argument('--no-controls', action='store_true', help='leave out the matched controls')
 
 # %% ../nbs/50_cli.ipynb #0c43eba6
@@ -495,10 +514,19 @@ def _describe_options(p):
 def _bench(args):
     from fastkdtf.files import check_room
     from fastkdtf.lab.bench import bench
+    if args.race: return _race(args)
+    lone = [f'--{name.replace("_", "-")}' for name in ('data', 'path', 'train_subset', 'epochs', 'workers') if getattr(args, name) is not None]
+    if lone: raise UsageError(f"{', '.join(lone)}: of a race, give --race too; the tables are made of noise")
     arch = None if args.losses_only else args.arch
     check_room(f'--samples {args.samples} of --classes {args.classes}', 40*args.samples*args.classes)   # logits, and what is made of them
-    b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device))
+    b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device), args.precision)
     return str(b), b.to_dict()
+
+def _race(args):
+    from fastkdtf.lab.race import race
+    if args.losses_only: raise UsageError('--losses-only: of the tables, leave it out with --race')
+    r = race(args.data or 'digits', args.arch, args.epochs or 4, args.bs, args.train_subset, args.path, _usable_device(args.device), args.precision, args.workers)
+    return str(r), r.to_dict()
 
 def _bench_options(p):
     p.add_argument('--samples', type=_positive, default=128, help='logits: samples')
@@ -508,6 +536,14 @@ def _bench_options(p):
     p.add_argument('--bs', type=_positive, default=128, help='its batch size')
     p.add_argument('--size', type=_positive, default=32, help='side of its images, in pixels')
     p.add_argument('--rounds', type=_positive, default=20, help='how often each candidate runs')
+    p.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='auto', help='of the fast steps; auto: the fastest on the device')
+    race = p.add_argument_group('a race', 'instead of the tables: the same training by our loop and by other libraries that are installed')
+    race.add_argument('--race', action='store_true', help='train and time, an epoch in turn')
+    race.add_argument('--data', help='images that fit into memory: digits, cifar100, an .npz file, … (default: digits)')
+    race.add_argument('--path', help='files of a data set known by name')
+    race.add_argument('--train-subset', type=_positive, help='train on so many images')
+    race.add_argument('--epochs', type=_positive, help='of each training (default: 4)')
+    race.add_argument('--workers', type=_number_between(int, 0), help="processes of the other libraries' loaders (default: four, or the cores that there are)")
     p.add_argument('--device', help='cpu, cuda, …; cuda if there is one')
 
 # %% ../nbs/50_cli.ipynb #c07d3604
@@ -551,8 +587,9 @@ _commands = dict(   # name → function, its options, help, description, example
         'Runs of recipes are held against the papers, also in .md and .csv beside it.',
         ['kd_runs more_runs --out report.html']),
     bench=(_bench, _bench_options, 'time and memory of losses and training steps',
-        'Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step.',
-        ['--arch resnet20']))
+        'Ratios of interleaved runs, medians: losses to F.cross_entropy and to their composition in PyTorch, steps to the plain step. '
+        'With --race whole trainings, beside those of other libraries.',
+        ['--arch resnet20', '--race --data cifar100 --path cifar100.npz --train-subset 10000 --epochs 4']))
 
 _groups = {'your own images': 'compare tune', 'a method': 'describe bench', "papers' results": 'recipes run sweep', 'finished runs': 'report'}
 
@@ -576,6 +613,12 @@ def _parser():
     return p
 
 # %% ../nbs/50_cli.ipynb #4dbcb6b1
+def _is_sibling(): return 'FASTKDTF_SIBLING' in os.environ   # without an import, which takes time
+
+def _stop_with_starter():
+    from fastkdtf.lab.parallel import stop_with_starter
+    stop_with_starter()
+
 def _json_value(value):
     "Return a value as JSON has it: no infinities, no NaN"
     if isinstance(value, dict): return {k: _json_value(v) for k,v in value.items()}
@@ -592,6 +635,8 @@ def main(
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')   # a terminal that has no letter for it shows ?
     try:
         args,rest = _parser().parse_known_args(argv)
+        args.argv = sys.argv[1:] if argv is None else argv
+        if _is_sibling(): _stop_with_starter()
         if rest and args.command == 'describe': args.settings += rest   # argparse takes no settings after an option
         elif rest: raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
         with redirect_stdout(sys.stderr if args.json else sys.stdout): text,data = args.run(args)

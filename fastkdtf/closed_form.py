@@ -154,8 +154,8 @@ def label_loss(
     ignore_index:int=-100, # positions with this label do not count
 )->Tensor: # in float32 at least
     "Return `hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone. Raises `ValueError` without weights"
-    check_choice('reduction', reduction, ('none', 'mean', 'sum'))
-    z = at_least_float32(z)
+    if reduction not in ('none', 'mean', 'sum'): check_choice('reduction', reduction, ('none', 'mean', 'sum'))
+    if type(z) is not Tensor or z.dtype != torch.float32: z = at_least_float32(z)
     if type(y) is not Tensor: y = y.as_subclass(Tensor)
     y = y.detach().to(z.dtype) if y.is_floating_point() else y.long()
     coefs = _coefficients(target, tau, hard, soft, entropy, z.shape[1])

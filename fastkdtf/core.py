@@ -248,8 +248,9 @@ def check_labels(
         if off < 1e-2: return
         raise TypeError(f'labels [N,K] must be probabilities that sum to 1 over the classes; here a sum is off by {off:.3g}, as in a regression '
                         'or where a sample has several labels: use a learner with one label a sample and a cross-entropy loss')
-    low,high = y.aminmax() if y.numel() else (0, 0)
-    if low >= 0 and high < n_classes: return
+    if not y.numel(): return
+    low,high = y.aminmax()
+    if low.item() >= 0 and high.item() < n_classes: return
     outside = y[(y < 0) | (y >= n_classes)]
     outside = outside[outside != ignore_index]
     if not len(outside): return
@@ -398,8 +399,8 @@ class Batch:
     @cached_property
     def pt(self)->Tensor|TwoValued:
         "The teacher's softened distribution"
-        axis = 1 if isinstance(self.zt, TwoValued) else 1 + self.zt.ndim - self.z.ndim
-        return soften(self.zt, self.tau[0], self.n_classes, axis)
+        if isinstance(self.zt, TwoValued): return self.zt.soften(self.tau[0], self.z.shape[1])
+        return soften(self.zt, self.tau[0], self.z.shape[1], 1 + self.zt.ndim - self.z.ndim)
 
     def labelled(self,
         y:Tensor, # labels `[N,…]`, or probabilities

@@ -27,18 +27,30 @@ def log_odds(
     tau:float=1., # temperature
 )->Tensor: # `[N,…]`, or `[n,N,…]`
     "Return `log(p_k/(1-p_k))` for the probability `p_k` of the labelled class at temperature `tau`"
+    return _odds(*_apart(logits, y), tau)
+
+def _apart(logits, y):
+    "Return the label's logit and all others, with -∞ in its place; less the largest of all"
     index,axis = at_label(logits, y)
-    z = shifted(logits, tau, axis)
-    others = z.scatter(axis, index, -math.inf).logsumexp(axis)
-    return z.gather(axis, index).squeeze(axis) - others
+    z = shifted(logits, axis=axis)
+    return z.gather(axis, index), z.scatter(axis, index, -math.inf), axis
+
+def _odds(label, others, axis, tau):
+    if tau != 1: label,others = label/tau,others/tau
+    return label.squeeze(axis) - others.logsumexp(axis)
+
+def _apart_in(batch, who):
+    "Return `_apart` of the student's logits `z` or the teacher's `zt`; found once a batch, for every temperature"
+    return batch.once(('apart', who), lambda: _apart(getattr(batch, who).detach(), batch.y))
 
 def _log_odds(batch, who, tau):
     "Return the log odds of the label as the student's logits `z` or the teacher's `zt` have it; found once a batch"
-    return batch.once(('log odds', who, tau), lambda: _find_log_odds(getattr(batch, who), batch, tau))
+    return batch.once(('log odds', who, tau), lambda: _find_log_odds(batch, who, tau))
 
-def _find_log_odds(logits, batch, tau):
+def _find_log_odds(batch, who, tau):
     "Return the log odds of the label, also of `TwoValued` logits"
-    if not isinstance(logits, TwoValued): return log_odds(logits.detach(), batch.y, tau)
+    logits = getattr(batch, who)
+    if not isinstance(logits, TwoValued): return _odds(*_apart_in(batch, who), tau)
     odds = (logits.on-logits.off)/tau - math.log(batch.n_classes-1)
     return torch.full(batch.y.shape, odds, device=batch.y.device)
 
@@ -80,12 +92,12 @@ class Correct(Subset):
     inside_correct = True
     def __call__(self, batch:Batch)->Tensor:
         _check_integers(batch, self)
-        return batch.once('correct', lambda: self._find(batch.zt, batch.y))
+        return batch.once('correct', lambda: self._find(batch, batch.zt))
 
-    def _find(self, zt, y):
-        if isinstance(zt, TwoValued): return torch.full(y.shape, zt.on > zt.off, device=y.device)
-        index,axis = at_label(zt, y)
-        return (zt >= zt.gather(axis, index)).sum(axis) == 1
+    def _find(self, batch, zt):
+        if isinstance(zt, TwoValued): return torch.full(batch.y.shape, zt.on > zt.off, device=batch.y.device)
+        label,others,axis = _apart_in(batch, 'zt')
+        return (others < label).all(axis)
 
 class StudentAhead(Subset):
     "The student is surer of the label than the teacher: the regularization samples. Song et al. 2023, §4.1"

@@ -1,4 +1,7 @@
 "The batch under way: who is asked about it, when, with which labels, and what is left of it"
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,3 +180,40 @@ def test_a_batch_with_labels_shares_what_was_said_and_keeps_its_own():
     labelled = batch.labelled(torch.tensor([1]), torch.zeros(1, 3))
     labelled.answers['more'] = 2
     assert batch.answers == {None: 1} and labelled.answers == {None: 1, 'more': 2} and labelled.extra_logits is not batch.extra_logits
+
+
+# ---------------------------------------------------------------- what a batch costs
+
+def journey(method):
+    "Return the modules of this library that a later batch calls functions of, in order"
+    seen,on = [],[False]
+    def look(frame, event, arg):
+        if event == 'call' and on[0] and f'{os.sep}fastkdtf{os.sep}' in frame.f_code.co_filename: seen.append(Path(frame.f_code.co_filename).stem)
+    class Window(Callback):
+        order = -30
+        def before_batch(self): on[0] = self.training and self.iter == 1
+        def after_batch(self): on[0] = False
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try: fit([method, Window()])
+    finally: sys.setprofile(before)
+    return [name for name in seen if name not in ('models', 'cifar_nets')]
+
+@pytest.mark.parametrize('method,calls,changes', [(LsrKD, 61, 24), (lambda: KnowledgeDistillation(nn.Sequential(nn.Flatten(), nn.Linear(192, K))), 100, 41)])
+def test_a_later_batch_calls_few_functions_and_changes_modules_rarely(method, calls, changes):
+    seen = journey(method())
+    assert 30 < len(seen) <= calls and sum(a != b for a,b in zip(seen, seen[1:])) <= changes
+
+def test_an_error_in_any_epoch_takes_the_columns_off_and_a_batch_is_not_guarded_by_itself():
+    class Fail(Callback):
+        def before_batch(self):
+            if not self.training: return
+            guarded.append('_with_events' in vars(self.learn))
+            if self.epoch == 1: raise RuntimeError('on purpose')
+    guarded = []
+    x,y = torch.randn(32, 3, 8, 8),torch.randint(0, K, (32,))
+    dls = DataLoaders(*[DataLoader(TensorDataset(x, y), 16)]*2)
+    dls.c = K
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, K)), CrossEntropyLossFlat(), SGD, cbs=[LsrKD(), Fail()]).remove_cb(ProgressCallback)
+    with learn.no_logging(), pytest.raises(RuntimeError, match='on purpose'): learn.fit(2)
+    assert guarded == [False]*3 and '_with_events' not in vars(learn) and not learn.metrics and learn.lsr_kd.batch is None

@@ -1,5 +1,5 @@
 """`compare` and `describe_kd`: what must be the same is the same, bit for bit; interrupts, several processes and bad input lose nothing"""
-import contextlib, json, math, multiprocessing, os, random, signal, subprocess, sys, time
+import contextlib, json, math, os, random, signal, subprocess, sys, time
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -26,6 +26,7 @@ from fastkdtf.lab.runs import Ledger
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.survival import survival_probs
 from fastkdtf.teachers.base import Teacher, UniformTeacher, VirtualTeacher
+from processes import needs_fork, processes
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -342,11 +343,6 @@ def test_interrupt_between_training_and_ledger(tmp_path, no_plots, expected, mon
     assert ledger_numbers(tmp_path) == expected
     assert_whole(tmp_path, 6)
 
-
-# children are forked from a server that has imported everything and trained nothing
-processes = multiprocessing.get_context('forkserver') if hasattr(os, 'fork') else None
-if processes: processes.set_forkserver_preload(['fastkdtf.lab.compare', 'fastai.callback.all', 'hypothesis', 'pytest'])
-needs_fork = pytest.mark.skipif(processes is None, reason='needs fork')
 
 class SlowNet(nn.Module):
     "A little slower, so that there is time to be killed in"

@@ -1,5 +1,5 @@
 """`sweep`: trials, their table and figures from scripted errors; killed at any moment it ends as if nothing had happened; the test set is never read"""
-import contextlib, json, math, multiprocessing, os, random, signal, sys, time
+import contextlib, json, math, os, random, signal, sys, time
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastkdtf.callback.distill import LsrKD, MemoryReplay
 from fastkdtf.lab.recipes import recipe, recipes
 from fastkdtf.lab.sweep import paper_grid, search_space, sweep
 from fastkdtf.lab.training import Campaign, Arm, LearnerParts, method_identity
+from processes import needs_fork, processes
 
 optuna = pytest.importorskip('optuna')
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
@@ -316,10 +317,6 @@ def test_an_error_in_a_trial_is_raised_and_the_trial_repeated(tmp_path, scripted
 
 
 # ---------------------------------------------------------------- other processes
-
-processes = multiprocessing.get_context('forkserver') if hasattr(os, 'fork') else None
-if processes: processes.set_forkserver_preload(['fastkdtf.lab.sweep', 'fastai.callback.all', 'pytest', 'optuna'])
-needs_fork = pytest.mark.skipif(processes is None, reason='needs fork')
 
 class SlowNet(nn.Module):
     "A little slower, so that there is time to be killed in"

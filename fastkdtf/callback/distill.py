@@ -27,7 +27,7 @@ from ..core import *
 from ..describe import Description
 from ..divergence import SoftLoss, as_soft_loss
 from ..targets import LogitStandardisation, TeacherCorrection
-from ..teachers.base import LabelTeacher, UniformTeacher, VirtualTeacher
+from ..teachers.base import LabelTeacher, Teacher, UniformTeacher, VirtualTeacher
 from ..teachers.memory import MemoryTeacher
 from ..teachers.network import as_teacher
 from .term import LossTerm, check_base_loss, known_classes, own_autocast
@@ -68,10 +68,11 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'watching', 'refuses_mixing')
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing')
     skipped,checked,n_outputs,_label_matters = False,False,None,True
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
-    watching,refuses_mixing = (),False   # those that are shown each batch; whether one of them wants no mixed images
+    listeners = {}   # event → those of them that do something then
+    asks_early,refuses_mixing = True,False   # whether a teacher may need no student; whether one wants no mixed images
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
@@ -110,11 +111,17 @@ class Distill(LossTerm):
             if getattr(rewrite, 'teacher', None) is None: continue
             rewrite.teacher = as_teacher(rewrite.teacher)
             self.teachers[rewrite] = rewrite.teacher
+        self.prepares = any(hasattr(rewrite, 'prepare') for rewrite in self.rewrites)
         self.look_after_all()
 
     def look_after_all(self):
         "Look after every teacher of this method, also those that others have"
-        self.owned = _unique(self.teachers.values())
+        self._look_after(_unique(self.teachers.values()))
+
+    def _look_after(self, teachers):
+        does = lambda teacher, event: getattr(getattr(teacher, event), '__func__', None) is not getattr(Teacher, event)
+        self.owned = teachers
+        self.listeners = {event: [teacher for teacher in teachers if does(teacher, event)] for event in ('before_batch', 'observe', 'after_step')}
 
     def _share_teachers(self):
         "Leave a teacher that several methods have to the first of them that uses it, so that it counts each step once"
@@ -124,7 +131,7 @@ class Distill(LossTerm):
         taken = set()
         for method in sorted(methods, key=lambda method: method.idle):
             method.shared = [teacher for teacher in method.owned if n_held[id(teacher)] > 1]
-            method.owned = [teacher for teacher in method.owned if id(teacher) not in taken]
+            method._look_after([teacher for teacher in method.owned if id(teacher) not in taken])
             taken |= {id(teacher) for teacher in method.owned}
 
     # how much, and how soft
@@ -133,9 +140,11 @@ class Distill(LossTerm):
         pct:float, # part of the training that is done
     )->tuple:
         "Return the weights of the hard and of the soft term, before the factor `s`"
-        if isinstance(self.alpha, tuple): return self._now(self.alpha[0], pct),self._now(self.alpha[1], pct)
-        alpha = self._now(self.alpha, pct)
+        if isinstance(self.alpha, tuple): return self._both_now(self.alpha, pct)
+        alpha = self._now(self.alpha, pct) if callable(self.alpha) else self.alpha
         return 1-alpha, alpha
+
+    def _both_now(self, pair, pct): return tuple(self._now(value, pct) for value in pair) if any(map(callable, pair)) else pair
 
     def _now(self, value, pct):
         if not callable(value): return value
@@ -144,7 +153,7 @@ class Distill(LossTerm):
 
     def temperatures(self, pct:float)->tuple:
         "Return the teacher's temperature and the student's"
-        return self._now(self.tau[0], pct),self._now(self.tau[1], pct)
+        return self._both_now(self.tau, pct)
 
     def hard_weight(self, pct:float)->float:
         "Return the weight of the base loss"
@@ -170,7 +179,7 @@ class Distill(LossTerm):
         self.skipped,self.checked = False,False
         if not self.fitting: return
         self._share_teachers()
-        self.watching = [teacher for teacher in self.owned if teacher.observes]
+        self.asks_early = any(teacher.before_student for teacher in self.teachers.values())
         self.refuses_mixing = any(teacher.refuses_mixing for teacher in self.teachers.values())
         self._check_mixing()
         self._label_matters = self._asks_label()
@@ -222,14 +231,13 @@ class Distill(LossTerm):
 
     def before_batch(self):
         "Begin a batch, and ask the teachers that need no student"
-        self.batch = None
         if self.idle: return
         pct = self.learn.pct_train
         (hard,soft),tau = self.weights(pct),self.temperatures(pct)
         if self.refuses_mixing: self._check_mixing()
-        for teacher in self.owned: teacher.before_batch()
-        self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
-        self.ask(self.batch, before_student=True)
+        for teacher in self.listeners['before_batch']: teacher.before_batch()
+        batch = self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
+        if self.asks_early: self.ask(batch, before_student=True)
 
     def ask(self,
         batch:Batch,
@@ -240,12 +248,13 @@ class Distill(LossTerm):
             early = teacher.before_student and not (teacher.reads_label and self.mixing)   # mixed images have two labels, so it is asked for each
             if early != before_student or not (batch.soft or teacher.every_batch): continue
             precision = own_autocast(self.learn) if before_student else nullcontext()   # after the student's pass it is still in force
-            with torch.no_grad(), precision: batch.answers[key] = self._answer(teacher, batch)
+            with torch.no_grad(), precision: 
+                batch.answers[key] = self._answer(teacher, batch) if batch.z is None and teacher in self.shared else teacher(batch)
 
     def _answer(self, teacher, batch):
         "What the teacher says; what it has said of this batch already, if that does not depend on who asks"
-        asked = [cb for cb in self.siblings if isinstance(cb, Distill) and cb.batch] if batch.z is None and teacher in self.shared else []
-        for method in asked:
+        for method in self.siblings:
+            if not isinstance(method, Distill) or not method.batch: continue
             for key,answer in method.batch.answers.items():
                 if method.teachers[key] is teacher and (method.batch.tau == batch.tau or not teacher.asks_tau): return answer
         return teacher(batch)
@@ -254,17 +263,21 @@ class Distill(LossTerm):
         batch:Batch, # with the student's logits, and all answers
     ):
         "Check the answers and hand them to the parts; one that is infinite or not a number becomes 0, and `batch.finite` False"
-        prepared = len(self.rewrites) > 0
         for key,teacher in self.teachers.items():
-            logits = check_teacher_logits(batch.answers[key], batch.z, batch.axis if teacher.before_student else 1)
-            finite = logits.isfinite().all() if isinstance(logits, Tensor) else None
-            if finite is not None and not (finite.is_cpu and finite):   # another device is not waited for
-                batch.finite = finite if batch.finite is None else batch.finite & finite
-                logits = torch.where(finite, logits, 0.)
-            if prepared: logits = self._prepare(logits, batch)
+            logits = batch.answers[key]
+            if not isinstance(logits, TwoValued): logits = self._finite(logits, batch, batch.axis if teacher.before_student else 1)
+            if self.prepares: logits = self._prepare(logits, batch)
             if key is None: batch.zt = logits
             else:           batch.extra_logits[key] = logits
-        if prepared: batch.z = self._prepare(batch.z, batch)
+        if self.prepares: batch.z = self._prepare(batch.z, batch)
+
+    def _finite(self, logits, batch, axis):
+        "Return a teacher's logits with the classes on axis 1, or zeros where they are no numbers"
+        logits = check_teacher_logits(logits, batch.z, axis)
+        finite = logits.isfinite().all()
+        if finite.is_cpu and finite: return logits   # another device is not waited for
+        batch.finite = finite if batch.finite is None else batch.finite & finite
+        return torch.where(finite, logits, 0.)
 
     def _prepare(self, logits, batch):
         "Return logits as the rewrites want them, the student's as well as the teacher's"
@@ -279,27 +292,30 @@ class Distill(LossTerm):
         batch = self.batch
         if batch is None: return self.hard_weight(self.learn.pct_train), 0., None
         if not self._label_matters: labels = [(labels[0][0], 1.)]
-        losses = 0.
+        losses = None
         for y,portion in labels:
             z,y = classification_batch(plain_tensors(first_output(self.learn.pred)), y, batch.axis)
             labelled = batch.labelled(y, z) if len(labels) > 1 else batch.see(y, z)
+            if batch.soft and (y.is_cpu or not self.checked): check_labels(y, z.shape[1], batch.ignore_index)
             self.ask(labelled, before_student=False)
             if not batch.soft: return batch.hard, 0., None
             self.hear(labelled)
             if not self.checked: self._check_first(labelled)
-            else: self._check_labels(labelled)
-            losses = losses + self._portion_of(self.weighted_losses(labelled), portion)
+            elif not y.is_cpu: self._look_at_labels(labelled)
+            found = self.weighted_losses(labelled)
+            if len(labels) > 1: found = self._portion_of(found, portion)
+            losses = found if losses is None else losses + found
             self.watch(labelled, portion)
             batch.finite = labelled.finite
-        self.checked,self.n_outputs,weight = True,z.shape[1],self._factor(batch.soft, batch.tau[1], z.shape[1])
+        if not self.checked: self.checked,self.n_outputs = True,z.shape[1]
+        weight = self._factor(batch.soft, batch.tau[1], z.shape[1])
         loss = losses if not losses.ndim else reduce_samples(losses, y, 'sum' if batch.reduction == 'sum' else 'mean', batch.ignore_index)
         if batch.finite is not None: loss = torch.where(batch.finite, loss, 0.)
         batch.release()
         return batch.hard, weight, loss
 
     def _check_first(self, batch):
-        "Check once a fit what would otherwise be wrong without a word: labels that are no classes, probabilities for logits"
-        check_labels(batch.y, batch.n_classes, batch.ignore_index)
+        "Check once a fit what would otherwise be wrong without a word: losses of another kind, probabilities for logits"
         if not self.mixing: check_base_loss(self.learn, batch)
         self.soft_loss.check(batch)
         for key,logits in ((None, batch.zt), *batch.extra_logits.items()):
@@ -307,9 +323,8 @@ class Distill(LossTerm):
             warnings.warn(f'the teacher {self.teachers[key]!r} returned numbers that are not negative and sum to 1: probabilities, it seems, where logits are '
                           'expected. They are softened as logits; if they are probabilities, let the teacher return their logarithm')
 
-    def _check_labels(self, batch):
-        "Check the labels of a later batch: at once on a CPU, else where the device is waited for anyway"
-        if batch.y.is_cpu: return check_labels(batch.y, batch.n_classes, batch.ignore_index)
+    def _look_at_labels(self, batch):
+        "Note whether the labels of a later batch are classes; that is read where the device is waited for anyway"
         if batch.y.is_floating_point(): return
         inside = ((batch.y.clamp(0, batch.n_classes-1) == batch.y) | (batch.y == batch.ignore_index)).all()
         batch.finite = inside if batch.finite is None else batch.finite & inside
@@ -329,8 +344,8 @@ class Distill(LossTerm):
         batch:Batch,
     )->Tensor: # `[N,…]`, or what the `SoftLoss` returns
         "Return the soft loss of each sample, without its weights"
-        partial_rewrite = any(getattr(rewrite, 'on', None) is not None for rewrite in self.rewrites)
-        if partial_rewrite and batch.y.is_floating_point() and getattr(self.soft_loss, 'kind', None) == 'kl':
+        mixes_entropies = batch.y.is_floating_point() and getattr(self.soft_loss, 'kind', None) == 'kl'
+        if mixes_entropies and any(getattr(rewrite, 'on', None) is not None for rewrite in self.rewrites):
             raise TypeError("a rewrite on some samples needs loss='ce' where labels are probabilities: the entropy of a mixed target "
                             'is not the mean of the entropies')
         return self.soft_loss(batch, self.target(batch))
@@ -360,9 +375,10 @@ class Distill(LossTerm):
 
     def before_backward(self):
         "Show the batch to the teachers that are made of the training"
-        if self.batch is None or not self.watching: return
+        watching = self.listeners['observe']
+        if self.batch is None or not watching: return
         z,y = classification_batch(at_least_float32(first_output(self.learn.pred).detach()), self.learn.y, self.batch.axis)
-        for teacher in self.watching: teacher.observe(self.batch.labelled(y, z))
+        for teacher in watching: teacher.observe(self.batch.labelled(y, z))
 
     def after_batch(self):
         "Stop if a teacher or a label broke; here the recorder waits for the device anyway"
@@ -374,9 +390,9 @@ class Distill(LossTerm):
 
     def after_cancel_step(self): self.skipped = True   # half precision saw an overflow
     def after_step(self):
-        if not self.skipped:
-            for teacher in self.owned: teacher.after_step()
-        self.skipped = False
+        if self.skipped: self.skipped = False
+        else:
+            for teacher in self.listeners['after_step']: teacher.after_step()
 
     # what it is
 
@@ -393,8 +409,7 @@ class Distill(LossTerm):
     )->Description:
         "Describe what this method really does; where its soft loss has a gradient of its own, scale and controls are not known"
         n_classes = known_classes(self, n_classes)
-        prepared = any(hasattr(rewrite, 'prepare') for rewrite in self.rewrites)
-        unknown = prepared or type(self).sample_losses is not Distill.sample_losses   # nothing is known of a subclass's
+        unknown = self.prepares or type(self).sample_losses is not Distill.sample_losses   # nothing is known of a subclass's
         gradient,adds = (None, None) if unknown else (self.soft_loss.gradient(n_classes), self.soft_loss.scale(n_classes))
         loss = self.soft_loss.name or type(self.soft_loss).__name__
         hard,soft,target = self.weights(pct)[0],self.soft_weight(n_classes, pct),self._label_target(n_classes, pct)

@@ -187,7 +187,7 @@ class RunningMean:
 
     def add(self, value:Tensor, n:int):
         "Take in the mean `value` of `n` samples"
-        self.add_sum(value.detach()*n, n)
+        self.total,self.n = value.detach()*n + self.total,self.n + n
 
     def add_sum(self, total:Tensor, n:int|Tensor):
         "Take in the sum `total` over `n` samples"
@@ -264,12 +264,14 @@ class OneLearner(Callback):
 
     def _guarded(self, f, event_type, ex, final=noop):   # a method, so that a learner can be exported in a fit
         learn = self.learn
+        vars(learn).pop('_with_events', None)   # what an epoch holds is guarded with it
         try: type(learn)._with_events(learn, f, event_type, ex, final)
         except _signals: raise
         except BaseException:
             for cb in learn.cbs:
                 if isinstance(cb, OneLearner): cb._leave(learn)
             raise
+        if self.learn is learn: vars(learn).setdefault('_with_events', self._guarded)
 
     def __call__(self, event_name:str):
         "Handle an event, if there is a method for it: fastai would look for one on learner and model too, which takes longer than a loss"
@@ -413,7 +415,8 @@ class LossTerm(OneLearner):
         "Add every method's term, by name, so that the order of callbacks never matters"
         terms,learn = [term for term in self.siblings if term.run],self.learn
         if self is not terms[0] or not len(learn.yb): return
-        base,labels = plain_tensors(learn.loss),self.labels()   # plain: a subclass makes each operation ten times as slow
+        labels = self.labels()
+        base,graph = plain_tensors(learn.loss),plain_tensors(learn.loss_grad)   # plain: a subclass makes each operation ten times as slow
         n,parts = len(labels[0][0]),[]
         for term in terms:
             hard,weight,soft = term.contribution(labels)
@@ -424,5 +427,5 @@ class LossTerm(OneLearner):
         if not parts: return
         added = sum(parts[1:], parts[0])
         if added.dtype == torch.float64: added = added.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
-        learn.loss_grad = plain_tensors(learn.loss_grad) + added   # regularisers add to this one only
+        learn.loss_grad = graph + added   # regularisers add to this one only
         learn.loss = base.detach() + added.detach()

@@ -38,8 +38,7 @@ class ClassPartner(Teacher):
         self.detach()
 
     def attach(self, learn:Learner):
-        self.detach()
-        self.learn,self.pairs = learn,Pairs(sample_labels(index_of(learn.dls.train)), self.same)
+        self.learn,self.pairs,self.twin = learn,Pairs(sample_labels(index_of(learn.dls.train)), self.same),None
 
     def detach(self): self.learn,self.pairs,self.twin,self.checked = None,None,None,False
 

@@ -6,7 +6,8 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.bench.html.md"""
 
 # %% auto #0
 __all__ = ['bench_losses', 'StepBench', 'Candidate', 'distillation_candidates', 'memory_candidates', 'listed_candidates',
-           'bench_steps', 'loss_difference', 'machine', 'Bench', 'bench']
+           'fast_candidates', 'bench_steps', 'loss_difference', 'bench_overheads', 'bench_rows', 'bench_figures',
+           'machine', 'Bench', 'bench']
 
 # %% ../../nbs/46a_lab.bench.ipynb #61fbf7e3
 import json
@@ -21,6 +22,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -37,12 +39,16 @@ from ..teachers.cache import CachedTeacher
 from ..core import *
 from ..callback.distill import KnowledgeDistillation, MemoryReplay
 from ..callback.methods import methods as listed_methods
+from ..callback.precision import check_precision
+from ..callback.term import own_autocast
 from ..teachers.frozen import FrozenCopy, copy_model
 from ..vision.loader import LastBatch, batch_info, with_index
 from ..losses import LabelSmoothingKDLoss, LsrKDLoss, TfKDRegLoss
 from .measure import interleaved_times, keep_freed_memory, median_ratio, peak_memory
 from ..vision.models import create_model
 from .peers import TorchStep, callback_of_fasterai, peer_steps
+from .recipes import image_sets, recipe
+from .experiment import set_sizes
 from .runs import run_environment
 from ..callback.survival import survival
 
@@ -102,6 +108,7 @@ class StepBench:
         batch:tuple, # images and labels
         n_classes:int,
         cbs:Sequence=(), # callbacks
+        precision:str|None=None, # as `Learner.to_fast` takes it; None: the learner as it is
     ):
         images,labels = batch
         dl = DataLoader(TensorDataset(images, labels), bs=len(labels))
@@ -110,6 +117,7 @@ class StepBench:
         with_index(dls)
         self.learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=1e-3, cbs=cbs)
         learn = self.learn
+        if precision is not None: learn.to_fast(precision)
         learn.create_opt()
         learn.dl,learn.n_epoch,learn.n_iter,learn.logger = dls.train,1,10**6,lambda *_: None
         learn.remove_cb(ProgressCallback)
@@ -123,12 +131,20 @@ class StepBench:
         self.learn.one_batch(0, batch if self.batch is None else self.batch)
         return self.learn.loss.detach()
 
+    def predict(self)->torch.Tensor:
+        "Return what the network says of the images, as validation asks it"
+        model = self.learn.model.eval()
+        with torch.no_grad(), own_autocast(self.learn): pred = model(self.kept[0][0][0])
+        model.train()
+        return pred
+
 # %% ../../nbs/46a_lab.bench.ipynb #254bd2c7
 class Candidate(NamedTuple):
     "A method for `bench_steps`"
     make:Callable|None=None # function that makes its callback; None: the plain step
     beside:Callable|None=None # function of the images: what it must compute beside the plain step
     step:Callable|None=None # function of student and batch that makes a step without a learner, instead of `make`
+    precision:str|None=None # as `Learner.to_fast` takes it; None: the learner as it is
 
     def start(self,
         student:torch.nn.Module,
@@ -137,7 +153,7 @@ class Candidate(NamedTuple):
     )->Callable: # returns its loss
         "Make its step, ready to run"
         if self.step: return self.step(student, batch)
-        return StepBench(student, batch, n_classes, [] if self.make is None else [self.make()])
+        return StepBench(student, batch, n_classes, [] if self.make is None else [self.make()], self.precision)
 
 def _as_candidate(method): return method if isinstance(method, Candidate) else Candidate(method)
 
@@ -192,6 +208,18 @@ def _has_blocks(network):
     try: return bool(survival(copy_model(network)))
     except ValueError: return False
 
+# %% ../../nbs/46a_lab.bench.ipynb #d3bdcd9a
+def _in_words(precision): return 'channels last' if precision == '32' else precision
+
+def fast_candidates(
+    candidates:dict, # name → `Candidate`
+    precision:str, # as `Learner.to_fast` takes it
+    names:tuple=('KD', 'MrKD-1', 'MrKD-3', 'SelfGuidance', 'StochasticDepth'), # of those that are wanted, beside the plain step
+)->dict: # name, with the precision → `Candidate`
+    "Make the plain step and some of the candidates in another precision"
+    chosen = {'plain': Candidate(), **{name: candidates[name] for name in names if name in candidates}}
+    return {f'{name}, {_in_words(precision)}': c._replace(beside=None, precision=precision) for name,c in chosen.items()}
+
 # %% ../../nbs/46a_lab.bench.ipynb #81cede08
 def _batch(bs, size, n_classes, device, seed=None):
     if seed is not None: torch.manual_seed(seed)
@@ -208,11 +236,11 @@ def _operations(step, n):
         for _ in range(n): step()
     return counted.get_total_flops()/n
 
-def _all_candidates(arch, n_classes, device, cache):
+def _all_candidates(arch, n_classes, device, cache, precision):
     "Make a candidate of every method; the teacher is a network of the student's kind"
     network = _network(arch, n_classes, device, 1)
-    return {**listed_candidates(network, n_classes), **distillation_candidates(network, cache=cache), **memory_candidates(network),
-            'plain, without fastai': Candidate(step=TorchStep)}
+    all_ = {**listed_candidates(network, n_classes), **distillation_candidates(network, cache=cache), **memory_candidates(network)}
+    return {**all_, 'plain, without fastai': Candidate(step=TorchStep), **fast_candidates(all_, precision)}
 
 def bench_steps(
     arch:str='resnet20', # as `create_model` takes it
@@ -222,12 +250,13 @@ def bench_steps(
     methods:dict|None=None, # name → `Candidate`, or function that makes a callback; None: all of them, with a teacher of the student's kind
     rounds:int=20, # each candidate runs once a round
     device:str='cpu',
+    precision:str='auto', # of the fast candidates, as `Learner.to_fast` takes it
 )->pd.DataFrame: # one row a method
     "Measure time, operations and peak memory of a training step, as ratios to those of the plain step"
     for name,value in (('bs', bs), ('size', size), ('rounds', rounds)): check_whole(name, value)
     if methods is None:
         with TemporaryDirectory() as cache:
-            methods = _all_candidates(arch, n_classes, device, cache)
+            methods = _all_candidates(arch, n_classes, device, cache, check_precision(precision, device))
             return bench_steps(arch, bs, size, n_classes, methods, rounds, device)
     batch = _batch(bs, size, n_classes, device)
     candidates = {'plain': Candidate(), **{name: _as_candidate(method) for name,method in methods.items()}}
@@ -268,6 +297,81 @@ def loss_difference(
         return torch.stack(out)
     return (losses(a)-losses(b)).abs().max().item()
 
+# %% ../../nbs/46a_lab.bench.ipynb #e9809698
+def bench_overheads(
+    rounds:int=200, # each candidate runs once a round
+    device:str='cpu',
+    methods:tuple=('LSR', 'LsrKD', 'LsrKD-TC', 'TfKDReg', 'KD', 'MemoryReplay', 'WSL', 'CKM'), # names from the list
+)->pd.DataFrame: # one row a method
+    "Measure the microseconds that methods add to a step with a batch of one through a single linear layer"
+    def tiny(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10)).to(device)
+    listed = listed_candidates(tiny(), 10)
+    batch = _batch(1, 2, 10, device)
+    steps = {name: c.start(tiny(), batch, 10) for name,c in {'plain': Candidate(), **{name: listed[name] for name in methods}}.items()}
+    times = interleaved_times(steps, rounds)
+    rows = [{'method': name, 'µs beyond plain': 1e6*np.median(times[name]-times['plain'])} for name in methods]
+    return pd.DataFrame(rows).set_index('method').round(0)
+
+# %% ../../nbs/46a_lab.bench.ipynb #b6cc873d
+_hours_of_0_1_0 = {'wang2020/T1/ResNet20/MrKD3': 13.8, 'yuan2019/T8/ShuffleNetV2/TfKD_reg': 28.4,
+                   'zheng2022/T1/cifar100/ResNet-32/SelfGuidance': 65.9}
+
+def _method_at_its_dearest(r):
+    "Return what makes a recipe's callback; the copies of memory replay all differ"
+    made = r.method()
+    return partial(made, interval=None, interval_steps=1) if made.func is MemoryReplay else made
+
+def bench_rows(
+    ids:Sequence|None=None, # of recipes that need no teacher; None: those that 0.1.0 was measured with
+    rounds:int=3,
+    device:str='cpu',
+    precision:str='auto', # as `Learner.to_fast` takes it
+)->pd.DataFrame: # one row a recipe
+    "Measure how many hours the training of a printed result takes, plain and in a fast precision"
+    precision,rows = check_precision(precision, device),[]
+    for r in map(recipe, _hours_of_0_1_0 if ids is None else ids):
+        (n_train,n_test),n_classes,bs = set_sizes[r.data],image_sets[r.data][0],r.schedule.bs
+        make,batch = _method_at_its_dearest(r),_batch(bs, 32, n_classes, device)
+        kinds = {'hours': None, f'hours, {_in_words(precision)}': precision}
+        steps = {kind: StepBench(r.model_fn()().to(device), batch, n_classes, [make()], p) for kind,p in kinds.items()}
+        for step in steps.values():
+            for _ in range(4): step()   # until all copies are there
+        times = interleaved_times({**steps, **{(kind, 'valid'): step.predict for kind,step in steps.items()}}, rounds)
+        seconds = {kind: n_train//bs*np.median(times[kind]) + n_test/bs*np.median(times[kind, 'valid']) for kind in kinds}
+        rows.append({'recipe': r.id, **{kind: r.schedule.epochs*s/3600 for kind,s in seconds.items()},
+                     'hours, 0.1.0 on 2 cores': _hours_of_0_1_0.get(r.id, np.nan)})
+    return pd.DataFrame(rows).set_index('recipe').round(2)
+
+# %% ../../nbs/46a_lab.bench.ipynb #f6b78d4a
+_goals = {'step in half precision, resnet20': .52, 'step in half precision, resnet8': .58, 'KD in half precision': .65, 'KD in half precision / KD, timm': .5,
+          'KD in half precision / KD, torchdistill': .5, 'MrKD-3 in half precision': .85, 'SelfGuidance in half precision': 1., 'KD': 1.22,
+          'MrKD-1': 1.22, 'MrKD-3': 1.6, 'SelfGuidance': 1.85, 'StochasticDepth': .84, 'µs of a label-only method': 300., 'µs of KD': 400.,
+          'µs of MemoryReplay': 450., 'µs of WSL': 600., 'µs of CKM': 600., 'memory of label-only methods': 1., 'memory of KD': 1.}
+_label_only = ['LSR', 'LsrKD', 'LsrKD-TC', 'TfKDReg']
+
+def bench_figures(
+    steps:pd.DataFrame, # as `bench_steps` returns it
+    overheads:pd.DataFrame, # as `bench_overheads` returns it
+    small:pd.DataFrame, # as `bench_steps` returns it for `resnet8`
+    arch:str='resnet20', # of `steps`
+    precision:str='bf16', # of their fast candidates
+)->pd.DataFrame: # one row a figure
+    "Collect the figures that have goals, as ratios to the plain step where nothing else is said"
+    time,half = steps['time / plain'],f', {_in_words(precision)}'
+    found = {f'step in half precision, {arch}': time.get('plain'+half), 'step in half precision, resnet8': small['time / plain'].get('plain'+half)}
+    for name in ('KD', 'MrKD-3', 'SelfGuidance'): found[f'{name} in half precision'] = time.get(name+half)
+    for peer in ('KD, timm', 'KD, torchdistill'):
+        if peer in time: found[f'KD in half precision / {peer}'] = time['KD'+half]/time[peer]
+    for name in ('KD', 'MrKD-1', 'MrKD-3', 'SelfGuidance', 'StochasticDepth'): found[name] = time.get(name)
+    added = overheads['µs beyond plain']
+    found['µs of a label-only method'] = added[_label_only].max()
+    for name in ('KD', 'MemoryReplay', 'WSL', 'CKM'): found[f'µs of {name}'] = added[name]
+    memory = steps['memory / plain']
+    found |= {'memory of label-only methods': memory[_label_only].max(), 'memory of KD': memory['KD']}
+    if precision == '32': found = {name.replace('half precision', 'channels last'): value for name,value in found.items()}
+    rows = [{'figure': name, 'measured': value, 'at most': _goals.get(name, np.nan)} for name,value in found.items() if value is not None]
+    return pd.DataFrame(rows).set_index('figure').round(3)
+
 # %% ../../nbs/46a_lab.bench.ipynb #6b789fd4
 _peers = ('fasterai', 'torchdistill')
 
@@ -280,19 +384,25 @@ def machine(
 
 # %% ../../nbs/46a_lab.bench.ipynb #9bd0cff3
 class Bench:
-    "The result of `bench`: a table of losses, one of training steps, and how far other libraries' losses are from ours"
+    "The result of `bench`: tables of losses, training steps, overheads, figures and hours, and how far other libraries' losses are from ours"
     def __init__(self,
         machine:dict, # as `machine` tells
         sizes:dict, # of logits, network and images; rounds, and seconds that it took
         losses:pd.DataFrame,
         steps:pd.DataFrame|None=None,
         differences:dict|None=None, # name → largest difference of training losses
-    ): self.machine,self.sizes,self.losses,self.steps,self.differences = machine,sizes,losses,steps,differences or {}
+        overheads:pd.DataFrame|None=None, # as `bench_overheads` returns them
+        figures:pd.DataFrame|None=None, # as `bench_figures` returns them
+        rows:pd.DataFrame|None=None, # as `bench_rows` returns them
+    ):
+        self.machine,self.sizes,self.losses,self.steps,self.differences = machine,sizes,losses,steps,differences or {}
+        self.overheads,self.figures,self.rows = overheads,figures,rows
 
     def to_dict(self)->dict: # for JSON
         "Return all of it as numbers, words and lists"
-        out = dict(machine=self.machine, sizes=self.sizes, differences=self.differences, losses=self.losses)
-        if self.steps is not None: out['steps'] = self.steps
+        out = dict(machine=self.machine, sizes=self.sizes, differences=self.differences, losses=self.losses, steps=self.steps,
+                   overheads=self.overheads, figures=self.figures, rows=self.rows)
+        out = {name: v for name,v in out.items() if v is not None}
         return {name: v.reset_index().to_dict('records') if isinstance(v, pd.DataFrame) else v for name,v in out.items()}
 
     @classmethod
@@ -302,7 +412,8 @@ class Bench:
         "Read one from a file"
         kept = json.loads(Path(path).read_text(encoding='utf-8'))
         def table(key, index): return pd.DataFrame(kept[key]).set_index(index).astype(float) if key in kept else None
-        return cls(kept['machine'], kept['sizes'], table('losses', 'loss'), table('steps', 'method'), kept['differences'])
+        return cls(kept['machine'], kept['sizes'], table('losses', 'loss'), table('steps', 'method'), kept['differences'],
+                   table('overheads', 'method'), table('figures', 'figure'), table('rows', 'recipe'))
 
     def _conditions(self):
         m = self.machine
@@ -322,6 +433,9 @@ class Bench:
         out = [(self._conditions(), None), (f"Losses, {s['n']} × {s['n_classes']}: forward and backward", self.losses)]
         if self.steps is not None: out.append((f"Training steps, {s['arch']}, batch {s['bs']} of {s['size']}×{s['size']}", self.steps))
         out += [(self._held_against(peer), None) for peer in self.differences]
+        if self.overheads is not None: out.append(('What a method adds to a step of one image through one linear layer', self.overheads))
+        if self.figures is not None: out.append(('Figures beside their goals; ratios to the plain step where nothing else is said', self.figures))
+        if self.rows is not None: out.append(("Hours that a printed result's training takes, without loading", self.rows))
         missing = [name for name in _peers if name not in self.machine]
         if self.steps is not None and missing: out.append((f"Not installed, and left out: {', '.join(missing)}", None))
         return out + [(f"Medians of {s['rounds']} interleaved round{'s'*(s['rounds'] != 1)}, in {s['seconds']:.0f} s", None)]
@@ -343,17 +457,25 @@ def bench(
     size:int=32, # its images' side, in pixels
     rounds:int=20, # each candidate runs once a round
     device:str='cpu',
+    precision:str='auto', # of the fast steps, as `Learner.to_fast` takes it
 )->Bench:
-    "Measure losses and training steps beside plain PyTorch, the plain step, and what other libraries do"
+    """Measure losses and training steps beside plain PyTorch, the plain step, and what other libraries do
+
+    The hours of printed results are measured with the papers' batches only: 128 images of 32 pixels."""
     start = perf_counter()
     kept = keep_freed_memory()
     sizes = dict(n=n, n_classes=n_classes, arch=arch, bs=bs, size=size, rounds=rounds)
-    losses,steps,differences = bench_losses(n, n_classes, rounds, device),None,{}
+    losses,steps,differences,further = bench_losses(n, n_classes, rounds, device),None,{},()
     if arch:
-        steps = bench_steps(arch, bs, size, rounds=rounds, device=device)
+        precision = check_precision(precision, device)
+        steps = bench_steps(arch, bs, size, rounds=rounds, device=device, precision=precision)
+        small = bench_steps('resnet8', bs, size, methods=fast_candidates({}, precision), rounds=rounds, device=device)
+        overheads = bench_overheads(10*rounds, device)
+        rows = bench_rows(rounds=min(rounds, 5), device=device, precision=precision) if (bs, size) == (128, 32) else None
+        further = overheads,bench_figures(steps, overheads, small, arch, precision),rows
         sizes['compared'] = min(50, 5*rounds)
         (_,ours),*peers = distillation_candidates(_network(arch, 10, device, 1)).items()
         for name,peer in peers:
             differences[name] = loss_difference(ours, peer, arch, bs, size, n_steps=sizes['compared'], device=device)
     sizes['seconds'] = round(perf_counter()-start, 1)
-    return Bench({**machine(device), 'freed_memory_kept': kept}, sizes, losses, steps, differences)
+    return Bench({**machine(device), 'freed_memory_kept': kept}, sizes, losses, steps, differences, *further)

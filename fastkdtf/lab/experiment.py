@@ -30,6 +30,7 @@ from ..core import *
 from ..callback.stages import with_batch_size
 from ..fingerprint import fingerprint, settings_digest
 from .measure import keep_freed_memory
+from .parallel import end_of_training
 from .recipes import Recipe, recipe as recipe_of
 from .reproduction import Reproduction
 from .runs import Ledger, Run, check_run, ray_work, run_environment, tried, work
@@ -407,6 +408,7 @@ def run_recipes(
     planned = [RecipeRuns(replace(plan, id=id), loaders, learner) for id in dict.fromkeys(L(ids))]
     runs,owners = _runs_of(planned)
     failed = _train_runs(runs.values(), owners, engine, retries, gpus, device)
+    end_of_training()
     ledger = Ledger(out/'results.jsonl', check_run)
     known = {key: record for key in runs if (record := ledger.find(key))}
     records = [record for recipe_runs in planned if (record := recipe_runs.record(known))]

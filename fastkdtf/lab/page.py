@@ -112,15 +112,7 @@ def _accuracy(c, look):
     return figure('Accuracy' if c.score.metric == 'accuracy' else c.score.metric, how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
 
 def _differences(c, look):
-    pairs = c.pairs
-    if not pairs: return None
-    def numbers(name, rival):
-        "Return what `draw_differences` draws in a row"
-        seeds = c.score.factor*np.subtract(*c.paired(name, rival))
-        return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), c.score.factor), seeds
-    def draw(ax):
-        draw_differences(ax, [numbers(*pair) for pair in pairs], look, c.score.points)
-        ax.set_xlabel(plain(f"difference in {c.score.metric} after the last epoch{',' if c.score.points else ''}{c.score.points}"))
+    if not c.pairs: return None
     def row(name, rival):
         "Return name, value and words of a row"
         said,control = _points(c.score, *c.difference(name, rival)),name in c.control_for(rival)
@@ -128,7 +120,8 @@ def _differences(c, look):
         return shown, said.replace(' points', ''), f"{name} minus {rival}, {'its matched control' if control else 'baseline'}: {said}"
     how = ('Differences within a seed: mean with its 95 % interval (Student t), faint marks for the seeds. '
            'An interval that crosses the line at zero shows no difference. Each interval stands alone, not corrected for their number.')
-    return figure('Paired differences to matched controls and baseline', how, strips(draw, [row(*pair) for pair in pairs]))
+    drawn = strips(partial(c.draw_differences, look=look), [row(*pair) for pair in c.pairs])
+    return figure('Paired differences to matched controls and baseline', how, drawn)
 
 def _curves(c, look):
     def plot(column):

@@ -419,10 +419,29 @@ class Comparison:
 
     def verdicts(self)->dict: # (method, rival) → 'ahead' | 'behind' | 'open'
         "Judge each method against each of its rivals, corrected for the number of these judgements"
+        return self.judgements.verdict.to_dict()
+
+    @property
+    def judgements(self)->pd.DataFrame:
+        "One row for each method and rival: common seeds, paired difference and interval (shares), p-value after Holm's correction, verdict"
         pairs = [(name, rival) for name in self.methods for rival in self.rivals(name)]
         p = holm([paired_p(**self._independent(*pair)) for pair in pairs])
-        found = [self.difference(*pair)[0] for pair in pairs]
-        return {pair: ('open' if not p < .05 else 'ahead' if self.score.sign*mean > 0 else 'behind') for pair,p,mean in zip(pairs, p, found)}
+        rows = [(len(self._common_seeds(*pair)), *self.difference(*pair), corrected) for pair,corrected in zip(pairs, p)]
+        t = pd.DataFrame(rows, pd.MultiIndex.from_tuples(pairs, names=('method', 'against')), ['seeds', 'difference', 'low', 'high', 'p'])
+        better = self.score.sign*t.difference > 0
+        t['verdict'] = np.where(~(t.p < .05), 'open', np.where(better, 'ahead', 'behind'))
+        return t
+
+    @property
+    def judged(self)->pd.DataFrame:
+        "The judgements as people read them"
+        t,signed = self.judgements,self.score.signed
+        def text(write, *columns): return ['–' if math.isnan(row[0]) else write(*row) for row in zip(*(t[c] for c in columns))]
+        return pd.DataFrame({
+            'seeds': t.seeds, 'Δ last': text(signed, 'difference'),
+            '95 % interval': text(lambda low, high: f'[{signed(low)}, {signed(high)}]', 'low', 'high'),
+            'p (Holm)': text(lambda p: '< .001' if p < .001 else f'{p:.3f}'.lstrip('0'), 'p'),
+            'shown': t.verdict.replace('open', 'nothing')}, index=t.index)
 
     def alone(self, name:str, other:str|None=None)->str: # 'ahead' | 'behind' | 'open'
         "Judge a method against another by their own interval, not corrected for the number of judgements"
@@ -609,6 +628,27 @@ class Comparison:
         for ax,column in zip(axs, ('valid_loss', self.judged_column)): self.draw_column(ax, column, self.look)
         axs[1].legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5))
         return axs
+
+    def draw_differences(self,
+        ax:plt.Axes,
+        look:Look, # of all methods that are shown together
+        pairs:Sequence|None=None, # of a name and its rival; None: `pairs`
+    ):
+        "Draw paired differences with their intervals on an axis"
+        def numbers(name, rival):
+            "Return what a row shows"
+            seeds = self.score.factor*np.subtract(*self.paired(name, rival))
+            return name, f'{name} − {rival}', np.multiply(self.difference(name, rival), self.score.factor), seeds
+        draw_differences(ax, [numbers(*pair) for pair in (self.pairs if pairs is None else pairs)], look, self.score.points)
+        ax.set_xlabel(plain(f"difference in {self.score.metric} after the last epoch{',' if self.score.points else ''}{self.score.points}"))
+
+    def plot_differences(self, ax:plt.Axes|None=None)->plt.Axes:
+        "Plot the difference of each method to each of its rivals: mean with its 95 % interval, faint marks for the seeds"
+        pairs = list(self.judgements.index)
+        if not pairs: raise ValueError('there is no method to hold against another in these runs, only the baseline and controls')
+        if ax is None: ax = plt.subplots(figsize=(7, .9+.27*len(pairs)), layout='constrained')[1]
+        self.draw_differences(ax, self.look, pairs)
+        return ax
 
     def draw_baseline(self, ax:plt.Axes, mean:float, sd:float):
         "Draw the baseline as a line with its band"

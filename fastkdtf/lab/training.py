@@ -47,6 +47,7 @@ from ..pickles import read_saved
 from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
+from .parallel import end_of_training
 from .report import Comparison, Score, comparisons, save_tables
 from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
@@ -830,7 +831,9 @@ class Campaign:
         kind:type=Comparison, # of the result
     )->Comparison:
         "Train what is not finished yet, and compare; table, plots and a report of all runs of the folder go into the folder"
-        comparison = kind(self.run(), self.baseline)
+        records = self.run()
+        end_of_training()
+        comparison = kind(records, self.baseline)
         if self.out is None: return comparison
         others = self._others(comparison)
         comparison.save(self.out)

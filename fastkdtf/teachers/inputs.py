@@ -12,6 +12,7 @@ __all__ = ['class_names', 'class_order', 'input_stats', 'renormalise', 'map_tens
 import pickle
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -87,6 +88,8 @@ def map_tensors(
     o:object, # tensors in tuples, lists and dicts of any class, nested as they like
 )->object: # the same structure
     "Return `o` with `f(t)` in the place of each tensor `t`"
+    if isinstance(o, Tensor): return f(o)
+    if type(o) is tuple: return tuple(map(partial(map_tensors, f), o))   # what a batch is; the way below takes five times as long
     def leaf(x):
         if isinstance(x, Tensor): return f(x)
         if isinstance(x, (tuple, list)): return type(x)([map_tensors(f, item) for item in x])   # of a class that `tree_map` does not know
