@@ -25,7 +25,7 @@ setup(
     classifiers = ['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
                    'Natural Language :: English'] + [f'Programming Language :: Python :: 3.{m}' for m in range(minor, 14)],
     packages = find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
-    package_data = {cfg['lib_path']: ['**/*.csv', '**/*.css']},
+    package_data = {cfg['lib_path']: ['**/*.csv', '**/*.css', 'py.typed']},
     python_requires = f">={cfg['min_python']}",
     install_requires = cfg['requirements'].split(),
     extras_require = extras,

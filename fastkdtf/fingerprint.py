@@ -61,9 +61,10 @@ def _array_words(x):
 
 def _tensor_words(x):
     "Return a number, or a digest of shape and values, whatever their type and device"
-    x = x.detach().as_subclass(torch.Tensor)
     if x.device.type == 'meta': return f'no values, {tuple(x.shape)}'
+    if x.is_quantized: x = x.dequantize()
     if x.layout != torch.strided: x = x.to_dense()
+    x = x.detach().as_subclass(torch.Tensor)
     if x.dtype in (torch.bfloat16, torch.float16): x = x.float()
     return _array_words(x.cpu().resolve_conj().numpy())
 
@@ -150,6 +151,7 @@ def _code_words(tell, code, names):
 
 def _function_words(tell, f):
     if is_of_library(f): return f'{f.__module__}.{f.__qualname__}'
+    if '_torchdynamo_orig_callable' in vars(f): return ['compiled', tell(f._torchdynamo_orig_callable)]
     closure = [cell.cell_contents for cell in f.__closure__ or () if cell != type(cell)()]   # a cell may be empty still
     own = {name: value for name,value in vars(f).items() if name != '__wrapped__'}
     return _digits(tell, f.__name__, _code_words(tell, f.__code__, f.__globals__), f.__defaults__, f.__kwdefaults__, closure, own)
@@ -187,13 +189,15 @@ def _class_words(tell, cls):
     return _digits(tell, cls.__name__, own, cls.__bases__)
 
 # %% ../nbs/06_fingerprint.ipynb #1fa5185f
-_of_every_module = set(vars(nn.Module()))
+_of_every_module = {*vars(nn.Module()), '_is_torch_compile'}   # which `torch.compile` leaves behind
 
 def _module_words(tell, module):
     "Return class, attributes and hooks of one module, without its parameters, buffers and children"
     hooks = {name: [*value.values()] for name,value in vars(module).items() if name in _of_every_module and name.endswith('hooks') and value}
-    own = {name: value for name,value in vars(module).items() if name not in _of_every_module}
+    own = {} if _is_compiled(module) else {name: value for name,value in vars(module).items() if name not in _of_every_module}
     return [tell(type(module)), tell(own), tell(hooks)]
+
+def _is_compiled(module): return isinstance(getattr(module, '_orig_mod', None), nn.Module)   # what else it holds belongs to this process
 
 def _network_words(tell, model):
     values,names = [],{}
@@ -222,7 +226,8 @@ def _object_words(tell, x):
     save = copyreg.dispatch_table.get(type(x))   # as Python saves it
     try: reduced = save(x) if save else x.__reduce_ex__(2)
     except Exception as error: return _untold(tell, x, error)
-    if isinstance(reduced, str): return f'{type(x).__module__}.{reduced}'
+    if isinstance(reduced, str):   # found under its name, as a function behind a cache is, which goes by what it does
+        return [tell(type(x)), tell(x.__wrapped__)] if hasattr(x, '__wrapped__') else f'{type(x).__module__}.{reduced}'
     make,arguments,*saved = reduced
     if getattr(make, '__name__', '') == '__newobj__': make,*arguments = arguments
     saved = [_saved_part(part) for part in saved if part is not None]

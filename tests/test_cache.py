@@ -261,6 +261,44 @@ def test_copies_and_pickles_leave_the_cache_behind(tmp_path):
 
 # damage
 
+class Otherwise(nn.Module):
+    "Says something else when it is asked again"
+    def __init__(self, how):
+        super().__init__()
+        self.how,self.fc,self.n,self.last = how,nn.Linear(2, K),0,None
+        self.register_buffer('calls', torch.zeros(()))
+    def forward(self, x):
+        z = self.fc(x)
+        if self.how == 'noise': return z + torch.randn_like(z)
+        if self.how == 'attribute':
+            self.n += 1
+            return z*self.n
+        if self.how == 'buffer':
+            self.calls += 1
+            return z*self.calls
+        if self.how == 'previous':
+            before,self.last = self.last,z.detach().mean(0)
+            return z if before is None else z + before
+        self.n += 1   # which it does not look at
+        return z
+
+@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('how', ['noise', 'attribute', 'buffer', 'previous', 'counts only'])
+@pytest.mark.parametrize('several', [False, True])
+def test_a_teacher_that_answers_otherwise_when_asked_again_is_refused_before_anything_is_kept(how, fast, several, tmp_path):
+    teacher = NetworkTeacher(Otherwise(how), fast=fast, teacher_norm=None)
+    given = EnsembleTeacher([NetworkTeacher(nn.Linear(2, K), teacher_norm=None), teacher], 'logits') if several else teacher
+    cached = CachedTeacher(given, tmp_path/'c')
+    learn = SimpleNamespace(**vars(learner()), loss_func=nn.CrossEntropyLoss(), model=nn.Linear(2, K), cbs=[], xb=(torch.zeros(4, 2),))
+    cached.attach(learn)
+    idx = torch.arange(4)
+    batch = Step(idx % 3, xb=(torch.stack([idx, idx], 1).float(),), idx=idx, view=torch.zeros_like(idx))
+    if how == 'counts only': assert cached(batch).shape == (4, K)
+    else:
+        with pytest.raises(ValueError, match='answers otherwise when it is asked again.*use the live teacher'): cached(batch)
+        cached.detach()
+        assert not (tmp_path/'c'/'rows.bin').exists()
+
 @pytest.fixture
 def filled(tmp_path):
     t = attached(tmp_path/'c')

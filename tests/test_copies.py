@@ -2,8 +2,8 @@
 
 What is right is always asked of the original itself, beside the copy and in the same order, so that nothing here depends on how copies are made.
 """
-import copy, gc, math, random, threading, weakref
-from contextlib import nullcontext
+import copy, gc, math, random, threading, warnings, weakref
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from types import MethodType, SimpleNamespace
 
@@ -486,6 +486,138 @@ def test_memory_copies_are_reset_when_the_student_is():
     learn = recurrent_learner([Distill(Recording(1, interval_steps=100), alpha=.5)], Recurrent())
     with pytest.warns(UserWarning, match='longer than the training'), learn.no_logging(): learn.fit(3, 1e-3)
     assert states == [True, False, False]*3
+
+@pytest.mark.filterwarnings('ignore:`torch.jit')
+@pytest.mark.parametrize('where', ['whole', 'inside'])
+@pytest.mark.parametrize('make', [torch.jit.script, lambda net: torch.jit.trace(net.train(), images(4, 8))], ids=['script', 'trace'])
+def test_torchscript_is_copied_and_its_copy_can_be_trained(make, where):
+    net = make(nn.Sequential(conv(), Head()))
+    if where == 'inside': net = nn.Sequential(net, nn.Identity())
+    twin,x = copy_model(net),images()
+    assert off(twin.eval()(x), says(net, x)) < 1e-6
+    assert all(p.is_leaf and p.requires_grad for p in twin.parameters()) and [*twin.parameters()]
+    before = says(net, x)
+    trained(twin)
+    assert torch.equal(says(net, x), before) and off(says(twin, x), before) > 1e-3
+    frozen = FrozenCopy(net)
+    assert off(frozen(x), before) < 1e-4 and not any(p.requires_grad for p in frozen.model.parameters())
+    if where == 'inside': assert max(memory_errors(net)) < 1e-4
+
+class Apart:
+    "Not a tensor, not a container"
+    n = 0
+
+class Runs(nn.Module):
+    "Changes something at each pass, and its outputs depend on it"
+    def __init__(self, what):
+        super().__init__()
+        self.body,self.head,self.what = conv(),Head(),what
+        self.register_buffer('mean', torch.zeros(4))
+        self.number,self.tensor,self.seen,self.table,self.hidden,self.apart = 0,torch.zeros(()),[],{'n': 0},None,Apart()
+    def forward(self, x):
+        x = self.body(x)
+        if self.what == 'buffer':   self.mean.mul_(.5).add_(x.detach().mean((0, 2, 3)))
+        if self.what == 'new buffer': self.mean = .5*self.mean + x.detach().mean((0, 2, 3))
+        if self.what == 'number':   self.number += 1
+        if self.what == 'tensor':   self.tensor += 1
+        if self.what == 'list':     self.seen.append(1)
+        if self.what == 'dict':     self.table['n'] += 1
+        if self.what == 'object':   self.apart.n += 1
+        if self.what == 'hidden':
+            before,self.hidden = self.hidden,x.detach().mean((0, 2, 3))
+            if before is not None: x = x + before[:,None,None]
+        return self.head(x + self.mean[:,None,None])*(1+self.number+self.tensor+len(self.seen)+self.table['n']+self.apart.n)
+
+RUNS = ['buffer', 'new buffer', 'number', 'tensor', 'list', 'dict', 'hidden']
+
+@pytest.mark.parametrize('what', RUNS)
+def test_a_second_pass_leaves_no_trace(what):
+    "The next pass says what it would have said; and the second one's gradients are those of a pass"
+    from fastkdtf.callback.survival import fixed_statistics
+    net = Runs(what).train()
+    net(images(8))
+    beside,x = copy.deepcopy(net),images(8, seed=5)
+    with fixed_statistics(net, check=True):
+        out = net(x)
+        net(x)
+    assert off(net(x), beside(x)) == 0 and off(out, beside(x)) > (0 if what == 'buffer' else -1)
+    out.sum().backward()
+    assert net.head.fc.weight.grad.abs().max() > 0
+
+def test_a_second_pass_whose_trace_cannot_be_wiped_out_is_refused():
+    from fastkdtf.callback.survival import fixed_statistics
+    with pytest.raises(ValueError, match='a second pass over a batch would count twice in the Runs.*buffers or attributes'), fixed_statistics(Runs('object'), check=True) as net: net(images(8))
+
+@pytest.mark.parametrize('what', RUNS)
+@pytest.mark.parametrize('method', ['RDrop', 'CSKD', 'SelfGuidance'])
+def test_methods_with_a_second_pass_count_each_batch_once_in_the_student(method, what):
+    "What the network is like after a training at rate 0 is what it would be without the method"
+    from fastkdtf.callback.selfguide import SelfGuidance
+    from fastkdtf.callback.views import CSKD, RDrop
+    from fastkdtf.vision.loader import with_index
+    make = dict(RDrop=RDrop, CSKD=CSKD, SelfGuidance=SelfGuidance)[method]
+    def run(cbs):
+        torch.manual_seed(0)
+        net = Runs(what)
+        if method == 'SelfGuidance': net = Residual(what)
+        items = [(x, i%5) for i,x in enumerate(images(16))]
+        dls = with_index(DataLoaders.from_dsets(items, items, bs=8, shuffle=False, device='cpu', num_workers=0))
+        learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=cbs, lr=0., wd=0.).remove_cb(ProgressCallback)
+        with learn.no_logging(), warnings_off(): learn.fit(2)
+        own = net.runs if method == 'SelfGuidance' else net
+        return own.mean,own.number,own.tensor,len(own.seen),own.table['n'],own.hidden
+    got,want = run([make()]),run([])
+    for a,b in zip(got, want): assert a is b or (torch.allclose(a, b, rtol=1e-3, atol=1e-4) if isinstance(a, torch.Tensor) else a == b)
+    assert any(o is not None and float(torch.as_tensor(o, dtype=torch.float).abs().sum()) > 0 for o in got)
+
+class Residual(nn.Module):
+    "A residual network behind something that changes at each pass"
+    def __init__(self, what):
+        super().__init__()
+        self.runs,self.net = Runs(what),create_model('resnet8', 5)
+    def forward(self, x): return self.net(x) + 0*self.runs(x)
+
+@contextmanager
+def warnings_off():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+@pytest.mark.parametrize('what', WHAT)
+def test_an_average_of_weights_follows_what_training_changes_beside_them(what):
+    from fastkdtf.teachers.remembered import EMATeacher
+    torch.manual_seed(0)
+    net,teacher = trained(Keeps(what)),EMATeacher(.5)
+    opt = torch.optim.SGD(net.parameters(), .05)
+    teacher.attach(SimpleNamespace(model=net, cbs=[]))
+    mean = {k: v.clone() for k,v in net.state_dict().items()}
+    for t in range(4):
+        x = images(4, seed=30+t)
+        teacher.before_batch()
+        beside = copy.deepcopy(net)   # with the student's attributes of now
+        beside.load_state_dict(mean)
+        with torch.no_grad(): assert off(teacher(Batch(None, xb=(x,))), says(beside, x)) < 1e-5
+        F.cross_entropy(net.train()(x), torch.arange(4)).backward()
+        opt.step()
+        opt.zero_grad()
+        keep = teacher.keeps
+        teacher.after_step()
+        mean = {k: keep*mean[k] + (1-keep)*v if v.is_floating_point() else v.clone() for k,v in net.state_dict().items()}
+
+def test_an_average_of_a_recurrent_network_has_a_hidden_state_of_its_own_that_is_reset_when_the_students_is():
+    from fastkdtf.callback.distill import Distill
+    from fastkdtf.teachers.remembered import EMATeacher
+    said = []
+    class Recording(EMATeacher):
+        def __call__(self, batch):
+            fresh = self.copy.model.hidden is None
+            said.append((fresh, super().__call__(batch)))
+            return said[-1][1]
+    net = Recurrent()
+    learn = recurrent_learner([Distill(Recording(.999), alpha=.5)], net)
+    with learn.no_logging(): learn.fit(2, 0.)
+    assert [fresh for fresh,_ in said] == [True, False, False]*2
+    torch.testing.assert_close(torch.stack([z for _,z in said[:3]]), torch.stack([z for _,z in said[3:]]))   # at rate 0 both epochs are one
 
 # ---------------------------------------------------------------- B4. threads
 

@@ -1,5 +1,5 @@
 """`run_recipes`: what is shrunk is said, what is shared is trained once, and interrupts, failures and several processes change no number"""
-import json, multiprocessing, os, signal, socket, subprocess, sys, time, traceback, warnings
+import json, os, signal, socket, subprocess, sys, time, traceback, warnings
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fastkdtf.lab.recipes import Recipe, recipe
 from fastkdtf.lab.reproduction import Reproduction
 from fastkdtf.callback.checkpoint import Checkpoint
 from fastkdtf.lab.training import Campaign, Arm, LearnerParts, train_run
+from processes import needs_fork, processes
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -304,10 +305,6 @@ def test_interrupt(small_networks, monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------- kill -9, several processes
 
-needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-context = multiprocessing.get_context('forkserver' if hasattr(os, 'fork') else 'spawn')
-if hasattr(os, 'fork'): context.set_forkserver_preload(['fastkdtf.lab.experiment', 'fastai.callback.all', 'pytest', 'hypothesis', 'sklearn.datasets'])
-
 THREE = dict(seeds=2, epochs=3, controls=False)   # six runs
 
 def child(ids, out, kill_at=None, barrier=None, **kwargs):
@@ -324,7 +321,7 @@ def child(ids, out, kill_at=None, barrier=None, **kwargs):
     quick(ids, out, **kwargs)
 
 def in_process(*args, **kwargs):
-    p = context.Process(target=child, args=args, kwargs=kwargs)
+    p = processes.Process(target=child, args=args, kwargs=kwargs)
     p.start()
     return p
 
@@ -364,7 +361,7 @@ def test_killed_while_writing(undisturbed, tmp_path, small_networks):
 @needs_fork
 def test_two_processes_on_one_folder(undisturbed, tmp_path):
     "Two recipes that share a network, at the same time"
-    barrier = context.Barrier(2)
+    barrier = processes.Barrier(2)
     ps = [in_process(o, tmp_path, barrier=barrier, **THREE) for o in ([SELF, REG], [REG])]
     assert [ended(p) for p in ps] == [0, 0]
     assert ledger_numbers(tmp_path) == ledger_numbers(undisturbed)
@@ -475,7 +472,7 @@ def test_two_processes_for_one_run(tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    ps = [context.Process(target=part, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    ps = [processes.Process(target=part, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for p in ps: p.start()
     for p in ps: p.join(200)
     for p in ps:

@@ -9,6 +9,7 @@ import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import (Adam, CrossEntropyLossFlat, DataLoaders, Flip, ImageDataLoaders, MixUp, Normalize, PILImage, Resize, SGD,
                                Transform, aug_transforms, imagenet_stats, set_seed)
+from fastai.data.load import DataLoader as FastaiLoader
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
 
@@ -253,6 +254,51 @@ def test_pytorchs_loaders_go_by_samples_order_and_batches_whatever_their_generat
     others = [loaders(), loaders(x+1, shuffle=True), loaders(bs=2, shuffle=True), loaders(shuffle=True, drop_last=True), loaders(shuffle=True, collate_fn=list),
               *[loaders(sampler=sampler) for sampler in (*weighted, SubsetRandomSampler(range(4)))]]
     assert len({before, *[str(fingerprint(dls)) for dls in others]}) == 9
+
+def test_loaders_that_are_made_twice_and_used_are_one():
+    "Whatever PyTorch's samplers, batches, workers and splits; the numbers that were drawn meanwhile are no setting"
+    from fastai.callback.data import WeightedDL
+    from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, RandomSampler, Subset, SubsetRandomSampler, TensorDataset, random_split
+    x,y = torch.arange(64.).reshape(16, 4),torch.arange(16)%3
+    class Stream(IterableDataset):
+        def __iter__(self): return iter(zip(x, y))
+        def __len__(self): return 16
+    data,pairs = lambda: TensorDataset(x, y),list(zip(x, y))
+    ways = dict(plain=lambda: DataLoader(data(), 4), shuffled=lambda: DataLoader(data(), 4, shuffle=True), drop=lambda: DataLoader(data(), 4, drop_last=True),
+                replacement=lambda: DataLoader(data(), 4, sampler=RandomSampler(data(), True, 8)), some=lambda: DataLoader(data(), 4, sampler=SubsetRandomSampler(range(8))),
+                batches=lambda: DataLoader(data(), batch_sampler=BatchSampler(RandomSampler(data(), generator=torch.Generator()), 4, False)),
+                subset=lambda: DataLoader(Subset(data(), range(8)), 4), twice=lambda: DataLoader(ConcatDataset([data()]*2), 4), stream=lambda: DataLoader(Stream(), 4),
+                split=lambda: DataLoader(random_split(data(), [12, 4], torch.Generator().manual_seed(1))[0], 4), other_split=lambda: DataLoader(random_split(data(), [12, 4], torch.Generator().manual_seed(2))[0], 4),
+                collated=lambda: DataLoader(data(), 4, collate_fn=lambda b: [torch.stack(o) for o in zip(*b)]), weighted=lambda: WeightedDL(pairs, wgts=range(1, 17), bs=4), pairs=lambda: FastaiLoader(pairs, 4, shuffle=True))
+    told = {}
+    for name,make in ways.items():
+        torch.manual_seed(len(told))
+        first = fingerprint(DataLoaders(make(), make()))
+        torch.rand(5)
+        used = DataLoaders(make(), make())
+        assert len([*used.train]) > 1 and len([*used.valid]) > 1
+        assert fingerprint(used) == first == fingerprint(DataLoaders(make(), make())), name
+        told[name] = str(first)
+    assert len(set(told.values())) == len(ways) == 14
+    assert str(fingerprint(DataLoaders(DataLoader(data(), 4, num_workers=2, prefetch_factor=4, persistent_workers=True), ways['plain']()))) == told['plain']
+
+def test_functions_behind_a_cache_or_a_compiler_go_by_what_they_do():
+    from functools import cache, lru_cache, wraps
+    def made(n):
+        def f(x): return x+n
+        return f
+    for wrap in (lru_cache(3), cache, partial(torch.compile, backend='eager'), lambda f: wraps(f)(lambda *a: f(*a))):
+        assert fingerprint(wrap(made(1))) == fingerprint(wrap(made(1))) != fingerprint(wrap(made(2)))
+    compiled = lambda **kwargs: torch.compile(net(**kwargs), backend='eager')
+    assert fingerprint(compiled()) == fingerprint(compiled()) != fingerprint(compiled(p=.2)) and fingerprint(compiled()) != fingerprint(net())
+    assert fingerprint(nn.Sequential(compiled())) == fingerprint(nn.Sequential(compiled())) != fingerprint(nn.Sequential(compiled(seed=1)))
+    assert NetworkTeacher(compiled()).identity == NetworkTeacher(net()).identity != NetworkTeacher(compiled(seed=1)).identity
+
+def test_tensors_of_other_layouts_go_by_value():
+    x = torch.eye(3)
+    assert fingerprint(x.to_sparse()) == fingerprint(x.to_sparse_csr()) == fingerprint(x) != fingerprint((2*x).to_sparse())
+    q = torch.quantize_per_tensor(x, .5, 0, torch.qint8)
+    assert fingerprint(q) == fingerprint(x) != fingerprint(torch.quantize_per_tensor(2*x, .5, 0, torch.qint8))
 
 def test_paths_go_by_what_lies_there(tmp_path, monkeypatch):
     (tmp_path/'imgs').mkdir()

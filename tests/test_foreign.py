@@ -25,6 +25,7 @@ from networks import CPUAutocast
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from fastkdtf.callback.effdstl import CKM, WSL
+from fastkdtf.callback.views import RDrop
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.callback.survival import residual_blocks
 from fastkdtf.callback.term import LossTerm, loss_kind
@@ -233,6 +234,82 @@ def test_check_labels_says_what_is_wrong():
     check_labels(torch.tensor([[.2, .8]]), 2)
     with pytest.raises(ValueError, match='got 5'): check_labels(torch.tensor([0, 5]), 5)
     with pytest.raises(TypeError, match='off by 1'): check_labels(torch.tensor([[1., 1.]]), 2)
+
+class Holds(nn.Module):
+    "A loss of the user's, in a layer"
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+    def forward(self, z, y): return self.loss(z, y)
+
+class Calls:
+    "A loss of the user's, in an object; `method` is another"
+    def __init__(self, loss): self.loss = loss
+    def __call__(self, z, y): return self.loss(z, y)
+    def method(self, z, y): return self.loss(z, y)
+
+def around(loss): return lambda z, y: loss(z, y)
+
+WRAPS = [Holds, Calls, lambda loss: Calls(loss).method, around, lambda loss: partial(around(loss)), lambda loss: Holds(Holds(loss))]
+
+@pytest.mark.parametrize('loss', [lambda: nn.CrossEntropyLoss(ignore_index=3), lambda: CrossEntropyLossFlat(ignore_index=3)])
+@pytest.mark.parametrize('wrap', WRAPS)
+def test_the_ignored_label_of_a_loss_inside_a_loss_is_known(wrap, loss): assert loss_kind(wrap(loss())) == (1, 3, 'mean')
+
+def test_losses_inside_a_loss_that_contradict_each_other_say_nothing():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.CrossEntropyLoss(ignore_index=3),nn.NLLLoss(ignore_index=4)
+    assert loss_kind(Two()) == loss_kind(lambda z, y: F.cross_entropy(z, y)) == (1, -100, 'mean')
+
+@pytest.mark.parametrize('wrap', WRAPS[:4])
+def test_a_label_that_a_loss_inside_a_loss_ignores_is_not_trained_on(wrap):
+    marked = y.clone()
+    marked[::4] = 255
+    steps = fit([LsrKD()], wrap(nn.CrossEntropyLoss(ignore_index=255)), labels=marked)
+    assert len(steps) == 2
+    for o in steps:
+        keep = o.y != 255
+        assert o.loss == pytest.approx(lsr(o.pred[keep].double(), o.y[keep]).item(), rel=1e-5)
+
+SECOND_PASS = dict(SelfGuidance=SelfGuidance, RDrop=RDrop)
+def random_net(): return nn.Sequential(create_model('resnet8', K), nn.Dropout(.2))
+
+@pytest.mark.parametrize('name', SECOND_PASS)
+@pytest.mark.parametrize('loss,labels,words', [
+    (lambda z, t: F.cross_entropy(z, t, ignore_index=0), y, 'the label 0 do not count in the loss'), (lambda z, t: F.cross_entropy(z, t, reduction='sum'), y, 'the loss is the sum'),
+    (F.mse_loss, F.one_hot(y, K).float(), '1 is added to all')])
+def test_methods_that_run_the_student_twice_look_at_the_loss_too(name, loss, labels, words):
+    with pytest.warns(UserWarning, match=words): fit([SECOND_PASS[name]()], loss, random_net(), labels)
+
+@pytest.mark.parametrize('name', SECOND_PASS)
+@pytest.mark.parametrize('at', [3, 20])
+def test_methods_that_run_the_student_twice_refuse_labels_that_are_no_classes(name, at):
+    marked = y.clone()
+    marked[at] = 255
+    with pytest.raises(ValueError, match='between 0 and 4.*got 255'): fit([SECOND_PASS[name]()], lambda z, t: F.cross_entropy(z, t, ignore_index=255), random_net(), marked)
+    several = (torch.rand(32, K, generator=torch.Generator().manual_seed(2)) > .4).float()
+    several[:,0] = 1.
+    with pytest.raises(TypeError, match='several labels'): fit([SECOND_PASS[name]()], F.binary_cross_entropy_with_logits, random_net(), several)
+
+@pytest.mark.parametrize('name', SECOND_PASS)
+def test_methods_that_run_the_student_twice_say_nothing_where_all_is_well(name):
+    for loss in (None, nn.CrossEntropyLoss(label_smoothing=.1), ignoring(3), FocalLossFlat()):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            assert len(fit([SECOND_PASS[name]()], loss, random_net())) == 2
+
+@pytest.mark.parametrize('make', [LsrKD, lambda: KnowledgeDistillation(linear()), lambda: MemoryReplay(1, interval_steps=1), RDrop])
+def test_logits_in_float64_train_as_they_would_without_the_method(make):
+    "fastai takes the loss in float32, whatever the logits"
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.drop = linear(),nn.Dropout(.1)
+        def forward(self, x): return self.net(self.drop(x)).double()
+    steps = fit([make()], net=Doubled())
+    assert len(steps) == 2 and all(o.pred.dtype == torch.float64 and np.isfinite(o.loss) for o in steps)
 
 # teachers
 

@@ -212,6 +212,38 @@ def test_inputs_that_fastai_does_not_call_images_stay_as_they_are():
         for a,b in zip(theirs[:2], ours[:2]): close(a, normed(b*std+mean, B))
         assert torch.equal(theirs[2], ours[2])
 
+@pytest.mark.parametrize('how', ['fit', 'fill'])
+def test_a_cached_teacher_reads_what_the_live_one_reads(how, tmp_path):
+    "Also of several inputs, of which some are no images"
+    from fastkdtf.teachers.cache import CachedTeacher
+    from fastkdtf.vision.loader import with_index
+    dsets = Datasets(list(range(8)), [[get_pair()], [get_flow()], [get_label()]], n_inp=2)
+    dls = with_index(DataLoaders(*[dsets.dataloaders(bs=4, num_workers=0, device='cpu', shuffle=False, drop_last=False).train for _ in range(2)]))
+    class Reads(nn.Module):
+        def forward(self, a, flow): return torch.stack([a.mean((1, 2, 3)), flow.mean((1, 2, 3)), a[:,0,0,0], flow[:,1,0,0], a[:,2,1,1]], 1)
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(192, 5)
+        def forward(self, a, flow): return self.fc(a.flatten(1))
+    live,cached = (NetworkTeacher(Reads(), teacher_norm=B) for _ in range(2))
+    def train(teacher):
+        said = []
+        class Says(type(teacher)):
+            def __call__(self, batch):
+                said.append(super().__call__(batch))
+                return said[-1]
+        teacher.__class__ = Says
+        torch.manual_seed(0)
+        learn = Learner(dls, Student(), loss_func=CrossEntropyLossFlat(), cbs=KnowledgeDistillation(teacher)).remove_cb(ProgressCallback)
+        if how == 'fill' and teacher is not live: teacher.fill(learn)
+        with learn.no_logging(): learn.fit(1)
+        return torch.cat(said[-2:])
+    wanted,got = train(live),train(CachedTeacher(cached, tmp_path/'cache', dtype='float32'))
+    wanted = wanted - wanted.amax(1, keepdim=True)
+    assert len(wanted) == 8 and wanted.std() > .1
+    close(got.sort(0).values, wanted.sort(0).values, 1e-5)
+
 def test_tensors_are_found_in_containers_of_any_class():
     x = (ImageTuple(torch.zeros(1), torch.ones(2)), {'a': [torch.zeros(3)], 'b': 'word'}, 4)
     assert [len(t) for t in tensors_in(x)] == [1, 2, 3]

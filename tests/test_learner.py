@@ -1,5 +1,5 @@
 """`compare` and `describe_kd`: what must be the same is the same, bit for bit; interrupts, several processes and bad input lose nothing"""
-import contextlib, json, math, multiprocessing, os, random, signal, subprocess, sys, time
+import contextlib, json, math, os, random, signal, subprocess, sys, time
 from copy import deepcopy
 from functools import partial
 from itertools import islice
@@ -26,6 +26,7 @@ from fastkdtf.lab.runs import Ledger
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.survival import survival_probs
 from fastkdtf.teachers.base import Teacher, UniformTeacher, VirtualTeacher
+from processes import needs_fork, processes
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -343,11 +344,6 @@ def test_interrupt_between_training_and_ledger(tmp_path, no_plots, expected, mon
     assert_whole(tmp_path, 6)
 
 
-# children are forked from a server that has imported everything and trained nothing
-processes = multiprocessing.get_context('forkserver') if hasattr(os, 'fork') else None
-if processes: processes.set_forkserver_preload(['fastkdtf.lab.compare', 'fastai.callback.all', 'hypothesis', 'pytest'])
-needs_fork = pytest.mark.skipif(processes is None, reason='needs fork')
-
 class SlowNet(nn.Module):
     "A little slower, so that there is time to be killed in"
     def __init__(self):
@@ -541,6 +537,19 @@ def test_bad_input(change, error, name, monkeypatch, tmp_path):
     kw = {'methods': {'LsrKD': LsrKD}, 'n_epoch': 1, 'seeds': 1, **change}
     with pytest.raises(error, match=name): tiny_compare(kw.pop('methods'), out=tmp_path/'out', **kw)
     assert not (tmp_path/'out'/'results.jsonl').exists()
+
+def test_a_second_comparison_in_a_folder_adds_to_table_and_report(tmp_path):
+    tiny_compare({'LsrKD': LsrKD}, out=tmp_path, controls=False)
+    second = tiny_compare({'TfKDReg': TfKDReg}, out=tmp_path, controls=False)   # of the same setting
+    table = pd.read_csv(tmp_path/'table.csv', index_col='method')
+    assert list(second.names) == ['baseline', 'TfKDReg'] and set(table.index) == {'baseline', 'LsrKD', 'TfKDReg'} and len(table) == 3
+    assert table.loc['TfKDReg', 'difference'] == pytest.approx(second.table.loc['TfKDReg', 'difference'])
+    third = tiny_compare({'LsrKD': LsrKD}, out=tmp_path, controls=False, n_epoch=1)   # of another
+    table = pd.read_csv(tmp_path/'table.csv')
+    assert list(table.method) == ['baseline', 'LsrKD', 'baseline', 'LsrKD', 'TfKDReg'] and table.setting.nunique() == 2
+    assert table['last'][:2].tolist() == pytest.approx(third.table['last'].tolist())
+    page = (tmp_path/'report.html').read_text()
+    assert page.count('<h2>') >= 2 and 'TfKDReg' in page
 
 def test_bad_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(fastkdtf.lab.training, 'train_run', forbidden)

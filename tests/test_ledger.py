@@ -50,7 +50,7 @@ def test_what_others_add_is_seen(tmp_path):
                                     lambda path: path.write_text(path.read_text().replace('1', '11') + '{"key": "c"}\n')])
 def test_a_file_that_was_changed_otherwise_is_looked_at_anew(tmp_path, change):
     path,ledger = tmp_path/'results.jsonl',Ledger(tmp_path/'results.jsonl')
-    for key in 'ab': ledger.append(dict(key=key, x=1))
+    path.write_text(''.join(f'{{"key": "{key}", "x": 1}}\n' for key in 'ab'))   # unsealed, as others may write
     path.with_name('other').write_text('{"key": "o"}\n{"key": "p"}\n{"key": "q"}\n')
     assert len(ledger) == 2
     stat = path.stat()
@@ -59,6 +59,46 @@ def test_a_file_that_was_changed_otherwise_is_looked_at_anew(tmp_path, change):
     lines = path.read_text().splitlines() if path.exists() else []
     assert [r['key'] for r in ledger] == [json.loads(line)['key'] for line in lines] and len(ledger) == len(lines)
     for line in lines: assert ledger.find(json.loads(line)['key']) == json.loads(line)
+
+def sealed(tmp_path, **more):
+    ledger = Ledger(tmp_path/'results.jsonl', check_run)
+    for key in 'abc': ledger.append(record(key, text='ü', curve=[.1, 1e-300, 2**53+1, None]) | more)
+    return ledger
+
+@pytest.mark.parametrize('old,new', [('0.5', '0.6'), ('"seed": 0', '"seed": 1'), ('1e-300', '1e-301'), ('null', '0'), ('"text"', '"texts"'), ('"a", "rank"', '"b", "rank"')])
+@pytest.mark.parametrize('key', 'abc')
+def test_a_record_that_was_changed_by_hand_is_named(tmp_path, old, new, key):
+    ledger = sealed(tmp_path)
+    lines = ledger.path.read_text().splitlines(keepends=True)
+    changed = [line.replace(old, new) if f'"key": "{key}"' in line else line for line in lines]
+    assert sum(map(str.__ne__, lines, changed)) == 1
+    ledger.path.write_text(''.join(changed))
+    for look in (ledger.records, lambda: ledger.find(key), lambda: read_runs(tmp_path)):
+        with pytest.raises(ValueError, match=f"results.jsonl: the record of '{key}' was changed after it was written: repair or remove that line"): look()
+    others = [o for o in 'abc' if o != key]
+    assert [ledger.find(o)['key'] for o in others] == others
+
+def test_a_seal_belongs_to_what_a_record_says_and_not_to_how_it_is_written(tmp_path):
+    ledger = sealed(tmp_path)
+    before = ledger.records()
+    ledger.path.write_text(''.join(json.dumps(json.loads(line), sort_keys=True, ensure_ascii=False, separators=(',', ':'))+'\n'
+                                   for line in ledger.path.read_text().splitlines()), encoding='utf-8')
+    assert ledger.records() == before and len(before) == 3 and not any('seal' in r for r in before) and ledger.unsealed == []
+
+def test_records_without_a_seal_are_read_named_and_sealed(tmp_path):
+    path,ledger = tmp_path/'results.jsonl',sealed(tmp_path)
+    lines = path.read_text().splitlines()
+    plain = {k: v for k,v in json.loads(lines[1]).items() if k != 'seal'}
+    path.write_text('\n'.join([lines[0], json.dumps(plain), '', lines[2], '{"key": "torn']))
+    assert ledger.unsealed == ['b'] and ledger.find('b') == plain and ledger.seal() == 1
+    assert path.read_text().splitlines()[::4] == [lines[0], '{"key": "torn'] and ledger.unsealed == [] and ledger.seal() == 0
+    assert [r['key'] for r in ledger.records()] == ['a', 'b', 'c'] and path.read_text().splitlines()[1] == lines[1]
+    assert Ledger(tmp_path/'none.jsonl').seal() == 0 and not (tmp_path/'none.jsonl').exists()
+
+@pytest.mark.parametrize('seal', ['', 'x', 3, None, [], '0'*16])
+def test_another_seal_does_not_fit(tmp_path, seal):
+    (tmp_path/'results.jsonl').write_text(json.dumps(record('a') | dict(seal=seal))+'\n')
+    with pytest.raises(ValueError, match="the record of 'a' was changed"): read_runs(tmp_path)
 
 def test_lines_that_only_together_are_json_are_damaged(tmp_path):
     path = tmp_path/'results.jsonl'

@@ -2,7 +2,7 @@
 
 The loop knows nothing of the package: copies are `deepcopy`s, targets are dense, the divergence is `F.kl_div`.
 """
-import copy, gc, math, multiprocessing, os, sys, threading, traceback, warnings
+import copy, gc, math, os, sys, threading, traceback, warnings
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from fastkdtf.vision.models import create_model
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.targets import Rewrite, TeacherCorrection
 from fastkdtf.teachers.network import EnsembleTeacher
+from processes import processes
 
 K = 10
 f16,bf16,f32,f64 = torch.float16,torch.bfloat16,torch.float32,torch.float64
@@ -844,12 +845,10 @@ def work(rank, world, folder, norm):
         raise
 
 def in_two_processes(folder, norm):
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['fastai.callback.all', 'fastkdtf.callback.distill', 'pytest', 'hypothesis', 'sklearn.datasets'])
-    processes = [context.Process(target=work, args=(rank, 2, str(folder), norm)) for rank in range(2)]
-    for p in processes: p.start()
-    for p in processes: p.join(120)
-    for p in processes:
+    both = [processes.Process(target=work, args=(rank, 2, str(folder), norm)) for rank in range(2)]
+    for p in both: p.start()
+    for p in both: p.join(120)
+    for p in both:
         if p.is_alive(): p.kill()
     errors = [f.read_text() for f in Path(folder).glob('*.error')]
     assert not errors, errors[0]

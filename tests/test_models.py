@@ -293,7 +293,7 @@ def convs(model, size):
 
 @pytest.mark.parametrize('name,last', SMALL)
 def test_small_stem(name, last):
-    device = 'cpu' if 'regnet_x' in name else 'meta'    # torchvision's RegNet reads a weight while it is built
+    device = 'cpu' if 'regnet' in name else 'meta'    # torchvision's RegNet reads a weight while it is built, timm's did
     with torch.device(device):
         plain,small = create_model(name, 10).eval(),create_model(name, 10, small_images=True).eval()
         first,start,end = convs(small, 32)

@@ -1,18 +1,32 @@
 "Every notebook runs from top to bottom, in a process of its own"
-import os, subprocess, sys
+import multiprocessing, os, sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
+from nbdev.test import test_nb as runs
+from processes import processes
 
 root = Path(__file__).parents[1]
 cfg = get_config(root)
 notebooks = sorted(nbglob(cfg.nbs_path, as_path=True))
-code = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], skip_flags=sys.argv[3:], basepath=sys.argv[2])[0])"
+
+def run(nb, said):
+    "Run a notebook, and write what it says to a file"
+    with open(said, 'w') as f:
+        for stream in (1, 2): os.dup2(f.fileno(), stream)
+    multiprocessing.set_start_method(None, force=True)   # the system's own, as a reader's notebook has
+    os.chdir(root)
+    os.environ.update(MPLBACKEND='agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')   # sums of one thread are the same each time
+    plt.switch_backend('agg')
+    sys.exit(not runs(nb, skip_flags=cfg.tst_flags.split(), basepath=root)[0])
 
 @pytest.mark.parametrize('nb', notebooks, ids=[nb.relative_to(cfg.nbs_path).as_posix() for nb in notebooks])
-def test_notebook(nb):
-    env = {**os.environ, 'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}    # sums of one thread are the same each time
-    r = subprocess.run([sys.executable, '-c', code, nb, root, *cfg.tst_flags.split()], cwd=root, env=env, capture_output=True, text=True)
-    assert r.returncode==0, r.stderr[-5000:]
+def test_notebook(nb, tmp_path):
+    said = tmp_path/'said.txt'
+    p = processes.Process(target=run, args=(nb, said))
+    p.start()
+    p.join()
+    assert p.exitcode==0, said.read_text()[-5000:]

@@ -197,9 +197,9 @@ def test_wheel(tree):
         info = f'fastkdtf-{ini["version"]}.dist-info'
         meta = email.message_from_string(z.read(f'{info}/METADATA').decode())
         entries = z.read(f'{info}/entry_points.txt').decode()
-    data = {p.relative_to(tree).as_posix() for p in (tree/'fastkdtf').rglob('*') if p.suffix in ('.py', '.csv', '.css')}
+    data = {p.relative_to(tree).as_posix() for p in (tree/'fastkdtf').rglob('*') if p.suffix in ('.py', '.csv', '.css') or p.name=='py.typed'}
     assert {o for o in held if not o.startswith(info)}==data
-    assert {'fastkdtf/lab/report.css', 'fastkdtf/lab/reproduction.css', 'fastkdtf/tables/results.csv'}<=data
+    assert {'fastkdtf/py.typed', 'fastkdtf/lab/report.css', 'fastkdtf/lab/reproduction.css', 'fastkdtf/tables/results.csv'}<=data
     assert f'{info}/licenses/LICENSE' in held
     assert (meta['Name'], meta['Version'], meta['Summary'])==('fastkdtf', ini['version'], ini['description'])
     assert meta['Requires-Python']==f">={ini['min_python']}" and meta['License-Expression']=='Apache-2.0'
@@ -215,4 +215,46 @@ def test_sdist_builds_and_holds_no_notebooks(tree):
     import tarfile
     sdist, = (tree/'dist').glob('*.tar.gz')
     with tarfile.open(sdist) as t: held = t.getnames()
-    assert any(o.endswith('/settings.ini') for o in held) and not any(o.endswith('.ipynb') for o in held)
+    assert any(o.endswith('/fastkdtf/py.typed') for o in held) and any(o.endswith('/settings.ini') for o in held) and not any(o.endswith('.ipynb') for o in held)
+
+def test_the_wheel_that_is_made_from_the_sdist_works_in_an_environment_of_its_own(tree):
+    "Only what is required comes from here; fastkdtf comes from the wheel"
+    import site, venv
+    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', 'dist', cwd=tree)    # the wheel from the sdist
+    whl, = (tree/'dist').glob('*.whl')
+    venv.create(tree/'venv', with_pip=False)
+    bin = next(o for o in (tree/'venv'/'bin', tree/'venv'/'Scripts') if o.exists())
+    inside = next((tree/'venv').rglob('site-packages'))
+    (inside/'required.pth').write_text('\n'.join(site.getsitepackages())+'\n')
+    run(sys.executable, '-m', 'pip', '--python', bin/'python', 'install', '--no-deps', '--no-index', '--ignore-installed', whl, cwd=tree)
+    (tree/'empty').mkdir()
+    env = {k: v for k,v in os.environ.items() if k not in ('IN_TEST', 'PYTHONPATH')} | dict(MPLBACKEND='agg', OMP_NUM_THREADS='1')
+    def inside_run(*args): return subprocess.run(list(map(str, args)), cwd=tree/'empty', env=env, capture_output=True, text=True)
+    r = inside_run(bin/'fastkdtf', 'compare', '--data', 'digits', '--arch', 'resnet8', '--methods', 'LsrKD', '--epochs', '1', '--seeds', '1', '--out', 'runs')
+    assert r.returncode==0 and 'LS 0.1' in r.stdout and (tree/'empty'/'runs'/'report.html').stat().st_size>20_000, r.stderr
+    record = json.loads((tree/'empty'/'runs'/'results.jsonl').read_text().splitlines()[0])
+    assert record['fastkdtf']==ini['version'] and record['commit'] is None
+    code = """
+import importlib, pkgutil, fastkdtf
+from importlib.metadata import version
+names = [o.name for o in pkgutil.walk_packages(fastkdtf.__path__, 'fastkdtf.')]
+files = [importlib.import_module(o).__file__ for o in names]
+print(version('fastkdtf'), len(files), *{o[:o.index('fastkdtf')] for o in files})"""
+    r = inside_run(bin/'python', '-W', 'ignore', '-c', code)
+    assert r.returncode==0, r.stderr
+    found,n,where = r.stdout.split()
+    assert found==ini['version'] and int(n)>40 and Path(where).resolve()==inside.resolve()
+
+def test_workflows_test_the_oldest_and_newest_dependencies_and_other_systems():
+    import yaml
+    jobs = yaml.safe_load((root/'.github'/'workflows'/'test.yaml').read_text(encoding='utf-8'))['jobs']
+    assert {'newest', 'oldest', 'other-systems', 'wheel'}<=set(jobs)
+    minor = int(ini['min_python'].split('.')[1])
+    assert jobs['newest']['strategy']['matrix']['python-version']==[f'3.{m}' for m in range(minor, 14)]
+    assert f"'python-version': '{ini['min_python']}'" in str(jobs['oldest']) and 'lowest-direct' in str(jobs['oldest'])
+    assert jobs['other-systems']['strategy']['matrix']['os']==['windows-latest', 'macos-latest']
+    for name in set(re.findall(r'tests/(test_\w+\.py)', str(jobs))): assert (root/'tests'/name).exists(), name
+
+def test_every_requirement_has_a_lower_bound():
+    "So that the oldest versions can be tested; torchvision's is the one that goes with torch's"
+    assert all(re.fullmatch(r'[\w-]+>=[\d.]+', o) for o in ini['requirements'].split())

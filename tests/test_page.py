@@ -218,6 +218,14 @@ def test_description_and_callbacks():
     text = Page(report_html([record('baseline', 0), described, called, old])).text
     for o in ('0.9 · H(q, p)', 'a <note>', 'alpha = 0.1, tau = 3, gamma = None', 'none: the loss of the learner', 'not recorded'): assert o in text, o
 
+def test_methods_that_were_not_trained_alike_are_marked_with_a_footnote():
+    plain = Page(report_html(study()))
+    page = Page(report_html([{**r, 'torch': '2.7.0'} if r['method'] == 'A' else r for r in study()]))
+    said = [words for words in page.words if words.startswith('[1] ')]
+    assert len(said) == 1 and said[0].startswith('[1] A against A control and A against baseline: torch 2.7.0 against 2.6.0.')
+    assert page.words.count('[1]') == 3 and 'Not trained alike' in page.text   # A, its control and the baseline
+    assert '[1]' not in plain.text and 'Not trained alike' not in plain.text
+
 def test_settings_and_versions():
     records = study()
     records[0].update(commit='def456', dirty=True)

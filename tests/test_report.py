@@ -329,6 +329,33 @@ def test_paired_by_seed_when_seeds_are_missing():
     assert (row.difference, row.low, row.high) == pytest.approx((.055, expected.low, expected.high))
     assert row.overhead == pytest.approx(1.5)
 
+@pytest.mark.parametrize('field,mine,other', [('fastkdtf', '0.2.0', '0.1.0'), ('torch', '2.7.0', '2.6.0'), ('fastai', '2.8.9', '2.8.8'), ('device', 'NVIDIA H200', 'cpu'),
+                                              ('processor', 'AMD EPYC', 'Intel Xeon'), ('threads', 4, 1), ('torchvision', '0.22.0', None)])
+def test_methods_and_rivals_that_were_not_trained_alike_are_marked(field, mine, other):
+    base = [{**record('baseline', s), field: other} for s in range(3)]
+    control = [{**record('control', s, rank=2, control_for=['A']), field: mine} for s in range(3)]
+    c = Comparison(base + [{**record('A', s, rank=1), field: mine} for s in range(3)] + control)
+    said = f"A, control against baseline: {field} {mine} against {'unknown' if other is None else other}."
+    assert len(c.notes) == 1 and c.notes[0].startswith(said) and 'overhead' in c.notes[0]
+    assert {name: c.marks(name) for name in c.names} == {'baseline': [1], 'A': [1], 'control': [1]}
+    assert list(c.shown.index) == ['baseline [1]', 'A [1]', 'control [1]'] and f'[1] {said}' in repr(c) and f'[1] {said}' in c._repr_html_()
+    assert list(c.table.index) == ['baseline', 'A', 'control'] and c.table.notes.tolist() == c.notes*3
+
+def test_runs_that_were_trained_alike_seed_by_seed_have_no_mark():
+    "Another machine for another seed is no difference between methods; nor is the date, or the commit of what does not run"
+    def runs(name, rank): return [{**record(name, s, rank=rank), 'processor': f'machine {s}', 'date': f'2026-01-0{rank+1}', 'platform': name} for s in range(3)]
+    c = Comparison(runs('baseline', 0)+runs('A', 1))
+    assert c.notes == [] and list(c.shown.index) == ['baseline', 'A'] and 'notes' not in c.table
+    apart = Comparison(runs('baseline', 0)+[{**r, 'processor': 'machine 9'} if r['seed'] == 1 else r for r in runs('A', 1)])
+    assert apart.notes[0].startswith('A against baseline: processor machine 9 against machine 1.')
+    assert Comparison(runs('baseline', 0)+[{**r, 'seed': r['seed']+3} for r in runs('A', 1)]).notes == []   # no seed in common
+
+def test_several_differences_have_a_footnote_each():
+    rows = [('baseline', 0, '2.6'), ('A', 1, '2.7'), ('B', 2, '2.8'), ('C', 3, '2.6')]
+    c = Comparison([{**record(name, s, rank=rank), 'torch': torch} for name,rank,torch in rows for s in range(2)])
+    assert {name: c.marks(name) for name in c.names} == {'baseline': [1, 2], 'A': [1], 'B': [2], 'C': []}
+    assert list(c.shown.index) == ['baseline [1] [2]', 'A [1]', 'B [2]', 'C']
+
 def test_no_common_seed_or_no_baseline():
     with warnings.catch_warnings():
         warnings.simplefilter('error')

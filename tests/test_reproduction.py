@@ -220,6 +220,11 @@ def several():
         ran('p/T3/alone/KD', {'net baseline': BASE[:1], 'KD': [.6]}), ran('e/T1/net/Replay', {'net baseline': BASE, 'Replay': [.66, .67, .68]}, method='Replay', full=False, words='10 of 200 epochs'),
         ran('e/T1/net/SD', {'net baseline': BASE, 'SD': [.72, .73, .74]}, method='SD', full=False, words='5 of 200 epochs'), failures=failures)
 
+def test_gains_between_runs_that_were_not_trained_alike_have_a_note():
+    record,runs = ran('p/T1/net/KD', {'net baseline': BASE, 'KD': [.71, .72, .73], 'CE': [.70, .71, .72]}, controls=['CE'])
+    rep = reproduction((record, [{**r, 'processor': 'one' if r['method'] == 'net baseline' else 'two'} for r in runs]))
+    assert 'KD against net baseline: processor two against one. A gain may come from that.' in rep.notes and not any('CE' in words for words in rep.notes)
+
 def test_shown(several):
     shown = several.shown
     assert shown.result.tolist() == ['compatible, +0.00 [-2.36, +2.36]', 'apart, -9.50 [-10.00, -9.00]', 'not shown, +0.00', 'shrunk: opposite sign', 'shrunk: same sign']

@@ -1,5 +1,5 @@
 """`sweep`: trials, their table and figures from scripted errors; killed at any moment it ends as if nothing had happened; the test set is never read"""
-import contextlib, json, math, multiprocessing, os, random, signal, sys, time
+import contextlib, json, math, os, random, signal, sys, time
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastkdtf.callback.distill import LsrKD, MemoryReplay
 from fastkdtf.lab.recipes import recipe, recipes
 from fastkdtf.lab.sweep import paper_grid, search_space, sweep
 from fastkdtf.lab.training import Campaign, Arm, LearnerParts, method_identity
+from processes import needs_fork, processes
 
 optuna = pytest.importorskip('optuna')
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
@@ -131,6 +132,48 @@ def test_what_is_saved_and_shown(tmp_path, scripted):
     assert {o.name for o in tmp_path.glob('*.png')} == {'alpha.png', 'tau.png'}
     for text in (repr(s), s._repr_html_()):
         for o in ('4 trials', '4 of 8 epochs', '1 seed,', '64 images', '32 held out', 'baseline 30.00 %'): assert o in text
+
+def test_a_second_sweep_in_a_folder_adds_to_the_table_and_the_figures(tmp_path, scripted, monkeypatch):
+    drawn,plot = [],fastkdtf.lab.sweep.Sweep.plot
+    def noted(self, parameter, ax=None):
+        drawn.append((self.study, parameter, [trial.params for trial in self.trials]))
+        return plot(self, parameter, ax)
+    monkeypatch.setattr(fastkdtf.lab.sweep.Sweep, 'plot', noted)
+    first = a_sweep(tmp_path, dict(alpha=[.1, .2], tau=[5.]))
+    second = a_sweep(tmp_path, dict(alpha=[.3, .4, .5]), r=a_recipe(tau=4.))
+    saved = pd.read_csv(tmp_path/'sweep.csv')
+    assert list(saved.groupby('study', sort=False).size()) == [len(first.table), len(second.table)] == [3, 3]
+    assert list(saved.study.unique()) == [first.study, second.study] and first.study != second.study
+    np.testing.assert_allclose(saved.error, [*first.table.error, *second.table.error])
+    assert list(saved.alpha) == [.1, .2, .2, .3, .4, .5] and saved.tau.isna().tolist() == [False]*3+[True]*3
+    both = [[*trial] for trial in (drawn[-2], drawn[-1])]
+    assert [o[:2] for o in both] == [[first.study, 'alpha'], [second.study, 'alpha']]
+    assert both[0][2] == [trial.params for trial in first.trials] and both[1][2] == [trial.params for trial in second.trials]
+    assert {o.name for o in tmp_path.glob('*.png')} == {'alpha.png', 'tau.png'}
+    height,width,_ = plt.imread(tmp_path/'alpha.png').shape
+    assert height/width == pytest.approx(2*3.6/6, rel=.1)   # one above the other
+    before = (tmp_path/'sweep.csv').read_bytes()
+    a_sweep(tmp_path, dict(alpha=[.1, .2], tau=[5.]))   # the first again
+    assert (tmp_path/'sweep.csv').read_bytes() == before
+
+def test_what_a_second_sweep_draws_of_the_first_is_what_the_first_drew(tmp_path, scripted):
+    first = a_sweep(tmp_path, dict(alpha=[.1, .2], tau=[5.]), seeds=2)
+    second = a_sweep(tmp_path, dict(alpha=[.3, .4]), seeds=[1], r=a_recipe(tau=4.))
+    again,own = second._beside(tmp_path)
+    assert own is second and again.study == first.study and again.caption == first.caption and again.table.equals(first.table)
+    lines = [ax.containers[0].lines[0].get_xydata() for ax in (first.plot('alpha'), again.plot('alpha'))]
+    np.testing.assert_allclose(*lines)
+    plt.close('all')
+
+def test_trials_of_an_older_version_are_shown_without_what_it_did_not_keep(tmp_path, scripted):
+    first = a_sweep(tmp_path, dict(alpha=[.1, .2]))
+    storage = optuna.storages.RDBStorage(f'sqlite:///{tmp_path}/sweep.db')
+    optuna.load_study(study_name=first.study, storage=storage).set_user_attr('about', {})
+    left = optuna.create_study(storage=storage, study_name='interrupted')
+    left.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, params={'alpha': .1}, distributions={'alpha': optuna.distributions.FloatDistribution(0, 1)}))
+    a_sweep(tmp_path, dict(alpha=[.3, .4, .5]))
+    saved = pd.read_csv(tmp_path/'sweep.csv')
+    assert saved.alpha.tolist() == [.1, .2, .3, .4, .5] and 'interrupted' not in set(saved.study)
 
 def test_a_longer_grid_reuses_what_was_trained(tmp_path, scripted, no_figures):
     a_sweep(tmp_path, dict(alpha=[.1, .2]))
@@ -274,10 +317,6 @@ def test_an_error_in_a_trial_is_raised_and_the_trial_repeated(tmp_path, scripted
 
 
 # ---------------------------------------------------------------- other processes
-
-processes = multiprocessing.get_context('forkserver') if hasattr(os, 'fork') else None
-if processes: processes.set_forkserver_preload(['fastkdtf.lab.sweep', 'fastai.callback.all', 'pytest', 'optuna'])
-needs_fork = pytest.mark.skipif(processes is None, reason='needs fork')
 
 class SlowNet(nn.Module):
     "A little slower, so that there is time to be killed in"

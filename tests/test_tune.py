@@ -20,7 +20,7 @@ from fastai.tabular.all import CategoryBlock, Normalize, TabularDataLoaders
 from torch import nn
 
 import fastkdtf.lab.training
-from fastkdtf.callback.distill import KnowledgeDistillation, LsrKD
+from fastkdtf.callback.distill import KnowledgeDistillation, LsrKD, TfKDReg
 from fastkdtf.lab.learners import LearnerFrom
 from fastkdtf.lab.tune import Part, hold_out, tune
 
@@ -127,6 +127,14 @@ def test_what_is_chosen_is_confirmed_with_other_seeds_beside_baseline_and_contro
     gained,left = np.mean(found.baseline)-found.best.error,np.mean(base)-np.mean(ours)
     assert f'over the baseline was {100*gained:+.2f} where it was chosen, and is {100*left:+.2f} there' in told
     for name in ('tune.csv', 'tune_alpha.png', 'tune_tau.png', 'tune.db', 'report.html', 'results.jsonl'): assert (tmp_path/name).exists(), name
+
+def test_a_second_method_in_a_folder_adds_to_table_and_report(tmp_path):
+    for method in (LsrKD, TfKDReg): tune(method, learner(), 1, dict(alpha=[.1, .5]), out=tmp_path, confirm=1)
+    trials,confirmed = (pd.read_csv(tmp_path/f'{name}.csv') for name in ('tune', 'table'))
+    assert [name.split()[0] for name in trials.study] == ['LsrKD']*2 + ['TfKDReg']*2 and set(trials.alpha) == {.1, .5}
+    assert {'LsrKD', 'TfKDReg'} <= {name.split()[0] for name in confirmed.method}
+    page = (tmp_path/'report.html').read_text()
+    assert 'LsrKD' in page and 'TfKDReg' in page
 
 def test_loaders_without_a_test_set_confirm_on_their_validation_set(tmp_path):
     found = tune(LsrKD, learner(False), 1, dict(alpha=[.1, .5]), out=tmp_path, confirm=2)

@@ -209,6 +209,7 @@ class SelfGuidance(DropsBranches, LossTerm):
 
     def before_fit(self):
         super().before_fit()
+        self.checked = False
         if not self.fitting: return
         check_norms(self.learn)
         others = [term.name for term in self.siblings if term is not self]
@@ -227,7 +228,7 @@ class SelfGuidance(DropsBranches, LossTerm):
         "Run the student's pass"
         model,batch = get_model(self.learn.model),self.new_batch(tau=(self.tau, self.tau))
         self.bits = self.draws(model)
-        with own_autocast(self.learn), subnetwork(model, self.bits), fixed_statistics(model): batch.z = model(*batch.xb)
+        with own_autocast(self.learn), subnetwork(model, self.bits), fixed_statistics(model, not self.checked): batch.z = model(*batch.xb)
         self.batch = batch
         if not self.full_backward: self.with_graph = without_graph(model)
 
@@ -255,7 +256,9 @@ class SelfGuidance(DropsBranches, LossTerm):
         loss = self.learn.loss_func(pred, *self.learn.yb)
         batch.z = first_output(pred)
         self.student_mean.add(loss, n)
-        if self.lam:
+        if not self.lam: self.checked = True
+        else:
+            self.check_learner(batch, labels[0][0])
             kl = self._divergence(batch, labels[0][0])
             self.kl_mean.add(kl, n)
             loss = loss + self.lam*self.tau**2*kl

@@ -10,11 +10,12 @@ __all__ = ['register_block', 'residual_blocks', 'survival_probs', 'survival', 's
 
 # %% ../../nbs/33_callback.survival.ipynb #956cab8c
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from fastai.layers import SequentialEx
 from fastai.vision.models import xresnet
@@ -26,7 +27,8 @@ from torchvision import models as tv, ops
 
 from ..vision import cifar_nets
 from ..core import *
-from ..teachers.frozen import copy_model
+from ..teachers.copying import copy_model, remainder
+from ..teachers.frozen import bare_network
 
 # %% ../../nbs/33_callback.survival.ipynb #341b0c14
 _branches_of = {}   # class of a block → function of a block of it: its branches
@@ -256,14 +258,49 @@ def draw_bits(
 # %% ../../nbs/33_callback.survival.ipynb #a35de977
 @contextmanager
 def fixed_statistics(
-    model:nn.Module, # with batch norms in training mode
+    model:nn.Module, # in training mode
+    check:bool=False, # find what cannot be put back, which takes some milliseconds
 )->Iterator:
-    "Let batch norms in training mode use the batch's statistics within the block, and leave the running ones and their count alone"
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    """Let batch norms in training mode use the batch's statistics within the block, and leave all that a pass changes as it was
+
+    With `check`, raises `ValueError` where the block has changed something that cannot be put back."""
+    model = bare_network(model)
+    before,norms = remainder(model) if check else None,[m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for m in norms: m.track_running_stats = False
-    try: yield model
+    kept = [(m, dict(vars(m)), _own_buffers(m)) for m in model.modules()]
+    try:
+        for m,own,buffers in kept: _put_copies(m, own, buffers)
+        yield model
     finally:
+        for m,own,buffers in kept: _put_back(m, own, buffers)
         for m in norms: m.track_running_stats = True
+    if before is None or remainder(model) == before: return
+    raise ValueError(f'a second pass over a batch would count twice in the {type(model).__name__}: it changes an object that one of its modules holds; '
+                     'keep what training changes in buffers or attributes of the module')
+
+_of_every_module = set(vars(nn.Module()))
+
+def _own_buffers(m):
+    if isinstance(m, _BatchNorm) and not m.track_running_stats: return {}   # it leaves them alone
+    return {name: buffer for name,buffer in m.named_buffers(recurse=False) if buffer is not None}
+
+def _copied(x):
+    "Return a copy of a tensor, an array or a container of them, which could be changed in place; anything else as it is"
+    if isinstance(x, nn.Parameter): return x
+    if isinstance(x, Tensor): return x.clone()
+    if isinstance(x, np.ndarray): return x.copy()
+    if type(x) in (list, tuple, set, deque): return type(x)(map(_copied, x))
+    return {key: _copied(value) for key,value in x.items()} if type(x) is dict else x
+
+def _put_copies(m, own, buffers):
+    for name,buffer in buffers.items(): setattr(m, name, buffer.clone())
+    if type(m).__module__.startswith('torch.nn.modules.'): return   # whose state is in their buffers
+    vars(m).update({name: _copied(value) for name,value in own.items() if name not in _of_every_module})
+
+def _put_back(m, own, buffers):
+    for name in vars(m).keys()-own.keys(): del vars(m)[name]
+    vars(m).update(own)
+    for name,buffer in buffers.items(): setattr(m, name, buffer)
 
 # %% ../../nbs/33_callback.survival.ipynb #0c0c09f5
 _last_is_output = {   # children in order

@@ -56,15 +56,29 @@ class LossKind(NamedTuple):
     ignore_index:int # positions with this label do not count
     reduction:str # 'mean' | 'sum' | 'none'
 
+def _inside(loss_func):
+    "Return what a loss of the user's holds: layers, attributes, variables around a function"
+    function,owner = getattr(loss_func, '__func__', loss_func),getattr(loss_func, '__self__', loss_func)
+    cells = [cell.cell_contents for cell in getattr(function, '__closure__', None) or () if cell != type(cell)()]
+    layers = owner.modules() if isinstance(owner, nn.Module) else [owner]
+    return [*cells, *(o for layer in layers for o in (layer, *getattr(layer, '__dict__', {}).values()))]
+
+def _ignored(loss_func):
+    "Return the `ignore_index` of the losses inside a loss of the user's, where they have the same"
+    said = {getattr(o, 'keywords', {}).get('ignore_index', getattr(o, 'ignore_index', None))
+            for one in _inside(loss_func) for o in (one, getattr(one, 'func', None))} - {None}
+    return said.pop() if len(said) == 1 else -100
+
 def loss_kind(
     loss_func:Callable, # a learner's, or one of fastai's `BaseLoss`
 )->LossKind:
-    "Return the class axis, `ignore_index` and reduction of `loss_func`; PyTorch's defaults where it does not say"
+    "Return the class axis, `ignore_index` and reduction of `loss_func`; PyTorch's defaults where neither it nor a loss inside it says"
     given = {}
     while isinstance(loss_func, partial): loss_func,given = loss_func.func,{**loss_func.keywords,**given}
     inner = getattr(loss_func, 'func', loss_func)
-    return LossKind(given.get('axis', getattr(loss_func, 'axis', 1)), given.get('ignore_index', getattr(inner, 'ignore_index', -100)),
-                    given.get('reduction', getattr(loss_func, 'reduction', 'mean')))
+    said = lambda name, owner, default: given.get(name, getattr(owner, name, default))
+    ignored = said('ignore_index', inner, None)
+    return LossKind(said('axis', loss_func, 1), _ignored(loss_func) if ignored is None else ignored, said('reduction', loss_func, 'mean'))
 
 # %% ../../nbs/30_callback.term.ipynb #45e49afd
 def own_autocast(
@@ -274,7 +288,7 @@ class LossTerm(OneLearner):
     `contribution(labels)`, the triple (weight of the base loss, weight of the soft loss, soft loss). It may show more `columns`."""
     _stateattrs = ('base_mean', 'soft_mean', 'batch', 'siblings')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
-    siblings,batch,base_mean,soft_mean = (),None,None,None
+    siblings,batch,base_mean,soft_mean,checked = (),None,None,None,False
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
@@ -385,6 +399,16 @@ class LossTerm(OneLearner):
         both = [(y, mixing.lam), (plain_tensors(mixing.yb1[0]), 1-mixing.lam)]
         return both if isinstance(mixing, MixHandler) else labels_of(mixing, both, self.learn)
 
+    def check_learner(self,
+        batch:Batch, # as `new_batch` made it
+        y:Tensor, # its labels
+    ):
+        "Check the labels, and once a fit the learner's loss, for a term that reads neither: each position counts in it unless the loss says that it is ignored"
+        z,y = classification_batch(plain_tensors(first_output(self.learn.pred)).detach(), y, batch.axis)
+        if y.is_cpu or not self.checked: check_labels(y, z.shape[1], batch.ignore_index)   # another device is waited for once
+        if not (self.checked or self.mixing): check_base_loss(self.learn, batch.labelled(y, z))
+        self.checked = True
+
     def after_loss(self):
         "Add every method's term, by name, so that the order of callbacks never matters"
         terms,learn = [term for term in self.siblings if term.run],self.learn
@@ -400,5 +424,6 @@ class LossTerm(OneLearner):
         self.base_mean.add(base, n)
         if not parts: return
         added = sum(parts[1:], parts[0])
+        if added.dtype == torch.float64: added = added.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
         learn.loss_grad = graph + added   # regularisers add to this one only
         learn.loss = base.detach() + added.detach()

@@ -38,10 +38,9 @@ class ClassPartner(Teacher):
         self.detach()
 
     def attach(self, learn:Learner):
-        self.detach()
-        self.learn,self.pairs = learn,Pairs(sample_labels(index_of(learn.dls.train)), self.same)
+        self.learn,self.pairs,self.twin = learn,Pairs(sample_labels(index_of(learn.dls.train)), self.same),None
 
-    def detach(self): self.learn,self.pairs,self.twin = None,None,None
+    def detach(self): self.learn,self.pairs,self.twin,self.checked = None,None,None,False
 
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return the loader's twin that fetches a partner for each sample"
@@ -52,7 +51,9 @@ class ClassPartner(Teacher):
         "Return the student's logits of the partners"
         beside,model = getattr(batch_info(self.learn.dl), 'beside', ()),get_model(self.learn.model)
         if not beside: raise ValueError('the loader gave no partners with this batch: train with the loader that the fit began with')
-        with fixed_statistics(model): return first_output(model(*plain_tensors(beside)))
+        with fixed_statistics(model, not self.checked): out = model(*plain_tensors(beside))
+        self.checked = True
+        return first_output(out)
 
     def notes(self, n_classes:int, learn:Learner|None=None)->list:
         image = 'the same image, augmented anew' if self.same else "another image of the sample's class"
@@ -84,7 +85,7 @@ class CSKD(TaughtDistill):
 class RDrop(LossTerm):
     "Two passes with other dropout masks, each trained, and brought together. Liang et al. 2021"
     _stateattrs = LossTerm._stateattrs + ('second_mean', 'kl_mean')
-    order,checked = 5.1,False   # both passes take the branches that StochasticDepth has dropped
+    order = 5.1   # both passes take the branches that StochasticDepth has dropped
     def __init__(self,
         alpha:float=.6, # weight of the divergence, at least 0
         name:str|None=None, # needed for a second callback of the same class
@@ -112,7 +113,7 @@ class RDrop(LossTerm):
     def before_batch(self):
         "Run the second pass, which leaves the running statistics to the main one"
         model,batch = get_model(self.learn.model),self.new_batch()
-        with own_autocast(self.learn), fixed_statistics(model): batch.z = model(*batch.xb)
+        with own_autocast(self.learn), fixed_statistics(model, not self.checked): batch.z = model(*batch.xb)
         self.batch = batch
 
     def contribution(self, labels:list)->tuple:
@@ -124,6 +125,8 @@ class RDrop(LossTerm):
         self.second_mean.add(loss, n)
         self.kl_mean.add(kl, n)
         if not self.checked: self._check(kl)
+        if self.alpha: self.check_learner(batch, labels[0][0])
+        self.checked = True
         return 1., 1., loss + self.alpha*kl
 
     def _divergence(self, pred, y, batch):
@@ -133,7 +136,6 @@ class RDrop(LossTerm):
         return .5*reduce_samples(((loga.exp()-logb.exp())*(loga-logb)).sum(1), y, batch.reduction, batch.ignore_index)
 
     def _check(self, kl):
-        self.checked = True
         if kl.detach() != 0: return
         warnings.warn('the network says the same in both passes, as nothing in it is random: RDrop only doubles the loss')
 

@@ -66,6 +66,8 @@ def _reservations(c, at_most):
     out,alone = [],[name for name in c.methods if not c.controls(name)]
     if c.baseline not in c.names: out.append(f'There is no run of {c.baseline}, so no difference to it.')
     elif alone: out += [f'{said}: {named(names)}.' for said,names in _why_alone(c, alone).items()]
+    unlike = [name for name in c.methods if c.marks(name)]
+    if unlike: out.append(f'Not trained alike with what they are held against, in versions or machine: {named(unlike)} (footnotes of the table).')
     return [*out, c.covers]
 
 def _why_alone(c, names):
@@ -110,15 +112,7 @@ def _accuracy(c, look):
     return figure('Accuracy' if c.score.metric == 'accuracy' else c.score.metric, how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
 
 def _differences(c, look):
-    pairs = c.pairs
-    if not pairs: return None
-    def numbers(name, rival):
-        "Return what `draw_differences` draws in a row"
-        seeds = c.score.factor*np.subtract(*c.paired(name, rival))
-        return name, f'{name} − {rival}', np.multiply(c.difference(name, rival), c.score.factor), seeds
-    def draw(ax):
-        draw_differences(ax, [numbers(*pair) for pair in pairs], look, c.score.points)
-        ax.set_xlabel(plain(f"difference in {c.score.metric} after the last epoch{',' if c.score.points else ''}{c.score.points}"))
+    if not c.pairs: return None
     def row(name, rival):
         "Return name, value and words of a row"
         said,control = _points(c.score, *c.difference(name, rival)),name in c.control_for(rival)
@@ -126,7 +120,8 @@ def _differences(c, look):
         return shown, said.replace(' points', ''), f"{name} minus {rival}, {'its matched control' if control else 'baseline'}: {said}"
     how = ('Differences within a seed: mean with its 95 % interval (Student t), faint marks for the seeds. '
            'An interval that crosses the line at zero shows no difference. Each interval stands alone, not corrected for their number.')
-    return figure('Paired differences to matched controls and baseline', how, strips(draw, [row(*pair) for pair in pairs]))
+    drawn = strips(partial(c.draw_differences, look=look), [row(*pair) for pair in c.pairs])
+    return figure('Paired differences to matched controls and baseline', how, drawn)
 
 def _curves(c, look):
     def plot(column):
@@ -225,9 +220,10 @@ def _table(c, look):
     shown = c.shown
     head = Tr(*(Th(column, scope='col') for column in ('method', *shown.columns)))
     def cell(column, value): return Td(value, cls='words' if column == 'control for' else None)
-    def row(name, values): return Tr(Th(look.named(name), scope='row'), *(cell(*pair) for pair in values.items()))
-    rows = [row(*pair) for pair in shown.iterrows()]
-    return Div(Table(Thead(head), Tbody(*rows)), cls='scroll', tabindex=0, role='region', aria_label='Table of results')
+    def row(name, values): return Tr(Th(look.named(name), *(f' [{i}]' for i in c.marks(name)), scope='row'), *(cell(*pair) for pair in values.items()))
+    rows = [row(name, values) for name,(_,values) in zip(c.names, shown.iterrows())]
+    table = Div(Table(Thead(head), Tbody(*rows)), cls='scroll', tabindex=0, role='region', aria_label='Table of results')
+    return Div(table, *(P(words, cls='less') for words in c.footnotes)) if c.footnotes else table
 
 def _methods(c, look):
     def card(name):

@@ -7,7 +7,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.report.html.md"""
 # %% auto #0
 __all__ = ['column_names', 'number_or_nan', 'last_accuracy', 'Score', 'last_score', 'mean_sd', 't_interval', 'welch_interval',
            'counted_images', 'paired_difference', 'paired_p', 'verdict', 'holm', 'seeds_to_show', 'seeds_needed',
-           'csv_safe', 'Comparison', 'read_runs', 'comparisons']
+           'unlike', 'csv_safe', 'Comparison', 'read_runs', 'comparisons', 'save_tables']
 
 # %% ../../nbs/45_lab.report.ipynb #69001025
 import json
@@ -265,6 +265,23 @@ def seeds_needed(
     effects = [_effect_at(share, t, n-1)/math.sqrt(n) for share in ((1-confidence)/2, (1+confidence)/2)]
     return tuple(seeds_to_show(effect, power, level, most) for effect in effects)
 
+# %% ../../nbs/45_lab.report.ipynb #56386419
+_conditions = 'fastkdtf','torch','torchvision','fastai','timm','python','device','processor','threads'
+
+def unlike(
+    ours:list, # records of one method
+    theirs:list, # of another
+)->str: # empty where nothing differs
+    "Say which versions, and what of the machine, differ between the runs of two methods that have a seed in common"
+    by_seed = {r['seed']: r for r in theirs}
+    pairs = [(r, by_seed[r['seed']]) for r in ours if r['seed'] in by_seed]
+    def values(field):
+        "Return what a field says in runs where it differs, ours and theirs"
+        found = [(r.get(field), other.get(field)) for r,other in pairs if r.get(field) != other.get(field)]
+        return [' or '.join(dict.fromkeys('unknown' if value is None else str(value) for value in one)) for one in zip(*found)]
+    said = {field: ' against '.join(values(field)) for field in _conditions}
+    return ', '.join(f'{field} {words}' for field,words in said.items() if words)
+
 # %% ../../nbs/45_lab.report.ipynb #40dd74bf
 def csv_safe(
     table:pd.DataFrame,
@@ -402,15 +419,53 @@ class Comparison:
 
     def verdicts(self)->dict: # (method, rival) → 'ahead' | 'behind' | 'open'
         "Judge each method against each of its rivals, corrected for the number of these judgements"
+        return self.judgements.verdict.to_dict()
+
+    @property
+    def judgements(self)->pd.DataFrame:
+        "One row for each method and rival: common seeds, paired difference and interval (shares), p-value after Holm's correction, verdict"
         pairs = [(name, rival) for name in self.methods for rival in self.rivals(name)]
         p = holm([paired_p(**self._independent(*pair)) for pair in pairs])
-        found = [self.difference(*pair)[0] for pair in pairs]
-        return {pair: ('open' if not p < .05 else 'ahead' if self.score.sign*mean > 0 else 'behind') for pair,p,mean in zip(pairs, p, found)}
+        rows = [(len(self._common_seeds(*pair)), *self.difference(*pair), corrected) for pair,corrected in zip(pairs, p)]
+        t = pd.DataFrame(rows, pd.MultiIndex.from_tuples(pairs, names=('method', 'against')), ['seeds', 'difference', 'low', 'high', 'p'])
+        better = self.score.sign*t.difference > 0
+        t['verdict'] = np.where(~(t.p < .05), 'open', np.where(better, 'ahead', 'behind'))
+        return t
+
+    @property
+    def judged(self)->pd.DataFrame:
+        "The judgements as people read them"
+        t,signed = self.judgements,self.score.signed
+        def text(write, *columns): return ['–' if math.isnan(row[0]) else write(*row) for row in zip(*(t[c] for c in columns))]
+        return pd.DataFrame({
+            'seeds': t.seeds, 'Δ last': text(signed, 'difference'),
+            '95 % interval': text(lambda low, high: f'[{signed(low)}, {signed(high)}]', 'low', 'high'),
+            'p (Holm)': text(lambda p: '< .001' if p < .001 else f'{p:.3f}'.lstrip('0'), 'p'),
+            'shown': t.verdict.replace('open', 'nothing')}, index=t.index)
 
     def alone(self, name:str, other:str|None=None)->str: # 'ahead' | 'behind' | 'open'
         "Judge a method against another by their own interval, not corrected for the number of judgements"
         mean,low,high = self.difference(name, other)
         return verdict((mean, low, high) if self.score.higher else (-mean, -high, -low))
+
+    @property
+    def differing(self)->dict: # words → pairs of names
+        "What differs in versions and machine between methods and their rivals"
+        found = {}
+        for name,rival in self.pairs:
+            if words := unlike(self.runs(name), self.runs(rival)): found.setdefault(words, []).append((name, rival))
+        return found
+
+    @property
+    def notes(self)->list:
+        "Footnotes of the table: which methods and rivals were not trained alike"
+        listed = [' and '.join(f"{', '.join(name for name,other in pairs if other == rival)} against {rival}" for rival in dict(map(reversed, pairs)))
+                  for pairs in self.differing.values()]
+        return [f'{pairs}: {words}. A difference between them may come from that, and the overhead above all.' for pairs,words in zip(listed, self.differing)]
+
+    def marks(self, name:str)->list:
+        "Return the numbers of a method's footnotes, from 1"
+        return [i for i,pairs in enumerate(self.differing.values(), 1) if any(name in pair for pair in pairs)]
 
     @property
     def covers(self)->str:
@@ -464,6 +519,7 @@ class Comparison:
         t = pd.DataFrame(rows).set_index('method')
         taught = [float(np.mean(self.teacher_accuracies(name))) for name in self.names]
         if np.isfinite(taught).any(): t.insert(t.columns.get_loc('last'), 'teacher', taught)
+        if self.notes: t['notes'] = ['; '.join(self.notes[i-1] for i in self.marks(name)) for name in self.names]
         return t
 
     @property
@@ -483,7 +539,9 @@ class Comparison:
             'seeds needed': text(_range_of_seeds, 'seeds_low', 'seeds_high'),
             **(calibration if t.nll.notna().any() else {}),
             's/epoch': text(lambda x: f'{x:.2f}', 'seconds_per_epoch'),
-            'overhead': text(lambda x: f'{round(100*x):+d} %', 'overhead')}, index=t.index)
+            'overhead': text(lambda x: f'{round(100*x):+d} %', 'overhead')}, index=t.index.map(self._marked))
+
+    def _marked(self, name): return ' '.join([name, *(f'[{i}]' for i in self.marks(name))])
 
     @property
     def caption(self)->str:
@@ -499,8 +557,15 @@ class Comparison:
                 'seeds needed: to show such a difference (two-sided 5 %, power 80 %), a range that covers the number in 80 % of cases, '
                 f'from five seeds on.{teacher}')
 
-    def __repr__(self): return f'{self.caption} {self.covers}\n{self.shown.to_string()}'
-    def _repr_html_(self): return f'<p>{escape(self.caption)} {self.covers}</p>{self.shown.to_html()}'
+    @property
+    def footnotes(self)->list:
+        "The notes, each behind the number that stands beside the methods"
+        return [f'[{i}] {words}' for i,words in enumerate(self.notes, 1)]
+
+    def __repr__(self): return '\n'.join([f'{self.caption} {self.covers}', self.shown.to_string(), *self.footnotes])
+    def _repr_html_(self):
+        notes = ''.join(f'<p>{escape(words)}</p>' for words in self.footnotes)
+        return f'<p>{escape(self.caption)} {self.covers}</p>{self.shown.to_html()}{notes}'
 
     @property
     def look(self)->Look:
@@ -563,6 +628,27 @@ class Comparison:
         for ax,column in zip(axs, ('valid_loss', self.judged_column)): self.draw_column(ax, column, self.look)
         axs[1].legend(fontsize='x-small', loc='center left', bbox_to_anchor=(1, .5))
         return axs
+
+    def draw_differences(self,
+        ax:plt.Axes,
+        look:Look, # of all methods that are shown together
+        pairs:Sequence|None=None, # of a name and its rival; None: `pairs`
+    ):
+        "Draw paired differences with their intervals on an axis"
+        def numbers(name, rival):
+            "Return what a row shows"
+            seeds = self.score.factor*np.subtract(*self.paired(name, rival))
+            return name, f'{name} − {rival}', np.multiply(self.difference(name, rival), self.score.factor), seeds
+        draw_differences(ax, [numbers(*pair) for pair in (self.pairs if pairs is None else pairs)], look, self.score.points)
+        ax.set_xlabel(plain(f"difference in {self.score.metric} after the last epoch{',' if self.score.points else ''}{self.score.points}"))
+
+    def plot_differences(self, ax:plt.Axes|None=None)->plt.Axes:
+        "Plot the difference of each method to each of its rivals: mean with its 95 % interval, faint marks for the seeds"
+        pairs = list(self.judgements.index)
+        if not pairs: raise ValueError('there is no method to hold against another in these runs, only the baseline and controls')
+        if ax is None: ax = plt.subplots(figsize=(7, .9+.27*len(pairs)), layout='constrained')[1]
+        self.draw_differences(ax, self.look, pairs)
+        return ax
 
     def draw_baseline(self, ax:plt.Axes, mean:float, sd:float):
         "Draw the baseline as a line with its band"
@@ -647,6 +733,15 @@ def comparisons(
         setting = json.dumps([same, r.get('baseline')], sort_keys=True)
         groups.setdefault(setting, []).append(r)
     return [Comparison(_one_configuration_a_name(runs), runs[0].get('baseline', 'baseline')) for runs in groups.values()]
+
+def save_tables(
+    comparisons:Iterable, # each a `Comparison`, such as all of a folder
+    out:str|Path, # folder
+)->Path: # the file
+    "Write the tables of several settings into one `table.csv`"
+    table = pd.concat([c.table.assign(setting=c.records[0]['setting']) for c in comparisons])
+    csv_safe(table).to_csv(Path(out)/'table.csv')
+    return Path(out)/'table.csv'
 
 def _one_configuration_a_name(records):
     configurations = {}

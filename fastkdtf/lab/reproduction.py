@@ -22,7 +22,7 @@ from fastcore.xml import H2, H3, Div, Li, Ol, P, Safe, Section, Strong, Style, S
 from .draw import *
 from .page import report_html, write_whole
 from .recipes import Recipe, paper_table, recipe
-from .report import Comparison, csv_safe, mean_sd, number_or_nan, paired_difference, t_interval, welch_interval
+from .report import Comparison, csv_safe, mean_sd, number_or_nan, paired_difference, t_interval, unlike, welch_interval
 from .runs import Ledger, check_failure, check_recipe_record, check_run
 
 # %% ../../nbs/47a_lab.reproduction.ipynb #a4ac018a
@@ -234,12 +234,19 @@ def _cells(row, marks):
             'our gain': _signed(row.gain, row.gain_low, row.gain_high), 'over its control': over,
             'scale': row.scale, 'a full run': _hours(row.full_hours)+of_all, 'loading': loading, 'notes': ', '.join(map(str, marks))}
 
-def _notes(record, row):
+def _trained_apart(record, runs):
+    "Say where a recipe's method and what it is held against differ in versions or machine"
+    found,name = {name: [runs[key] for key in keys if key in runs] for name,keys in record['runs'].items()},record['method']
+    pairs = {rival: unlike(found.get(name, []), found.get(rival, [])) for rival in (record['baseline'], *record['controls'])}
+    return [f'{name} against {rival}: {words}. A gain may come from that.' for rival,words in pairs.items() if words]
+
+def _notes(record, row, runs):
     "Say what must be known to read a row"
     r = recipe(record['recipe'])
     said = [f'The paper contradicts itself: {r.contradiction}'] if r.contradiction else []
     said += [r.note] if r.note else []
     said += [f'Not stated: {what}' for what in r.missing]
+    said += _trained_apart(record, runs)
     if r.metric.endswith('5') and math.isnan(row['ours']): said.append('Runs keep no top-5 accuracy.')
     if row['compatible'] == 'not shown' and row['seeds'] < 2: said.append('Fewer than two seeds give no interval.')
     if row['compatible'] in ('yes', 'no') and not math.isfinite(row['paper_low']):
@@ -259,7 +266,7 @@ class Reproduction:
         self.records,finished = _merged(records),{r['key']: r for r in self.runs}
         rows = [_row(record, finished) for record in self.records]
         self.table = pd.DataFrame(rows).assign(compatible=pd.Series([row['compatible'] for row in rows], dtype=object))   # None stays None
-        said = [_notes(*pair) for pair in zip(self.records, rows)]
+        said = [_notes(*pair, finished) for pair in zip(self.records, rows)]
         self.notes = list(dict.fromkeys(words for notes in said for words in notes))
         self.marks = [[self.notes.index(words)+1 for words in notes] for notes in said] # of each row, from 1
 

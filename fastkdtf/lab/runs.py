@@ -10,6 +10,7 @@ __all__ = ['Run', 'RunsBar', 'EpochBar', 'tried', 'work', 'ray_work', 'Ledger', 
 
 # %% ../../nbs/40_lab.runs.ipynb #0ce90ff2
 import errno
+import hashlib
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from torch import Tensor
 
 import fastkdtf
 from ..core import check_types
-from ..files import read_json, sync_folder
+from ..files import read_json, replacing, sync_folder
 from ..fingerprint import fingerprint, settings_digest
 
 # %% ../../nbs/40_lab.runs.ipynb #8b7b866a
@@ -311,6 +312,14 @@ class _Index:
 _indices = WeakValueDictionary()   # one for each file, whoever asks
 
 # %% ../../nbs/40_lab.runs.ipynb #5c59f80c
+def _seal(record):
+    "Return sixteen digits for what a record says, however it is written"
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+def _sealed(record):
+    "Return the line of a record, with its seal at the end"
+    return json.dumps({**record, 'seal': _seal(record)}).encode()
+
 class Ledger:
     "Finished runs in a file with one JSON object per line, each with its own `key`; safe under interrupts and several writers"
     def __init__(self,
@@ -334,13 +343,17 @@ class Ledger:
 
     def __iter__(self):
         "Yield all records, oldest first"
+        return map(self._checked, self._as_written())
+
+    def _as_written(self):
+        "Yield all records, with their seals"
         known = self._index
         if not known.n: return
         size = known.end if known.torn or known.ended else known.stamp[1]   # not what another process is just adding
         with open(self.path, 'rb') as f:
             while f.tell() < size:
                 lines = f.read(min(2**20, size-f.tell())) + f.readline(max(0, size-f.tell()))   # whole lines
-                for record in self._parsed(lines.split(b'\n')): yield self._checked(record)
+                yield from self._parsed(lines.split(b'\n'))
 
     def records(self)->list:
         "Return all records, oldest first. Raises `ValueError` naming a line that is no JSON object, unless it is a torn last one"
@@ -365,7 +378,9 @@ class Ledger:
         if not isinstance(record, dict): raise TypeError(f'record must be a dict, got {record!r}')
         key = record.get('key')
         if not isinstance(key, str) or not key: raise ValueError(f"record must have a 'key', a string that names the run, got {key!r}")
-        line = json.dumps(_json_ready({'key': key, **record})).encode()
+        if 'seal' in record: raise ValueError("record must not have a 'seal', which is what the ledger adds to it")
+        ready = _json_ready({'key': key, **record})
+        line = _sealed(ready)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f'{self.path}.lock'):
             known = self._index
@@ -373,6 +388,26 @@ class Ledger:
             if known.torn: self._set_aside(known.torn)
             self._write((b'' if known.torn or known.ended else b'\n') + line + b'\n')
         return True
+
+    @property
+    def unsealed(self)->list:
+        "Keys of the records without a seal"
+        return [record.get('key') for record in self._as_written() if 'seal' not in record]
+
+    def seal(self)->int: # how many
+        "Seal the records that were written without a seal, as 0.1.0 wrote them"
+        if not self.path.exists(): return 0
+        with FileLock(f'{self.path}.lock'):
+            n,torn = len(self.unsealed),self._index.torn
+            if not n: return 0
+            lines = self.path.read_bytes().removesuffix(torn).split(b'\n')
+            with replacing(self.path) as f: f.write(b'\n'.join(map(self._with_seal, lines))+torn)
+        return n
+
+    def _with_seal(self, line):
+        if not line.strip(): return line
+        record = self._parse_alone(line)
+        return line if 'seal' in record else _sealed(record)
 
     def _parsed(self, lines):
         "Return the records of some lines, read together: so names that are the same are there once"
@@ -391,6 +426,9 @@ class Ledger:
     def _damaged(self, why): return ValueError(f'{self.path}: {why}: repair or remove that line')
 
     def _checked(self, record):
+        "Return a record without its seal. Raises `ValueError` if it is not what was sealed, or of another kind"
+        if 'seal' in record and record.pop('seal') != _seal(record):
+            raise self._damaged(f"the record of {str(record.get('key'))[:80]!r} was changed after it was written")
         if self.check is None: return record
         try: self.check(record)
         except ValueError as e: raise self._damaged(f"the record of {str(record.get('key'))[:80]!r} {e}") from e

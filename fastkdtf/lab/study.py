@@ -6,13 +6,15 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.study.html.md"""
 
 # %% auto #0
 __all__ = ['is_real', 'search_space', 'check_grid', 'whole_grid', 'grid_points', 'check_space', 'corners', 'import_optuna',
-           'quiet_optuna', 'GivenTrials', 'SuggestedTrials', 'Trials', 'as_error', 'ReportEpochs', 'StopDiverged',
-           'has_diverged', 'error_of', 'params_in_words', 'run_trials', 'train_trial', 'mean_and_spread', 'TrialTable']
+           'quiet_optuna', 'GivenTrials', 'SuggestedTrials', 'all_studies', 'Trials', 'as_error', 'ReportEpochs',
+           'StopDiverged', 'has_diverged', 'error_of', 'params_in_words', 'run_trials', 'train_trial',
+           'mean_and_spread', 'TrialTable']
 
 # %% ../../nbs/40c_lab.study.ipynb #52c3cb86
 import math
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from html import escape
 from itertools import chain, product
 from pathlib import Path
@@ -27,7 +29,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 
 from ..core import *
 from ..files import run_lock
-from .draw import draw_baseline, save_png
+from .draw import draw_baseline, plain, save_png
 from .report import csv_safe, mean_sd
 from .runs import EpochBar, RunsBar
 from .training import Campaign, Score, make_folder
@@ -167,6 +169,21 @@ class SuggestedTrials:
         return kind(low, high, log=bool(log))
 
 # %% ../../nbs/40c_lab.study.ipynb #f9284785
+def _storage(file):
+    "Return Optuna's storage in a file"
+    url = f"sqlite:///file:{quote(Path(file).resolve().as_posix())}?uri=true"   # ? and {} in the path are letters
+    return import_optuna().storages.RDBStorage(url, engine_kwargs=dict(connect_args=dict(timeout=100)))
+
+def all_studies(
+    file:str|Path, # of the trials
+)->dict: # name of each study → what was noted of it, and its trials; in the order in which they were begun
+    "Return all trials that a file keeps; nothing where there is no file"
+    if not Path(file).exists(): return {}
+    with quiet_optuna(file):
+        storage = _storage(file)
+        studies = sorted(storage.get_all_studies(), key=lambda study: study._study_id)
+        return {study.study_name: (study.user_attrs.get('about', {}), storage.get_all_trials(study._study_id)) for study in studies}
+
 class Trials:
     "The trials of one sweep, in an Optuna study; at any time each belongs to one process"
     def __init__(self,
@@ -179,10 +196,8 @@ class Trials:
         self.optuna,self.out,self.name,self.propose = import_optuna(),out,name,propose
         optuna = self.optuna
         with self._lock('sweep', -1):
-            url = f"sqlite:///file:{quote((out/file).resolve().as_posix())}?uri=true"   # ? and {} in the path are letters
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=dict(connect_args=dict(timeout=100)))
             sampler = optuna.samplers.RandomSampler()
-            self.study = optuna.create_study(storage=storage, sampler=sampler, pruner=pruner, study_name=name, load_if_exists=True)
+            self.study = optuna.create_study(storage=_storage(out/file), sampler=sampler, pruner=pruner, study_name=name, load_if_exists=True)
 
     def _lock(self, what, timeout=0): return run_lock(self.out/'unfinished'/what, timeout)
     def _file(self, number): return f"{self.name.rsplit(' ', 1)[1]}-trial{number}"
@@ -190,6 +205,11 @@ class Trials:
     def all(self)->list:
         "Return all trials"
         return self.study.get_trials()
+    def note(self,
+        about:dict, # in the types of JSON
+    ):
+        "Keep what a table has to know beside the trials"
+        self.study.set_user_attr('about', about)
     def running(self)->list:
         "Return the numbers of trials that are not finished"
         return [t.number for t in self.all() if t.state == self.optuna.trial.TrialState.RUNNING]
@@ -336,6 +356,7 @@ def mean_and_spread(
 class TrialTable:
     "Trials of a method's settings; shows as a table, draws the error against each parameter, saves both"
     file,own_words = 'trials','as it was'
+    study = None   # the name of the trials in their folder
     def __init__(self,
         title:str, # what is tried
         method_name:str,
@@ -450,13 +471,43 @@ class TrialTable:
         "Return the name of a parameter's figure"
         return parameter
 
+    @property
+    def about(self)->dict:
+        "What another table of the folder has to know of this one, in the types of JSON"
+        own = {name: self.own[name] for name in self.parameters if isinstance(self.own.get(name), (int, float, str))}
+        return dict(title=self.title, method_name=self.method_name, own=own, parameters=self.parameters, baseline=list(self.baseline), words=self.words,
+                    grid=self.grid, score=[self.score.metric, self.score.higher])
+
+    def _beside(self, out):
+        "Return the tables that the folder keeps, this one among them, in the order in which they were begun"
+        found = all_studies(out/f'{self.file}.db')
+        if self.study not in found: return [self]
+        def table(name, about, trials):
+            "Return the table of a study"
+            if name == self.study: return self
+            unknown = dict(title=name, method_name=name, own={}, parameters=list(dict.fromkeys(chain(*(trial.params for trial in trials)))), baseline=[], words='',
+                           grid=False, score=[])
+            known,twin = {**unknown, **about},copy(self)
+            vars(twin).update(known, score=Score(*known['score']), study=name, trials=trials)
+            return twin
+        ended = {name: (about, [trial for trial in trials if trial.state.is_finished()]) for name,(about,trials) in found.items()}
+        return [table(name, *kept) for name,kept in ended.items() if kept[1]]
+
     def save(self,
         out:str|Path, # folder
     )->Path:
-        "Write the table as CSV, and a figure for each parameter"
+        "Write the table as CSV and a figure for each parameter, both with the other trials that the folder keeps"
         out = make_folder(out)
-        csv_safe(self.table).to_csv(out/f'{self.file}.csv')
+        tables = self._beside(out)
+        csv_safe(pd.concat([t.table.assign(study=t.study or t.title) for t in tables])).to_csv(out/f'{self.file}.csv')
         for parameter in self.parameters:
-            self.plot(parameter)
+            self._draw_all(parameter, [t for t in tables if parameter in t.parameters])
             save_png(out/f'{self.figure(parameter)}.png')
         return out
+
+    def _draw_all(self, parameter, tables):
+        "Plot error against one parameter, for each table in axes of its own"
+        axs = plt.subplots(len(tables), figsize=(6, 3.6*len(tables)), layout='constrained', squeeze=False)[1]
+        for t,ax in zip(tables, axs[:,0]):
+            t.plot(parameter, ax)
+            if len(tables) > 1: ax.set_title(plain(f'{t.study}\n{t.words}'), fontsize='small')

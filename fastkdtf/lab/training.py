@@ -48,7 +48,7 @@ from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
 from .parallel import end_of_training
-from .report import Comparison, Score, comparisons
+from .report import Comparison, Score, comparisons, save_tables
 from .runs import Ledger, Run, check_run, run_environment, work
 from ..teachers.base import Teacher
 from ..teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher
@@ -834,8 +834,19 @@ class Campaign:
         records = self.run()
         end_of_training()
         comparison = kind(records, self.baseline)
-        if self.out is not None: write_report([comparison, *self._others(comparison)], comparison.save(self.out))
+        if self.out is None: return comparison
+        others = self._others(comparison)
+        comparison.save(self.out)
+        if others: self._save_with(comparison, others)
+        write_report([comparison, *others], self.out)
         return comparison
+
+    def _save_with(self, comparison, others):
+        "Write the table of all runs of the folder, and plots with all methods of this setting"
+        ours = {record['key'] for record in comparison.records}
+        whole = first(other for other in others if ours.issubset(record['key'] for record in other.records))
+        if whole: whole.save(self.out)
+        save_tables([whole or comparison, *[other for other in others if other is not whole]], self.out)
 
     def _others(self, comparison):
         "Return the comparisons that the folder holds beside this one"

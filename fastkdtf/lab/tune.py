@@ -211,7 +211,9 @@ def tune(
     identity = fingerprint(dict(method=name, runs=keys, own=own, space=space, tpe=tpe is not None, prune=prune, seed=seed))
     trials = _tried(out, f'{name} {settings_digest(identity)}', propose, prune, n_epoch, campaign, first)
     errors = [error_of(first.train(baseline, s), n_epoch, first.score) for s in seeds]
-    found = Tuned(name, name, own, space, trials, errors, _in_words(first, n_epoch, seeds, made.share), tpe is None, first.score)
+    found = Tuned(name, name, own, space, trials.all(), errors, _in_words(first, n_epoch, seeds, made.share), tpe is None, first.score)
+    found.study = trials.name
+    with quiet_optuna(out/'tune.db'): trials.note(found.about)
     if confirm: _confirm(found, campaign, made, confirm, seeds, controls)
     found.save(out)
     return found
@@ -224,7 +226,7 @@ def _tried(out, study, propose, prune, n_epoch, campaign, first):
     with quiet_optuna(out/'tune.db'):
         trials = Trials(out, study, propose, pruner, 'tune.db')
         run_trials(trials, campaign, len(seeds)*n_epoch)
-        return trials.all()
+    return trials
 
 def _in_words(campaign, n_epoch, seeds, share):
     "Say how trials were trained and judged"

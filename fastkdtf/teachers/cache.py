@@ -25,7 +25,7 @@ from ..fingerprint import fingerprint, settings_digest
 from ..vision.identity import loader_identity
 from ..files import read_json, replacing
 from .inputs import class_names
-from .network import EnsembleTeacher, as_teacher
+from .network import EnsembleTeacher, NetworkTeacher, as_teacher
 from .base import Teacher
 
 # %% ../../nbs/24_teachers.cache.ipynb #aee6e40e
@@ -247,13 +247,15 @@ def _depends_on_tau(teacher):
     if not isinstance(teacher, EnsembleTeacher): return False
     return teacher.average == 'probs' or any(map(_depends_on_tau, teacher.teachers))
 
+def _networks(teacher): return [teacher] if isinstance(teacher, NetworkTeacher) else [net for one in getattr(teacher, 'teachers', ()) for net in _networks(one)]
+
 def _batch_of(dl, keys):
     "Return the batch of the samples and views of `keys`, as training sees it"
     idx,view = key_samples(keys)
     augments = getattr(dl, 'augments', False)
-    made = plain_tensors(tuple(dl.batch_of(idx, view if augments else None)))
+    made = tuple(dl.batch_of(idx, view if augments else None))   # of fastai's types, which tell images from other inputs
     n_inputs = getattr(dl, 'n_inp', max(1, len(made)-1))
-    y = made[n_inputs] if len(made) > n_inputs else None
+    y = plain_tensors(made[n_inputs]) if len(made) > n_inputs else None
     return Batch(y, xb=made[:n_inputs], idx=idx, view=view)
 
 def _n_views(dl):
@@ -307,7 +309,7 @@ class CachedTeacher(Teacher):
                             "EnsembleTeacher([CachedTeacher(a, path_a), CachedTeacher(b, path_b)]), or give it average='logits'")
         self.top_k = None if top_k is None else check_whole('top_k', top_k)
         self.dtype = check_choice('dtype', dtype, ('float16', 'float32'))
-        self.learn,self.store,self.hits,self.calls,self.epoch = None,None,0,0,None
+        self.learn,self.store,self.hits,self.calls,self.epoch,self.checked = None,None,0,0,None,False
 
     def attach(self, learn:Learner):
         "Open the cache. Raises `ValueError` unless it fits this teacher and this learner's training data"
@@ -319,7 +321,9 @@ class CachedTeacher(Teacher):
         except BaseException:
             self.teacher.detach()
             raise
-        self.learn,self.hits,self.calls,self.epoch = learn,0,0,None
+        self.learn,self.hits,self.calls,self.epoch,self.checked = learn,0,0,None,False
+
+    def before_batch(self): self.teacher.before_batch()
 
     def detach(self):
         "Write what is not yet on disk"
@@ -358,9 +362,19 @@ class CachedTeacher(Teacher):
     def _live(self, batch, n):
         "Return the live teacher's logits `[n,K]`"
         with torch.no_grad(): logits = self.teacher(batch)
-        if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == n: return logits
+        if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == n: return self._checked(batch, logits)
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f'a cache holds logits [N,K], here [{n},K], and {self.teacher!r} returned {got}')
+
+    @torch.no_grad()
+    def _checked(self, batch, logits):
+        "Return logits. Raises `ValueError` once a fit where the teacher answers otherwise when it is asked again"
+        if not self.checked and not all(network.steady for network in _networks(self.teacher)):
+            off,size = (self.teacher(batch)-logits).abs().max().item(),logits.abs().max().item()
+            if not off <= 1e-2*size: raise ValueError(f'{self.teacher!r} answers otherwise when it is asked again, as it keeps a state from batch to batch, or draws '
+                                                      'random numbers: there is no answer to keep; use the live teacher')
+        self.checked = True
+        return logits
 
     def _count(self, n, n_missing):
         epoch = getattr(self.learn, 'epoch', None)

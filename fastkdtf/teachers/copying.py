@@ -247,10 +247,12 @@ def copy_model(
     if not isinstance(model, nn.Module): raise TypeError(f'model must be an nn.Module, got {kind}; of a Learner, give learn.model')
     check_has_weights(model)
     shared = tuple(shared)
-    try: twin = _Copying(model, shared).make()
+    try:
+        with torch.no_grad(): twin = _Copying(model, shared).make()   # TorchScript would write the copying of its weights into a graph
     except Exception as e:
         raise TypeError(f'model, a {kind}, cannot be copied ({type(e).__name__}: {e}); take what cannot be copied off its modules, '
                         'such as locks, open files and generators, or give its class a __deepcopy__') from e
+    for ours,its in zip(twin.parameters(), model.parameters()): ours.requires_grad_(its.requires_grad)
     back = _leads_back(model, twin, shared)
     if back or _other_weights(model, twin):
         how = f'its copy still refers to a {back} of the original' if back else 'a __deepcopy__ of its classes gives other weights'

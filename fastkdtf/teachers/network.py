@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import *
 from .base import FunctionTeacher, Teacher, resets_state
 from .copying import check_has_weights, remainder, weights_of
-from .frozen import FrozenCopy
+from .frozen import FrozenCopy, bare_network
 from .inputs import *
 from .sources import comes_later, find_network, look_below, n_outputs, pretrained_cfg
 from ..fingerprint import fingerprint, settings_digest
@@ -182,6 +182,11 @@ class NetworkTeacher(Teacher):
         if logits.is_inference(): logits = logits.clone()
         return logits if self.order is None else logits.index_select(self.axis, self._order_on(logits.device, batch))
 
+    @property
+    def steady(self)->bool:
+        "True if it is known that an answer depends on the batch alone: the first one drew no random number and left no state behind"
+        return self.copy is not None and bool(self.copy.steady)
+
     # what it reads
 
     def _read(self, xb):
@@ -189,7 +194,7 @@ class NetworkTeacher(Teacher):
         if self.translate is not None: xb = self.translate(xb)
         if self.rescale is None and self.size is None: return xb
         tensors = tensors_in(xb)
-        places = self._places if self._places is not None and len(self._places) == len(tensors) else image_places(xb)
+        places = self._places if self._places is not None and len(self._places) == len(tensors) else image_places(xb, xb)
         images = iter(places)
         return map_tensors(lambda t: self._image(t) if next(images) else t, xb)
 
@@ -230,7 +235,7 @@ class NetworkTeacher(Teacher):
     def identity(self)->str:
         "A digest of the network's structure and weights, of its classes, and of how it sees images"
         if self.waits_for: self._take(find_network(*self.waits_for))
-        return settings_digest(fingerprint([self.model, self.stats, self.vocab, self.size, self.origin.table]))
+        return settings_digest(fingerprint([bare_network(self.model), self.stats, self.vocab, self.size, self.origin.table]))
 
     def __getstate__(self): return {**vars(self), 'model': None, 'copy': None, 'learn': None}
     def __deepcopy__(self, memo):

@@ -19,8 +19,9 @@ from fastai.torch_core import get_model, num_distrib, rank_distrib
 from torch import Tensor
 
 from ..core import *
-from .base import Teacher
-from .frozen import FrozenCopy
+from .base import Teacher, resets_state
+from .copying import check_has_weights, remainder
+from .frozen import FrozenCopy, bare_network
 from ..vision.samplers import Overlap, arranged, index_of
 
 # %% ../../nbs/25_teachers.remembered.ipynb #01b8d988
@@ -273,16 +274,31 @@ class EMATeacher(Teacher):
 
     def attach(self, learn:Learner):
         self.detach()
+        check_has_weights(learn.model)
         self.learn = learn
 
-    def detach(self): self.learn,self.copy,self.t,self.resumed = None,None,0,None
+    def detach(self): self.learn,self.copy,self.t,self.resumed,self.epoch,self.look,self.own_state = None,None,0,None,None,True,None
 
     def before_batch(self):
-        "Make the average at the first batch, or go on with that of the checkpoint"
-        if self.copy is not None: return
-        self.copy = FrozenCopy(get_model(self.learn.model), fast=False, untrained=True)
-        if self.resumed is not None: self.copy.load_state_dict(self.resumed)
+        "Make the average at the first batch, or go on with that of the checkpoint; reset the state of a recurrent one when the student's is reset"
+        if self.copy is None: self._take(get_model(self.learn.model), self.resumed)
         self.resumed = None
+        epoch,began = getattr(self.learn, 'epoch', None),self.epoch
+        self.epoch = epoch
+        if epoch == began: return
+        self.look = True
+        if resets_state(self.learn): self.copy.reset()
+
+    def _take(self, model, state=None):
+        self.copy = FrozenCopy(model, fast=False, untrained=True)
+        if state is not None: self.copy.load_state_dict(state)
+
+    def _follow(self, model):
+        "Take over what training changes beside weights and buffers; looked for at the first steps of an epoch, and at each where it does change"
+        if not self.look or self.own_state: return
+        now = remainder(bare_network(model))
+        self.look = now is None or now != self.copy.remainder
+        if self.look: self._take(model, self.copy.state_dict())
 
     @property
     def keeps(self)->float:
@@ -293,9 +309,10 @@ class EMATeacher(Teacher):
     def after_step(self):
         "Move the average towards the student"
         if self.copy is None: return   # its weight is 0, and nobody will ask it
-        keep,model,average = self.keeps,get_model(self.learn.model),self.copy.model
-        self.t += 1
-        pairs = [*zip(average.parameters(), model.parameters()), *zip(average.buffers(), model.buffers())]
+        keep,model = self.keeps,get_model(self.learn.model)
+        self._follow(model)
+        average,self.t = self.copy.model,self.t+1
+        pairs = [*zip(average.parameters(), model.parameters(), strict=True), *zip(average.buffers(), model.buffers(), strict=True)]
         moving = [(ours, theirs.detach().to(ours)) for ours,theirs in pairs if ours.is_floating_point()]
         torch._foreach_lerp_(*map(list, zip(*moving)), 1-keep)
         for ours,theirs in pairs:
@@ -304,7 +321,10 @@ class EMATeacher(Teacher):
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the average's logits"
         if 1-1/(self.t+1) >= self.decay: self.copy.use_running_statistics()
-        return first_output(self.copy(*batch.xb))
+        before = remainder(self.copy.model) if self.own_state is None else None
+        out = first_output(self.copy(*batch.xb))
+        if self.own_state is None: self.own_state = remainder(self.copy.model) != before   # as a hidden state, which is not the student's
+        return out
 
     def state_dict(self)->dict:
         if self.copy is None: return self.resumed and dict(t=self.t, copy=self.resumed) or {}

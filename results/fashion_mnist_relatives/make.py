@@ -5,7 +5,8 @@
 Ten epochs of resnet8, five seeds; the network that teaches is a resnet20 on the same images. DLB's epoch has twice as many steps, so it
 and its controls of equal batches train for half as many epochs in a campaign of their own, `dlb`; R-Drop needs dropout, so it trains the
 plain CNN beside that network's baseline, in `rdrop`. Run again to go on after an interrupt, also in several processes at once."""
-import sys
+import os, sys
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ dls = kd_dataloaders(sys.argv[1], train_subset=5000)
 settings = dict(data='fashion_mnist', arch='resnet8')
 
 set_seed(7)
-teacher = Learner(dls, create_model('resnet20', dls.c), metrics=accuracy, path=out, model_dir='trained')
+teacher = Learner(dls, create_model('resnet20', dls.c), metrics=accuracy, path=out, model_dir='trained').to_fast()
 if (out/'trained/teacher.pth').exists(): teacher.load('teacher')
 else:
     with teacher.no_bar(): teacher.fit_one_cycle(15, 1e-2)
@@ -30,6 +31,7 @@ alone = {'LSR': partial(LsrKD, tau=1.), 'PSKD': PSKD, 'OLS': OnlineLabelSmoothin
          'MeanTeacher': partial(MeanTeacher, .99, rampup=2)}
 taught = {'KD': lambda: KnowledgeDistillation(teacher), 'DKD': lambda: DKD(teacher, warmup=2), 'NKD': lambda: NKD(teacher),
           'DIST': lambda: DIST(teacher, tau=4.), 'StandardisedKD': lambda: StandardisedKD(teacher)}
-compare({**alone, **taught}, dls, student, 10, 5, lr=1e-2, out=out/'methods', settings=settings)
-compare({'DLB': DLB}, dls, student, 5, 5, lr=1e-2, out=out/'dlb', settings=settings)
-compare({'RDrop': RDrop}, dls, partial(create_model, 'plain_cnn', dls.c), 10, 5, lr=1e-2, out=out/'rdrop', settings={**settings, 'arch': 'plain_cnn'})
+compare({**alone, **taught}, dls, student, 10, 5, lr=1e-2, out=out/'methods', settings=settings, precision='bf16')
+compare({'DLB': DLB}, dls, student, 5, 5, lr=1e-2, out=out/'dlb', settings=settings, precision='bf16')
+compare({'RDrop': RDrop}, dls, partial(create_model, 'plain_cnn', dls.c), 10, 5, lr=1e-2, out=out/'rdrop', settings={**settings, 'arch': 'plain_cnn'},
+        precision='bf16')
