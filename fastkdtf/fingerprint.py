@@ -92,10 +92,10 @@ def _files_words(paths, names):
     return _bytes_digest('\n'.join(lines).encode(errors='surrogateescape'))
 
 def _path_words(path):
-    "Return what lies at a path: a file's content, a folder's files; where nothing lies, the path"
+    "Return what lies at a path: a file's content, a folder's files; where nothing lies, the path, an absolute one without its folder"
     path = Path(path)
     if path.is_file(): return f'file {_files_words([path], [""])}'
-    if not path.is_dir(): return path.as_posix()
+    if not path.is_dir(): return path.name if path.is_absolute() else path.as_posix()
     files = sorted(file for file in path.rglob('*') if file.is_file())
     return f'folder {_files_words(files, [file.relative_to(path).as_posix() for file in files])}'
 

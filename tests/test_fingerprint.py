@@ -352,6 +352,59 @@ def test_twenty_ways_to_write_one_run(dls, tmp_path):
     keys = [key(dls, **way) for way in ways] + [key(kd_dataloaders('digits', bs=64, train_subset=128, device='cpu'))]
     assert len(keys) == 21 and len(set(keys)) == 1, [i for i,k in enumerate(keys) if k != keys[0]]
 
+def trained(dls, method=LsrKD, model_fn=small, n_epoch=1, seed=0, fit='fit', lr=1e-3, settings=None, out=None, **arm):
+    campaign = Campaign({'baseline': Arm(), 'm': Arm(method, **arm)}, LearnerParts(dls, model_fn), n_epoch, [seed], fit, lr, out, settings=settings)
+    record = campaign.train('m', seed)
+    return campaign.runs['m', seed].key,{what: record[what] for what in ('last', 'best', 'history')}
+
+def taught(): return Distill(NetworkTeacher(small_teacher, teacher_norm=None), alpha=.5)
+torch.manual_seed(5)
+small_teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+@pytest.mark.parametrize('ways', [
+    [dict(), dict(method=LsrKD()), dict(method=lambda: [LsrKD(tau=3.)]), dict(method=partial(LsrKD, alpha=np.float64(.1)), bs=64, lr=np.float64(1e-3))],
+    [dict(method=MixUp), dict(method=[MixUp()]), dict(method=lambda: MixUp(.4))],
+    [dict(method=taught), dict(method=lambda: Distill(NetworkTeacher(deepcopy(small_teacher).eval(), teacher_norm=None), alpha=(.5, .5)))][:1]*2,
+    [dict(model_fn=partial(create_model, 'wrn_16_1', 10), fit='fit_one_cycle', seed=3), dict(model_fn=lambda: create_model('wrn_16_1', n_classes=10), fit='fit_one_cycle', seed=np.int64(3))]])
+def test_runs_of_one_fingerprint_are_one_bit_for_bit(ways):
+    "On loaders that were made anew, and whatever was drawn meanwhile"
+    told = []
+    for i,way in enumerate(ways):
+        torch.rand(i), np.random.rand(i)
+        told.append(trained(kd_dataloaders('digits', bs=64, train_subset=128, device='cpu', augment=Augment(flip=True, pad=1)), **way))
+    assert len(told) > 1 and len({key for key,_ in told}) == 1
+    for _,numbers in told[1:]: assert numbers == told[0][1]
+    assert told[0][1]['history']['train_loss'][0] > 0
+
+@pytest.mark.parametrize('arm', ['LsrKD', 'KD', 'MemoryReplay', 'SelfGuidance', 'RDrop', 'PSKD'])
+def test_runs_of_one_fingerprint_are_one_for_methods_that_draw_and_remember(arm):
+    from fastkdtf.all import KnowledgeDistillation, MemoryReplay, PSKD, RDrop, SelfGuidance
+    make = dict(LsrKD=LsrKD, KD=partial(KnowledgeDistillation, small_teacher), MemoryReplay=partial(MemoryReplay, 2, interval_steps=1), SelfGuidance=SelfGuidance, RDrop=RDrop, PSKD=PSKD)[arm]
+    a,b = (trained(kd_dataloaders('digits', bs=64, train_subset=128, device='cpu'), make, n_epoch=2) for _ in range(2))
+    assert a == b
+
+def test_a_folder_read_at_another_size_is_another_data_set(photos):
+    assert len({str(fingerprint(kd_dataloaders(photos, size=size, bs=4, device='cpu'))) for size in (8, 32, 8)}) == 2
+
+def test_records_name_the_machine_and_hold_no_path_and_no_user(photos, tmp_path, monkeypatch):
+    import getpass, json
+    from fastkdtf.all import CachedTeacher, KnowledgeDistillation, with_index
+    dls = kd_dataloaders(photos, size=8, bs=4, device='cpu')
+    two = lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    make = lambda: KnowledgeDistillation(CachedTeacher(two_teacher, tmp_path/'cache'))
+    torch.manual_seed(1)
+    two_teacher = two()
+    torch.save(two_teacher.state_dict(), tmp_path/'weights.pth')
+    from_file = [lambda path=path: KnowledgeDistillation(NetworkTeacher(path, arch=two())) for path in (tmp_path/'weights.pth', str(tmp_path/'weights.pth'))]
+    campaign = Campaign({'baseline': Arm(), 'm': Arm(make), 'path': Arm(from_file[0]), 'text': Arm(from_file[1])}, LearnerParts(dls, two), 1, [0], 'fit', 1e-3, tmp_path/'out')
+    campaign.compare()
+    written = [path.read_text() for path in (tmp_path/'out').iterdir() if path.suffix in ('.jsonl', '.csv', '.html')]
+    assert len(written) == 3
+    for text in written:
+        for private in (str(tmp_path), str(photos), str(Path.home())+os.sep, os.getcwd()): assert private not in text
+    record = json.loads(written[[path.suffix for path in (tmp_path/'out').iterdir() if path.suffix in ('.jsonl', '.csv', '.html')].index('.jsonl')].splitlines()[0])
+    assert record['device'] == 'cpu' and record['threads'] == torch.get_num_threads() and record['processor'] and str(torch.__version__).startswith(record['torch'])
+
 def test_settings_are_one_however_their_numbers_and_paths_are_written(dls, tmp_path):
     (tmp_path/'imgs').mkdir(), (tmp_path/'x').mkdir()
     for a,b in [(3, 3.), (1, np.float32(1)), (tmp_path/'imgs', tmp_path/'x'/'..'/'imgs'), ((1, 2), [1, 2]), ({'a', 'b'}, {'b', 'a'})]:

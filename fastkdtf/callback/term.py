@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import attrgetter
+from types import FunctionType
 from typing import NamedTuple
 
 from fastai.callback.fp16 import MixedPrecision
@@ -60,6 +61,7 @@ def _inside(loss_func):
     "Return what a loss of the user's holds: layers, attributes, variables around a function"
     function,owner = getattr(loss_func, '__func__', loss_func),getattr(loss_func, '__self__', loss_func)
     cells = [cell.cell_contents for cell in getattr(function, '__closure__', None) or () if cell != type(cell)()]
+    if isinstance(owner, FunctionType): return cells
     layers = owner.modules() if isinstance(owner, nn.Module) else [owner]
     return [*cells, *(o for layer in layers for o in (layer, *getattr(layer, '__dict__', {}).values()))]
 

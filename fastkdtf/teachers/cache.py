@@ -440,4 +440,6 @@ class CachedTeacher(Teacher):
     def identity(self)->str: return f'{_identity_of(self.teacher)}, cached with top_k={self.top_k}, {self.dtype}'
 
     def __getstate__(self): return {**vars(self), 'learn': None, 'store': None}
-    def __repr__(self): return f'CachedTeacher({self.teacher!r}, {str(self.path)!r}, top_k={self.top_k}, dtype={self.dtype!r})'
+    def __repr__(self):
+        shown = self.path.name if self.path.is_absolute() else str(self.path)   # records and reports hold no place of this machine
+        return f'CachedTeacher({self.teacher!r}, {shown!r}, top_k={self.top_k}, dtype={self.dtype!r})'

@@ -9,6 +9,7 @@ __all__ = ['NetworkTeacher', 'as_teacher', 'EnsembleTeacher']
 
 # %% ../../nbs/21_teachers.network.ipynb #b914ab35
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,6 +63,11 @@ def _next_step(model, x):
     size = pretrained_cfg(model).get('input_size', [None])[-1] or getattr(model, 'image_size', None)
     return f"If it was trained on images of another size, say so: teacher_size={size or '(height, width)'}"
 
+def _name_of(model):
+    "Return what a teacher is called: a name that timm knows, a file without its folder, a class"
+    if isinstance(model, Path) or isinstance(model, str) and os.path.isabs(model): return Path(model).name
+    return model if isinstance(model, str) else type(model).__name__
+
 def _shown(out): return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 # %% ../../nbs/21_teachers.network.ipynb #61e9b8d4
@@ -89,7 +95,7 @@ class NetworkTeacher(Teacher):
         check_types(NetworkTeacher.__init__, dict(arch=arch, vocab=vocab, teacher_norm=teacher_norm, fast=fast, trust=trust))
         self.norm = teacher_norm if teacher_norm in ('auto', None) else _check_stats(teacher_norm)
         self.size = None if teacher_size is None else _check_size(teacher_size)
-        self.source,self.fast = model if isinstance(model, str) else type(model).__name__,fast
+        self.source,self.fast = _name_of(model),fast
         self.vocab = None if vocab is None else [str(name) for name in vocab]
         self.order,self.rescale,self.axis,self.copy = None,None,1,None
         self.waits_for = (model, arch, trust) if comes_later(model) and not kwargs else None
