@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
@@ -268,6 +269,7 @@ def fixed_statistics(
     before,norms = remainder(model) if check else None,[m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for m in norms: m.track_running_stats = False
     kept = [(m, dict(vars(m)), _own_buffers(m)) for m in model.modules()]
+    kept += [(x, dict(vars(x)), {}) for x in _held_objects(model)]
     try:
         for m,own,buffers in kept: _put_copies(m, own, buffers)
         yield model
@@ -276,13 +278,29 @@ def fixed_statistics(
         for m in norms: m.track_running_stats = True
     if before is None or remainder(model) == before: return
     raise ValueError(f'a second pass over a batch would count twice in the {type(model).__name__}: it changes an object that one of its modules holds; '
-                     'keep what training changes in buffers or attributes of the module')
+                     'keep what training changes in buffers or attributes')
 
 _of_every_module = set(vars(nn.Module()))
+_no_state = nn.Module,Tensor,type,FunctionType,MethodType,BuiltinFunctionType,ModuleType,partial
 
 def _own_buffers(m):
     if isinstance(m, _BatchNorm) and not m.track_running_stats: return {}   # it leaves them alone
     return {name: buffer for name,buffer in m.named_buffers(recurse=False) if buffer is not None}
+
+def _held_objects(model):
+    "Return the objects with attributes that modules hold, as a U-Net holds fastai's hooks"
+    found = {}
+    def collect(x):
+        if type(x) in (list, tuple, set, deque, dict):
+            for y in x.values() if type(x) is dict else x: collect(y)
+        elif hasattr(x, '__dict__') and not isinstance(x, _no_state) and id(x) not in found:
+            found[id(x)] = x
+            collect(dict(vars(x)))
+    for m in model.modules():
+        if not _is_pytorchs(m): collect({name: value for name,value in vars(m).items() if name not in _of_every_module})
+    return found.values()
+
+def _is_pytorchs(m): return type(m).__module__.startswith('torch.nn.modules.')   # its state is in its buffers
 
 def _copied(x):
     "Return a copy of a tensor, an array or a container of them, which could be changed in place; anything else as it is"
@@ -294,7 +312,7 @@ def _copied(x):
 
 def _put_copies(m, own, buffers):
     for name,buffer in buffers.items(): setattr(m, name, buffer.clone())
-    if type(m).__module__.startswith('torch.nn.modules.'): return   # whose state is in their buffers
+    if _is_pytorchs(m): return
     vars(m).update({name: _copied(value) for name,value in own.items() if name not in _of_every_module})
 
 def _put_back(m, own, buffers):
