@@ -175,6 +175,17 @@ def test_networks_are_trained_once(small_networks, tmp_path):
     alone,together = ledger_numbers(tmp_path/'alone'),ledger_numbers(tmp_path/'all')
     assert alone == {k: together[k] for k in alone}
 
+@pytest.mark.parametrize('id', ['yuan2019/T2/ResNeXt29/ReKD/from ResNet18', 'wang2020/T1/ResNet56/LsrKD-TC', 'yuan2019/T8/MobileNetV2/LSR'])
+@pytest.mark.parametrize('bs', [16, 64])
+def test_a_method_its_baseline_and_its_controls_have_one_batch_size_which_makes_steps(id, bs):
+    "Whatever batches the loaders have that a sweep is given, of 64 images"
+    from fastkdtf.lab.experiment import recipe_campaign
+    r,dls = recipe(id),kd_dataloaders('digits', bs, train_subset=64, device='cpu', valid_pct=.2)
+    campaign = recipe_campaign(r, dls, [0], 1, None, controls=True, settings={}, data='digits')
+    method = list(campaign.arms)[list(campaign.arms).index(campaign.baseline)+1:]
+    sizes = {name: campaign.runs[name, 0].settings['bs'] for name in (campaign.baseline, *[name for name in method if 'baseline' not in name])}
+    assert len(sizes) >= 2 and len(set(sizes.values())) == 1 and 2*min(sizes.values()) <= 64
+
 def test_batch_sizes_of_networks(tmp_path):
     "A network with another batch size is trained as in a campaign of its own, under the same key"
     dls = lambda bs: kd_dataloaders('digits', bs, train_subset=256, device='cpu', valid_pct=0)

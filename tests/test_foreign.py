@@ -359,6 +359,21 @@ def test_teachers_that_return_more_than_logits(kind):
         t = (net.net(o.x)/4).softmax(1)
         assert o.loss == pytest.approx((16*(t*(t.log()-(o.pred/4).log_softmax(1))).sum(1).mean()).item(), rel=1e-4)
 
+def test_a_network_that_returns_more_than_logits_in_training_only():
+    "GoogLeNet with its auxiliary heads, as student and as teacher"
+    def loss(out, t): return F.cross_entropy(out, t) if isinstance(out, Tensor) else F.cross_entropy(out.logits, t) + .3*(F.cross_entropy(out.aux_logits1, t) + F.cross_entropy(out.aux_logits2, t))
+    torch.manual_seed(0)
+    teacher = create_model('torchvision/googlenet', K, aux_logits=True)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    dls = DataLoaders(*[DataLoader(TensorDataset(images, y[:8]), 4)]*2)
+    dls.c = K
+    learn = Learner(dls, create_model('torchvision/googlenet', K, aux_logits=True), loss, opt_func=SGD, lr=.001, cbs=[KnowledgeDistillation(teacher, .5, 2.), keep := Keep()]).remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit(1)
+    assert len(keep.steps) == 2 and teacher.training
+    for o in keep.steps:
+        z,zt = o.pred.logits.double(),teacher.eval()(o.x).detach().double()
+        assert o.loss == pytest.approx((.5*loss(o.pred, o.y).double() + .5*kd_by_hand(zt, z, 2.)).item(), rel=1e-4)
+
 def test_self_guidance_of_a_network_that_returns_more_than_logits():
     class Aux(nn.Module):
         def __init__(self):
