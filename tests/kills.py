@@ -70,10 +70,10 @@ def stages(data, out):
     Ledger(out/'results.jsonl').append(dict(key='stages', weights=weights, values=[list(map(float, row[:3])) for row in learn.recorder.values]))
 
 tasks = dict(compare=compare, run=run, sweep=sweep, cache=cache, stages=stages)
-_times = {'seconds_per_epoch', 'epoch_seconds', 'loading_seconds', 'validation_seconds', 'date', 'full_hours', 'full_hours_of_all', 'loading_share'}
+_times = {'seal', 'seconds_per_epoch', 'epoch_seconds', 'loading_seconds', 'validation_seconds', 'date', 'full_hours', 'full_hours_of_all', 'loading_share'}
 
 def numbers(out):
-    "What a task found, without times"
+    "What a task found, without times, and the seals over them"
     def plain(record): return {k: v for k,v in record.items() if k not in _times}
     return {name: sorted((plain(json.loads(line)) for line in (out/name).read_text().splitlines()), key=lambda r: r['key'])
             for name in ('results.jsonl', 'recipes.jsonl') if (out/name).exists()}

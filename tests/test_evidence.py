@@ -154,6 +154,14 @@ def test_two_runs_of_one_arm_and_seed_are_refused(tmp_path):
     Ledger(tmp_path/'results.jsonl').append(made_up({'baseline': base})[1] | dict(key='baseline/other settings'))
     with pytest.raises(ValueError, match='several runs of baseline with seed 1, of different settings'): Evidence(tmp_path)
 
+def test_runs_of_several_versions_stand_in_the_table_under_their_names_and_in_the_notes(finished, tmp_path):
+    "A long campaign goes on after an update"
+    for i,r in enumerate(Ledger(finished/'results.jsonl').records()): Ledger(tmp_path/'results.jsonl').append(r | dict(fastkdtf='0.1' if i < 7 else '0.2'))
+    e,same = Evidence(tmp_path, N),Evidence(finished, N)
+    assert e.notes and 'fastkdtf 0.1 against 0.2' in ' '.join(e.notes) and not same.notes and not Evidence(tmp_path/'none').notes
+    columns = ['seeds', 'last acc %', 'Δ last', '95 % interval']
+    assert e.table[columns].equals(same.table[columns]) and (e.table['last acc %'] != '–').all()
+
 def test_a_changed_record_stops_the_page(finished, tmp_path):
     folder = begun(finished, 5, tmp_path/'x')
     text = (folder/'results.jsonl').read_text()

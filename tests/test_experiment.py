@@ -418,7 +418,7 @@ print('failures:', result.failures)
 '''
 
 def on_ray(out, ids, kill='none'):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'RAY_worker_niceness': '0'}   # else workers wait for all other tests
     return subprocess.run([sys.executable, '-c', RAY, str(out), ';'.join(ids), kill], env=env, capture_output=True, text=True, timeout=500)
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')

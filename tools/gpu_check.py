@@ -164,8 +164,9 @@ def main():
         if data and data.is_dir(): data = Path(unpacked(data, Path(tmp)/'cifar100.npz'))
         left = lambda: args.seconds-(time.perf_counter()-start)
         without = dict(left_out='no images were given, with --data')
-        checks = {'tests': lambda: tests(args, device, min(60, left())), 'half precision': lambda: halves(args, device, min(300 if args.tiny else 60, left())),
-                  'bench': lambda: bench(args, device, min(100, left())), 'race': lambda: race(args, device, min(120, left()), data) if data else without,
+        slow = 4 if args.tiny else 1   # a rehearsal may run on a busy machine
+        checks = {'tests': lambda: tests(args, device, min(60, left())), 'half precision': lambda: halves(args, device, min(60*slow, left())),
+                  'bench': lambda: bench(args, device, min(100*slow, left())), 'race': lambda: race(args, device, min(120*slow, left()), data) if data else without,
                   'row': lambda: row(args, device, left()-10, data) if data else without}
         for name,check in checks.items():
             began = time.perf_counter()

@@ -16,10 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
 from fastai.layers import SequentialEx
+from fastai.learner import Learner
 from fastai.torch_core import get_random_states, set_random_states
 from fastai.vision.models import xresnet
 from timm import layers as tl
@@ -261,10 +265,26 @@ def draw_bits(
 # %% ../../nbs/33_callback.survival.ipynb #a35de977
 _of_every_module = set(vars(nn.Module()))
 _generators = torch.Generator,random.Random,np.random.Generator,np.random.RandomState
+_no_state = nn.Module,Tensor,type,FunctionType,MethodType,BuiltinFunctionType,ModuleType,partial,Learner,Callback,DataLoaders,*_generators
 
 def _own_buffers(m):
     if isinstance(m, _BatchNorm) and not m.track_running_stats: return {}   # it leaves them alone
     return {name: buffer for name,buffer in m.named_buffers(recurse=False) if buffer is not None}
+
+def _is_pytorchs(m): return type(m).__module__.startswith('torch.nn.modules.')   # its state is in its buffers
+
+def _held_objects(model):
+    "Return the objects with attributes that modules hold, as a U-Net holds fastai's hooks"
+    found = {}
+    def collect(x):
+        if type(x) in (list, tuple, set, deque, dict):
+            for y in x.values() if type(x) is dict else x: collect(y)
+        elif hasattr(x, '__dict__') and not isinstance(x, _no_state) and id(x) not in found:
+            found[id(x)] = x
+            collect(dict(vars(x)))
+    for m in model.modules():
+        if not _is_pytorchs(m): collect({name: value for name,value in vars(m).items() if name not in _of_every_module})
+    return found.values()
 
 def _copied(x, generators):
     "Return a copy of a tensor, an array or a container of them, which could be changed in place; anything else as it is"
@@ -278,7 +298,7 @@ def _copied(x, generators):
 
 def _put_copies(m, own, buffers, generators):
     for name,buffer in buffers.items(): setattr(m, name, buffer.clone())
-    if type(m).__module__.startswith('torch.nn.modules.'): return   # whose state is in their buffers
+    if _is_pytorchs(m): return
     vars(m).update({name: _copied(value, generators) for name,value in own.items() if name not in _of_every_module})
 
 def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -299,7 +319,7 @@ def fixed_statistics(
     network = bare_network(model)
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for m in norms: m.track_running_stats = False
-    kept = [(m, dict(vars(m)), _own_buffers(m)) for m in network.modules()]
+    kept = [(m, dict(vars(m)), _own_buffers(m)) for m in network.modules()] + [(x, dict(vars(x)), {}) for x in _held_objects(network)]
     try:
         for m,own,buffers in kept: _put_copies(m, own, buffers, generators)
         yield model
@@ -317,7 +337,7 @@ def _check_trace(model, xb):
     set_random_states(**states)
     if output_distance(*said) <= 1e-3: return
     raise ValueError(f'a second pass over a batch would count twice in the {type(model).__name__}: it changes an object that one of its modules holds; '
-                     'keep what training changes in buffers or attributes of the module')
+                     'keep what training changes in buffers or attributes')
 
 def second_pass(
     model:nn.Module, # in training mode

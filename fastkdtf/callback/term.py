@@ -78,9 +78,9 @@ def loss_kind(
     given = {}
     while isinstance(loss_func, partial): loss_func,given = loss_func.func,{**loss_func.keywords,**given}
     inner = getattr(loss_func, 'func', loss_func)
-    said = lambda name, owner, default: given.get(name, getattr(owner, name, default))
-    ignored = said('ignore_index', inner, None)
-    return LossKind(said('axis', loss_func, 1), _ignored(loss_func) if ignored is None else ignored, said('reduction', loss_func, 'mean'))
+    ignored = given.get('ignore_index', getattr(inner, 'ignore_index', None))
+    if ignored is None: ignored = _ignored(loss_func)
+    return LossKind(given.get('axis', getattr(loss_func, 'axis', 1)), ignored, given.get('reduction', getattr(loss_func, 'reduction', 'mean')))
 
 # %% ../../nbs/30_callback.term.ipynb #45e49afd
 def own_autocast(

@@ -106,6 +106,11 @@ class Evidence:
         return bool(self.judgements.low.notna().any())
 
     @property
+    def notes(self)->list:
+        "Say which methods and rivals were not trained alike, in versions or machine"
+        return self.comparison.notes if self.comparison else []
+
+    @property
     def is_finished(self)->bool:
         "True if every planned run is there"
         return bool(self.names) and not self.missing
@@ -119,7 +124,7 @@ class Evidence:
         "One row for each arm, also where it has no run yet"
         if not self.comparison: shown = pd.DataFrame(index=pd.Index(self.names, name='method'))
         else:
-            shown = self.comparison.shown.drop(columns=['seeds', 'seeds needed', 's/epoch'])
+            shown = self.comparison.shown.drop(columns=['seeds', 'seeds needed', 's/epoch']).set_axis(self.comparison.names)   # without marks
             shown = shown[shown.columns.drop([column for column in shown if column.startswith('best')])].reindex(self.names)
         shown.insert(0, 'seeds', list(map(self._seeds_in_words, self.names)))
         if len(self.plan): shown.insert(0, 'what it is', [self.plan.what.get(name, '') for name in self.names])
