@@ -228,7 +228,7 @@ class SelfGuidance(DropsBranches, LossTerm):
         "Run the student's pass"
         model,batch = get_model(self.learn.model),self.new_batch(tau=(self.tau, self.tau))
         self.bits = self.draws(model)
-        with own_autocast(self.learn), subnetwork(model, self.bits), fixed_statistics(model, not self.checked): batch.z = model(*batch.xb)
+        with own_autocast(self.learn), subnetwork(model, self.bits): batch.z = second_pass(model, batch.xb, check=not self.checked)
         self.batch = batch
         if not self.full_backward: self.with_graph = without_graph(model)
 

@@ -6,19 +6,25 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.survival.html.md"""
 
 # %% auto #0
 __all__ = ['register_block', 'residual_blocks', 'survival_probs', 'survival', 'set_drawn', 'subnetwork', 'without_survival',
-           'draw_bits', 'fixed_statistics', 'fold']
+           'draw_bits', 'fixed_statistics', 'second_pass', 'fold']
 
 # %% ../../nbs/33_callback.survival.ipynb #956cab8c
+import random
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import lru_cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
 from fastai.layers import SequentialEx
+from fastai.learner import Learner
+from fastai.torch_core import get_random_states, set_random_states
 from fastai.vision.models import xresnet
 from timm import layers as tl
 from timm.models import _efficientnet_blocks, convnext, regnet, resnet, resnetv2, sknet, vision_transformer
@@ -29,7 +35,7 @@ from torchvision import models as tv, ops
 from ..vision import cifar_nets
 from ..core import *
 from ..teachers.copying import copy_model, remainder
-from ..teachers.frozen import bare_network
+from ..teachers.frozen import bare_network, output_distance
 
 # %% ../../nbs/33_callback.survival.ipynb #341b0c14
 _branches_of = {}   # class of a block → function of a block of it: its branches
@@ -257,35 +263,15 @@ def draw_bits(
     return (torch.rand(len(p), generator=generator, dtype=torch.float64) < p).tolist()
 
 # %% ../../nbs/33_callback.survival.ipynb #a35de977
-@contextmanager
-def fixed_statistics(
-    model:nn.Module, # in training mode
-    check:bool=False, # find what cannot be put back, which takes some milliseconds
-)->Iterator:
-    """Let batch norms in training mode use the batch's statistics within the block, and leave all that a pass changes as it was
-
-    With `check`, raises `ValueError` where the block has changed something that cannot be put back."""
-    model = bare_network(model)
-    before,norms = remainder(model) if check else None,[m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for m in norms: m.track_running_stats = False
-    kept = [(m, dict(vars(m)), _own_buffers(m)) for m in model.modules()]
-    kept += [(x, dict(vars(x)), {}) for x in _held_objects(model)]
-    try:
-        for m,own,buffers in kept: _put_copies(m, own, buffers)
-        yield model
-    finally:
-        for m,own,buffers in kept: _put_back(m, own, buffers)
-        for m in norms: m.track_running_stats = True
-    if before is None or remainder(model) == before: return
-    raise ValueError(f'a second pass over a batch would count twice in the {type(model).__name__}: it changes an object that one of its modules holds; '
-                     'keep what training changes in buffers or attributes')
-
 _of_every_module = set(vars(nn.Module()))
-_no_state = nn.Module,Tensor,type,FunctionType,MethodType,BuiltinFunctionType,ModuleType,partial
+_generators = torch.Generator,random.Random,np.random.Generator,np.random.RandomState
+_no_state = nn.Module,Tensor,type,FunctionType,MethodType,BuiltinFunctionType,ModuleType,partial,Learner,Callback,DataLoaders,*_generators
 
 def _own_buffers(m):
     if isinstance(m, _BatchNorm) and not m.track_running_stats: return {}   # it leaves them alone
     return {name: buffer for name,buffer in m.named_buffers(recurse=False) if buffer is not None}
+
+def _is_pytorchs(m): return type(m).__module__.startswith('torch.nn.modules.')   # its state is in its buffers
 
 def _held_objects(model):
     "Return the objects with attributes that modules hold, as a U-Net holds fastai's hooks"
@@ -300,25 +286,71 @@ def _held_objects(model):
         if not _is_pytorchs(m): collect({name: value for name,value in vars(m).items() if name not in _of_every_module})
     return found.values()
 
-def _is_pytorchs(m): return type(m).__module__.startswith('torch.nn.modules.')   # its state is in its buffers
-
-def _copied(x):
+def _copied(x, generators):
     "Return a copy of a tensor, an array or a container of them, which could be changed in place; anything else as it is"
     if isinstance(x, nn.Parameter): return x
     if isinstance(x, Tensor): return x.clone()
     if isinstance(x, np.ndarray): return x.copy()
-    if type(x) in (list, tuple, set, deque): return type(x)(map(_copied, x))
-    return {key: _copied(value) for key,value in x.items()} if type(x) is dict else x
+    if type(x) in (list, tuple, set, deque): return type(x)(_copied(part, generators) for part in x)
+    if type(x) is dict: return {key: _copied(value, generators) for key,value in x.items()}
+    if not generators or not isinstance(x, _generators): return x
+    return x.clone_state() if isinstance(x, torch.Generator) else deepcopy(x)
 
-def _put_copies(m, own, buffers):
+def _put_copies(m, own, buffers, generators):
     for name,buffer in buffers.items(): setattr(m, name, buffer.clone())
     if _is_pytorchs(m): return
-    vars(m).update({name: _copied(value) for name,value in own.items() if name not in _of_every_module})
+    vars(m).update({name: _copied(value, generators) for name,value in own.items() if name not in _of_every_module})
 
-def _put_back(m, own, buffers):
-    for name in vars(m).keys()-own.keys(): del vars(m)[name]
-    vars(m).update(own)
+def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+def _put_back(m, own, buffers, numbers):
+    for name in vars(m).keys()-own.keys():
+        if numbers or not _is_number(vars(m)[name]): del vars(m)[name]
+    vars(m).update(own if numbers else {name: value for name,value in own.items() if not _is_number(value)})
     for name,buffer in buffers.items(): setattr(m, name, buffer)
+
+@contextmanager
+def fixed_statistics(
+    model:nn.Module, # in training mode
+    numbers:bool=True, # put numbers back too; False: what counts passes goes on counting
+    generators:bool=False, # and generators of random numbers
+)->Iterator:
+    "Let batch norms in training mode use the batch's statistics within the block, and leave all that a pass changes as it was"
+    network = bare_network(model)
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for m in norms: m.track_running_stats = False
+    kept = [(m, dict(vars(m)), _own_buffers(m)) for m in network.modules()] + [(x, dict(vars(x)), {}) for x in _held_objects(network)]
+    try:
+        for m,own,buffers in kept: _put_copies(m, own, buffers, generators)
+        yield model
+    finally:
+        for m,own,buffers in kept: _put_back(m, own, buffers, numbers)
+        for m in norms: m.track_running_stats = True
+
+# %% ../../nbs/33_callback.survival.ipynb #4abd1f03
+def _check_trace(model, xb):
+    "Raise `ValueError` if a pass changes what the next one says, though all that can be put back was"
+    states,said = get_random_states(),[]
+    for _ in range(2):
+        set_random_states(**states)
+        with torch.no_grad(), fixed_statistics(model, generators=True): said.append(model(*xb))
+    set_random_states(**states)
+    if output_distance(*said) <= 1e-3: return
+    raise ValueError(f'a second pass over a batch would count twice in the {type(model).__name__}: it changes an object that one of its modules holds; '
+                     'keep what training changes in buffers or attributes')
+
+def second_pass(
+    model:nn.Module, # in training mode
+    xb:tuple, # its inputs
+    numbers:bool=True, # as `fixed_statistics` takes it
+    check:bool=False, # look whether the pass has left something behind, which takes some milliseconds
+)->object: # as the model returns it
+    "Return what a network says of a batch beside its own pass over it. Raises `ValueError` where that pass would be another one for it"
+    network = bare_network(model)
+    before = remainder(network) if check else None
+    with fixed_statistics(model, numbers): out = model(*xb)
+    if check and (before is None or remainder(network) != before): _check_trace(model, xb)
+    return out
 
 # %% ../../nbs/33_callback.survival.ipynb #0c0c09f5
 _last_is_output = {   # children in order

@@ -24,7 +24,7 @@ from ..teachers.base import Teacher
 from ..vision.loader import batch_info
 from ..vision.samplers import Pairs, arranged, index_of, sample_labels
 from .memories import TaughtDistill
-from .survival import fixed_statistics
+from .survival import second_pass
 from .term import LossTerm, RunningMean, known_classes, own_autocast
 
 # %% ../../nbs/34c_callback.views.ipynb #8bc43b7d
@@ -51,7 +51,7 @@ class ClassPartner(Teacher):
         "Return the student's logits of the partners"
         beside,model = getattr(batch_info(self.learn.dl), 'beside', ()),get_model(self.learn.model)
         if not beside: raise ValueError('the loader gave no partners with this batch: train with the loader that the fit began with')
-        with fixed_statistics(model, not self.checked): out = model(*plain_tensors(beside))
+        out = second_pass(model, plain_tensors(beside), check=not self.checked)
         self.checked = True
         return first_output(out)
 
@@ -113,7 +113,7 @@ class RDrop(LossTerm):
     def before_batch(self):
         "Run the second pass, which leaves the running statistics to the main one"
         model,batch = get_model(self.learn.model),self.new_batch()
-        with own_autocast(self.learn), fixed_statistics(model, not self.checked): batch.z = model(*batch.xb)
+        with own_autocast(self.learn): batch.z = second_pass(model, batch.xb, numbers=False, check=not self.checked)
         self.batch = batch
 
     def contribution(self, labels:list)->tuple:
