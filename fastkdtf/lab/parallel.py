@@ -9,6 +9,7 @@ __all__ = ['is_sibling', 'end_of_training', 'stop_with_starter', 'start_sibling'
 
 # %% ../../nbs/40d_lab.parallel.ipynb #77e245c7
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,9 @@ def stop_with_starter():
     def watch():
         while os.read(0, 1): pass   # not `sys.stdin`, whose lock would be in the way when Python ends
         interrupt_main()
-    if is_sibling(): threading.Thread(target=watch, daemon=True).start()
+    if not is_sibling(): return
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a command in the background ignores it
+    threading.Thread(target=watch, daemon=True).start()
 
 def start_sibling(
     argv:list, # of the command
