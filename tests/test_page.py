@@ -242,6 +242,12 @@ def test_a_section_for_each_setting():
     assert {a['id'] for a in page.all('section') if 'id' in a} == {'s0', 's1'}
     assert len(page.labels('A minus baseline')) == 2
 
+def test_a_section_is_headed_by_the_students_network_not_the_teachers():
+    teacher = [{**record('teacher', s, .95), 'setting': 'digits, resnet20: 2 epochs'} for s in range(4)]
+    c = Comparison([*teacher, *study()])
+    words = Page(report_html(c)).words
+    assert 'digits, resnet8' in words and 'digits, resnet20' not in words and c.caption.startswith('digits, resnet8: 2 epochs')
+
 def keys_of(html, name): return re.findall(rf'<span class="named">(<svg (?:(?!</svg>).)*</svg>){re.escape(name)}</span>', html)
 
 def test_same_colour_in_every_figure():

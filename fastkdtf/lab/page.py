@@ -247,7 +247,7 @@ def _recorded(c, field):
     return '; '.join(f'{value} ({values.count(value)} runs)' for value in dict.fromkeys(values))
 
 def _conditions(c):
-    first,seeds = c.records[0],sorted({r['seed'] for r in c.records})
+    first,seeds = c.first,sorted({r['seed'] for r in c.records})
     splits = {'splits': len(set(c.splits.values()))} if c.splits else {}
     settings = {'setting': first['setting'], 'evaluated_on': first['evaluated_on'], 'seeds': seeds, **splits, **(first.get('settings') or {})}
     fields = dict.fromkeys(field for r in c.records for field in r if field not in _other_fields)
@@ -258,7 +258,7 @@ def _conditions(c):
     return Div(shared, versions, cls='cards')
 
 # %% ../../nbs/45b_lab.page.ipynb #45c0ff94
-def _heading(c): return c.records[0]['setting'].split(':')[0]
+def _heading(c): return c.first['setting'].split(':')[0]
 
 def _found(c):
     "Return the sentences of the section, and a reminder of how many intervals there are"

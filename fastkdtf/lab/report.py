@@ -330,6 +330,11 @@ class Comparison:
         self.names = list(dict.fromkeys(r['method'] for r in sorted(records, key=lambda r: r['rank'])))
 
     @property
+    def first(self)->dict:
+        "The record that says what all trained: the baseline's where there is one, as a teacher is another network"
+        return next(iter(self.runs(self.baseline) or self.records))
+
+    @property
     def score(self)->Score:
         "What the runs are judged by"
         first = self.records[0]
@@ -546,8 +551,7 @@ class Comparison:
     @property
     def caption(self)->str:
         "Say what was run, and what the columns mean"
-        r = next(iter(self.runs(self.baseline) or self.records))
-        name = self.score.metric
+        r,name = self.first,self.score.metric
         picked = r.get('settings', {}).get('picked_on', 'validation')
         teacher = f' Teacher: {name} of the network that teaches, on the same set.' if 'teacher' in self.table else ''
         smaller = '' if self.score.higher else ' (smaller is better)'
@@ -739,7 +743,7 @@ def save_tables(
     out:str|Path, # folder
 )->Path: # the file
     "Write the tables of several settings into one `table.csv`"
-    table = pd.concat([c.table.assign(setting=c.records[0]['setting']) for c in comparisons])
+    table = pd.concat([c.table.assign(setting=c.first['setting']) for c in comparisons])
     csv_safe(table).to_csv(Path(out)/'table.csv')
     return Path(out)/'table.csv'
 
