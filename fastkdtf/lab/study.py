@@ -193,11 +193,11 @@ class Trials:
         pruner:object, # Optuna's
         file:str='sweep.db', # in the folder
     ):
-        self.optuna,self.out,self.name,self.propose = import_optuna(),out,name,propose
+        self.optuna,self.out,self.name,self.propose,self.file = import_optuna(),out,name,propose,out/file
         optuna = self.optuna
         with self._lock('sweep', -1):
             sampler = optuna.samplers.RandomSampler()
-            self.study = optuna.create_study(storage=_storage(out/file), sampler=sampler, pruner=pruner, study_name=name, load_if_exists=True)
+            self.study = optuna.create_study(storage=_storage(self.file), sampler=sampler, pruner=pruner, study_name=name, load_if_exists=True)
 
     def _lock(self, what, timeout=0): return run_lock(self.out/'unfinished'/what, timeout)
     def _file(self, number): return f"{self.name.rsplit(' ', 1)[1]}-trial{number}"
@@ -205,11 +205,12 @@ class Trials:
     def all(self)->list:
         "Return all trials"
         return self.study.get_trials()
-    def note(self,
-        about:dict, # in the types of JSON
+    def keep(self,
+        table:'TrialTable', # of these trials
     ):
-        "Keep what a table has to know beside the trials"
-        self.study.set_user_attr('about', about)
+        "Keep beside the trials what other tables of the folder have to know of theirs"
+        table.study = self.name
+        with quiet_optuna(self.file): self.study.set_user_attr('about', table.about)
     def running(self)->list:
         "Return the numbers of trials that are not finished"
         return [t.number for t in self.all() if t.state == self.optuna.trial.TrialState.RUNNING]

@@ -137,7 +137,6 @@ def sweep(
              f'{len(dls.train_ds):,} images to train on and {len(dls.valid_ds):,} held out')
     errors = [error_of(record, first.arms[first.baseline].n_epoch) for record in baseline]
     result = Sweep(r, own, space, trials.all(), errors, words, tpe is None)
-    result.study = trials.name
-    with quiet_optuna(out/'sweep.db'): trials.note(result.about)
+    trials.keep(result)
     result.save(out)
     return result

@@ -212,8 +212,7 @@ def tune(
     trials = _tried(out, f'{name} {settings_digest(identity)}', propose, prune, n_epoch, campaign, first)
     errors = [error_of(first.train(baseline, s), n_epoch, first.score) for s in seeds]
     found = Tuned(name, name, own, space, trials.all(), errors, _in_words(first, n_epoch, seeds, made.share), tpe is None, first.score)
-    found.study = trials.name
-    with quiet_optuna(out/'tune.db'): trials.note(found.about)
+    trials.keep(found)
     if confirm: _confirm(found, campaign, made, confirm, seeds, controls)
     found.save(out)
     return found
