@@ -286,11 +286,10 @@ class Race:
 
 # %% ../../nbs/46c_lab.race.ipynb #8c760bc6
 def _data(source, bs, n_train, path, device):
-    side = kd_dataloaders(source, bs, valid_pct=0 if source != 'digits' else None, train_subset=n_train, path=path,
-                          device=device, augment=None).one_batch()[0].shape[-1]
     set_seed(0)
-    return kd_dataloaders(source, bs, valid_pct=0 if source != 'digits' else None, train_subset=n_train, path=path, device=device,
-                          augment=Augment(flip=True, pad=side//8))
+    dls = kd_dataloaders(source, bs, valid_pct=0 if source != 'digits' else None, train_subset=n_train, path=path, device=device, augment=None)
+    dls.train.augment = Augment(flip=True, pad=dls.train.dataset.items['image'].shape[-1]//8)
+    return dls
 
 def _synchronise(device):
     if device.type == 'cuda': torch.cuda.synchronize()
