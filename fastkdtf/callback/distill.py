@@ -248,7 +248,7 @@ class Distill(LossTerm):
             early = teacher.before_student and not (teacher.reads_label and self.mixing)   # mixed images have two labels, so it is asked for each
             if early != before_student or not (batch.soft or teacher.every_batch): continue
             precision = own_autocast(self.learn) if before_student else nullcontext()   # after the student's pass it is still in force
-            with torch.no_grad(), precision: 
+            with torch.no_grad(), precision:
                 batch.answers[key] = self._answer(teacher, batch) if batch.z is None and teacher in self.shared else teacher(batch)
 
     def _answer(self, teacher, batch):

@@ -836,19 +836,15 @@ class Campaign:
         comparison = kind(records, self.baseline)
         if self.out is None: return comparison
         others = self._others(comparison)
+        whole = first(other for other in others if _keys(comparison) <= _keys(other))
         comparison.save(self.out)
-        if others: self._save_with(comparison, others)
+        if whole: whole.save(self.out)   # plots with all methods of this setting
+        if others: save_tables([whole or comparison, *[other for other in others if other is not whole]], self.out)
         write_report([comparison, *others], self.out)
         return comparison
 
-    def _save_with(self, comparison, others):
-        "Write the table of all runs of the folder, and plots with all methods of this setting"
-        ours = {record['key'] for record in comparison.records}
-        whole = first(other for other in others if ours.issubset(record['key'] for record in other.records))
-        if whole: whole.save(self.out)
-        save_tables([whole or comparison, *[other for other in others if other is not whole]], self.out)
-
     def _others(self, comparison):
         "Return the comparisons that the folder holds beside this one"
-        ours = {record['key'] for record in comparison.records}
-        return [other for other in comparisons(self.store.ledger.records()) if not ours.issuperset(record['key'] for record in other.records)]
+        return [other for other in comparisons(self.store.ledger.records()) if not _keys(other) <= _keys(comparison)]
+
+def _keys(comparison): return {record['key'] for record in comparison.records}
