@@ -27,8 +27,9 @@ def _listed(names, at_most=8):
 
 def _signed(c, difference):
     "Write a difference with its interval"
-    mean,low,high = map(c.score.signed, difference)
-    return '–' if math.isnan(difference[0]) else mean if math.isnan(difference[1]) else f'{mean} [{low}, {high}]'
+    mean,low,high = difference
+    if math.isnan(mean): return '–'
+    return c.score.signed(mean) + ('' if math.isnan(low) else f' {c.score.interval(low, high)}')
 
 def _in_short(judgements, baseline):
     "Name what a method is shown to be ahead of, and behind"

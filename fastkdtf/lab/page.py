@@ -24,7 +24,7 @@ from .report import Comparison, comparisons, last_score, mean_sd, number_or_nan,
 # %% ../../nbs/45b_lab.page.ipynb #8e2ea040
 def _points(score, mean, low, high):
     if math.isnan(mean): return 'not known'
-    return score.signed(mean) + score.points + ('' if math.isnan(low) else f' [{score.signed(low)}, {score.signed(high)}]')
+    return score.signed(mean) + score.points + ('' if math.isnan(low) else f' {score.interval(low, high)}')
 
 def _sentence(c, name, verdicts):
     "Say how a method stands to its rivals; return 'ahead' | 'mixed' | 'open' and the sentence"

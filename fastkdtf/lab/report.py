@@ -12,8 +12,9 @@ __all__ = ['column_names', 'number_or_nan', 'last_accuracy', 'Score', 'last_scor
 # %% ../../nbs/45_lab.report.ipynb #69001025
 import json
 import math
-from dataclasses import dataclass
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -83,6 +84,10 @@ class Score:
     def signed(self, difference:float)->str:
         "Write a difference as it is shown, without its unit"
         return f'{100*difference:+.2f}' if self.is_share else f'{difference:+.3g}'
+
+    def interval(self, low:float, high:float)->str:
+        "Write the interval of a difference as it is shown, without its unit"
+        return f'[{self.signed(low)}, {self.signed(high)}]'
 
     @property
     def worst(self)->float:
@@ -312,6 +317,8 @@ def _over_splits(values, splits):
     "Return the mean over the seeds of each split"
     return [float(np.mean([value for value,own in zip(values, splits) if own == split])) for split in dict.fromkeys(splits)]
 
+def _in_words(table, write, *columns): return ['–' if math.isnan(row[0]) else write(*row) for row in zip(*(table[c] for c in columns))]
+
 def _known(values): return [value for value in values if math.isfinite(value)]
 
 def _range_of_seeds(low, high):
@@ -440,11 +447,11 @@ class Comparison:
     @property
     def judged(self)->pd.DataFrame:
         "The judgements as people read them"
-        t,signed = self.judgements,self.score.signed
-        def text(write, *columns): return ['–' if math.isnan(row[0]) else write(*row) for row in zip(*(t[c] for c in columns))]
+        t,score = self.judgements,self.score
+        text = partial(_in_words, t)
         return pd.DataFrame({
-            'seeds': t.seeds, 'Δ last': text(signed, 'difference'),
-            '95 % interval': text(lambda low, high: f'[{signed(low)}, {signed(high)}]', 'low', 'high'),
+            'seeds': t.seeds, 'Δ last': text(score.signed, 'difference'),
+            '95 % interval': text(score.interval, 'low', 'high'),
             'p (Holm)': text(lambda p: '< .001' if p < .001 else f'{p:.3f}'.lstrip('0'), 'p'),
             'shown': t.verdict.replace('open', 'nothing')}, index=t.index)
 
@@ -530,17 +537,16 @@ class Comparison:
     @property
     def shown(self)->pd.DataFrame:
         "The table as people read it, in per cent"
-        t = self.table
-        def text(write, *columns): return ['–' if math.isnan(row[0]) else write(*row) for row in zip(*(t[c] for c in columns))]
-        score,signed = self.score,self.score.signed
+        t,score = self.table,self.score
+        text = partial(_in_words, t)
         def spread(mean, sd): return score.text(mean) if math.isnan(sd) else f'{score.text(mean)} ± {score.text(sd)}'
         teacher = {f'teacher {score.label}': text(score.text, 'teacher')} if 'teacher' in t else {}
         calibration = {'NLL': text(lambda x: f'{x:.3f}', 'nll'), 'ECE %': text(lambda x: f'{100*x:.2f}', 'ece')}
         return pd.DataFrame({
             'control for': t.control_for, 'seeds': t.seeds, **teacher,
             f'last {score.label}': text(spread, 'last', 'last_sd'), f'best {score.label}': text(spread, 'best', 'best_sd'),
-            'Δ last': text(signed, 'difference'),
-            '95 % interval': text(lambda low, high: f'[{signed(low)}, {signed(high)}]', 'low', 'high'),
+            'Δ last': text(score.signed, 'difference'),
+            '95 % interval': text(score.interval, 'low', 'high'),
             'seeds needed': text(_range_of_seeds, 'seeds_low', 'seeds_high'),
             **(calibration if t.nll.notna().any() else {}),
             's/epoch': text(lambda x: f'{x:.2f}', 'seconds_per_epoch'),
