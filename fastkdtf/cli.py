@@ -525,7 +525,8 @@ def _bench(args):
 def _race(args):
     from fastkdtf.lab.race import race
     if args.losses_only: raise UsageError('--losses-only: of the tables, leave it out with --race')
-    r = race(args.data or 'digits', args.arch, args.epochs or 4, args.bs, args.train_subset, args.path, _usable_device(args.device), args.precision, args.workers)
+    r = race(args.data or 'digits', args.arch, args.epochs or 4, args.bs, args.train_subset, args.path, _usable_device(args.device),
+             args.precision, args.workers)
     return str(r), r.to_dict()
 
 def _bench_options(p):

@@ -115,8 +115,8 @@ def row(args, device, seconds, data):
         arm['sd'] = statistics.stdev(arm['errors']) if arm['seeds'] > 1 else None
     ended = 'by itself' if code == 0 else 'when its time was over' if code == 130 else f'with {code}'
     # without scipy the report at the end has no intervals, and fails; the runs are what counts here
-    return dict(ok=bool(arms) or code == 130, recipe=recipe, ended=ended, seconds=time.perf_counter()-start, arms=arms, unfinished=len(list(folder.glob('unfinished/*.pt'))),
-                said=last_lines(err, 3))
+    return dict(ok=bool(arms) or code == 130, recipe=recipe, ended=ended, seconds=time.perf_counter()-start, arms=arms,
+                unfinished=len(list(folder.glob('unfinished/*.pt'))), said=last_lines(err, 3))
 
 def noise(path):
     "Write images of noise as an .npz with 100 classes"
@@ -129,25 +129,32 @@ def noise(path):
 
 # ---------------------------------------------------------------- what it says
 
+def state_of(check): return f"left out: {check['left_out']}" if 'left_out' in check else 'good' if check['ok'] else 'wrong'
+
 def markdown(found):
     def cell(v): return f'{v:.3g}' if isinstance(v, float) else '' if v is None else str(v)
     def table(rows):
         names = list(rows[0])
         return ['| '+' | '.join(names)+' |', '| '+' | '.join(['---']*len(names))+' |', *['| '+' | '.join(cell(r.get(n)) for n in names)+' |' for r in rows], '']
     e = found['environment']
-    lines = ['# fastkdtf on a GPU', '', f"{e.get('device_name') or e['device']}, {e['processor']}, {e['cores']} cores; Python {e['python']}, torch {e['torch']}, "
-             f"fastai {e['fastai']}, timm {e['timm']}; {e['date'][:10]}, commit {str(e.get('commit'))[:12]}", '']
+    where = f"{e.get('device_name') or e['device']}, {e['processor']}, {e['cores']} cores; Python {e['python']}, torch {e['torch']}"
+    lines = ['# fastkdtf on a GPU', '',
+             f"{where}, fastai {e['fastai']}, timm {e['timm']}; {e['date'][:10]}, commit {str(e.get('commit'))[:12]}", '']
     if e['stand_ins']: lines += [f"Not installed, with empty modules in their place: {', '.join(e['stand_ins'])}.", '']
     checks = [name for name in ('tests', 'half precision', 'bench', 'race', 'row')]
-    state = {name: 'left out: '+found[name]['left_out'] if 'left_out' in found[name] else 'good' if found[name]['ok'] else 'wrong' for name in checks}
+    state = {name: state_of(found[name]) for name in checks}
     lines += table([dict(check=name, result=state[name], seconds=found[name]['took']) for name in checks])
     for name in checks:
-        if state[name] == 'wrong': lines += [f'## {name}: what went wrong', '', '```', *map(str, found[name].get('errors') or found[name].get('said') or found[name].get('wrong', {}).items()), '```', '']
-    if found['bench'].get('figures'): lines += ['## Figures', '', *table(found['bench']['figures']), *(table(found['bench']['rows']) if found['bench'].get('rows') else [])]
+        if state[name] != 'wrong': continue
+        said = found[name].get('errors') or found[name].get('said') or found[name].get('wrong', {}).items()
+        lines += [f'## {name}: what went wrong', '', '```', *map(str, said), '```', '']
+    figures,rows = (found['bench'].get(name) for name in ('figures', 'rows'))
+    if figures: lines += ['## Figures', '', *table(figures), *(table(rows) if rows else [])]
     if found['race'].get('race'): lines += ['## Race', '', *table(found['race']['race'])]
     if found['row'].get('arms'):
         lines += [f'## {recipe}', '', f"It ended {found['row']['ended']}; {found['row']['unfinished']} runs are unfinished. Errors in per cent.", '']
-        lines += table([dict(arm=name, seeds=o['seeds'], mean=o['mean'], sd=o['sd'], errors=', '.join(f'{x:.2f}' for x in o['errors'])) for name,o in found['row']['arms'].items()])
+        lines += table([dict(arm=name, seeds=o['seeds'], mean=o['mean'], sd=o['sd'], errors=', '.join(f'{x:.2f}' for x in o['errors']))
+                        for name,o in found['row']['arms'].items()])
     return '\n'.join(lines)
 
 def main():
@@ -166,13 +173,14 @@ def main():
         without = dict(left_out='no images were given, with --data')
         slow = 4 if args.tiny else 1   # a rehearsal may run on a busy machine
         checks = {'tests': lambda: tests(args, device, min(60, left())), 'half precision': lambda: halves(args, device, min(60*slow, left())),
-                  'bench': lambda: bench(args, device, min(100*slow, left())), 'race': lambda: race(args, device, min(120*slow, left()), data) if data else without,
+                  'bench': lambda: bench(args, device, min(100*slow, left())),
+                  'race': lambda: race(args, device, min(120*slow, left()), data) if data else without,
                   'row': lambda: row(args, device, left()-10, data) if data else without}
         for name,check in checks.items():
             began = time.perf_counter()
             found[name] = dict(left_out='the time was over') if left() < 15 else check()
             found[name]['took'] = time.perf_counter()-began
-            print(f"{name}: {'left out, '+found[name]['left_out'] if 'left_out' in found[name] else 'good' if found[name]['ok'] else 'wrong'}, {found[name]['took']:.0f} s", flush=True)
+            print(f"{name}: {state_of(found[name])}, {found[name]['took']:.0f} s", flush=True)
             (args.out/'check.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
     (args.out/'check.md').write_text(markdown(found), encoding='utf-8')
     sys.exit(any(not o.get('ok', True) for o in found.values()))

@@ -165,7 +165,7 @@ def takes_parts(
     return wrapper
 
 def learner_parts(
-    dls:DataLoaders|list|Callable, # with a third loader, `.test`, that is what is reported; else the validation set; a list, or a function of its number, for each split
+    dls:DataLoaders|list|Callable, # a third loader, `.test`, is reported, else the validation set; a list, or a function, gives those of each split
     model_fn:Callable, # makes the network; called once a run, with the run's seed set
     learner:Callable=Learner, # makes the learner from loaders, network, `metrics`, `loss_func` and `opt_func`
     loss_func:Callable|None=None, # the learner's loss; None: the data's

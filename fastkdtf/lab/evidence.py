@@ -204,7 +204,8 @@ def sentences(
     else:
         found = _standing(e)
         out.append(f"Shown to be ahead of the baseline and of every control: {_with_difference(c, found['clear'])}.")
-        out.append(f"Ahead of the baseline, but not shown to be ahead of every control, so that the idea may not be the reason: {_with_difference(c, found['gain'])}.")
+        unclear = 'Ahead of the baseline, but not shown to be ahead of every control, so that the idea may not be the reason'
+        out.append(f"{unclear}: {_with_difference(c, found['gain'])}.")
         behind = f"Behind the baseline: {_with_difference(c, found['behind'])}. " if found['behind'] else ''
         out.append(f"{behind}No difference to the baseline is shown for: {_with_difference(c, found['open'])}.")
     if e.missing: out.append(f'Not finished: {waiting} ({sum(e.missing.values())} of {len(e.names)*e.seeds} runs are missing), so verdicts may still change.')

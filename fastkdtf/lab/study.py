@@ -486,8 +486,8 @@ class TrialTable:
         def table(name, about, trials):
             "Return the table of a study"
             if name == self.study: return self
-            unknown = dict(title=name, method_name=name, own={}, parameters=list(dict.fromkeys(chain(*(trial.params for trial in trials)))), baseline=[], words='',
-                           grid=False, score=[])
+            parameters = list(dict.fromkeys(chain(*(trial.params for trial in trials))))
+            unknown = dict(title=name, method_name=name, own={}, parameters=parameters, baseline=[], words='', grid=False, score=[])
             known,twin = {**unknown, **about},copy(self)
             vars(twin).update(known, score=Score(*known['score']), study=name, trials=trials)
             return twin

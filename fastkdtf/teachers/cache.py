@@ -371,8 +371,9 @@ class CachedTeacher(Teacher):
         "Return logits. Raises `ValueError` once a fit where the teacher answers otherwise when it is asked again"
         if not self.checked and not all(network.steady for network in _networks(self.teacher)):
             off,size = (self.teacher(batch)-logits).abs().max().item(),logits.abs().max().item()
-            if not off <= 1e-2*size: raise ValueError(f'{self.teacher!r} answers otherwise when it is asked again, as it keeps a state from batch to batch, or draws '
-                                                      'random numbers: there is no answer to keep; use the live teacher')
+            if not off <= 1e-2*size:
+                raise ValueError(f'{self.teacher!r} answers otherwise when it is asked again, as it keeps a state from batch to batch, or draws '
+                                 'random numbers: there is no answer to keep; use the live teacher')
         self.checked = True
         return logits
 
