@@ -25,6 +25,7 @@ from networks import CPUAutocast
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from fastkdtf.callback.effdstl import CKM, WSL
+from fastkdtf.callback.precision import HalfPrecision
 from fastkdtf.callback.views import RDrop
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.callback.survival import residual_blocks
@@ -515,6 +516,12 @@ def test_a_callback_without_a_state_dict_goes_on_as_if_nothing_had_happened(fit,
     assert again.last == expected.last and type(again.last['loss'][0]) is np.float32 and again.steps == expected.steps
     assert (again.total == expected.total).all() and again.total.dtype == float
     assert again.losses == expected.losses[-len(again.losses):] and 0 < len(again.losses) < 8   # a log is not kept, and named
+
+def test_half_precision_goes_on_without_a_warning(tmp_path):
+    with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [HalfPrecision(), StopAt(5)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*goes on without')
+        assert len(resumable(tmp_path, [HalfPrecision()], seed=7).recorder.values) == 4
 
 def test_settings_of_a_callback_are_those_of_the_call_and_not_of_the_file(tmp_path):
     with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [Average(.8), StopAt(5)])

@@ -28,14 +28,21 @@ def taught(*names): return {name: Arm(find_method(name).maker(100), teacher='tea
 def learners(dls, arch): return learner_parts(dls, partial(create_model, arch, 100), opt_func=partial(SGD, mom=.9, wd=5e-4))
 
 def methods(images, seeds):
-    "Compare the methods and their controls on resnet8, the most wanted first"
+    "Compare the methods and their controls on resnet8: the most wanted first, with all seeds, so that an unfinished folder holds a table"
     dls = loaders(images)
     interval = n_epoch/8   # the paper's share of the training, Wang et al. 2020, §4.1
-    arms = {**named('LSR', 'LsrKD'), **taught('KD'), 'MrKD-1': Arm(partial(MemoryReplay, 1, interval, alpha=.25, tau=3.)),
-            'TfKDSelf': Arm(KnowledgeDistillation, teacher='baseline'), **named('TfKDReg', 'LsrKD-TC', 'TfKDReg-official'),
-            'MrKD-3': Arm(partial(MemoryReplay, 3, interval, alpha=.25, tau=3.)), **named('PSKD', 'OnlineLabelSmoothing'), **taught('DKD', 'WSL')}
-    return compare(arms, learners(dls, 'resnet8'), n_epoch, seeds, out=results/'cifar100', lr=lr, teacher=learners(dls, 'resnet20'),
-                   settings=dict(data='cifar100', arch='resnet8'), precision='bf16')
+    parts = [{**named('LSR', 'LsrKD'), 'TfKDSelf': Arm(KnowledgeDistillation, teacher='baseline')},
+             taught('KD'),
+             {**named('TfKDReg'), 'MrKD-1': Arm(partial(MemoryReplay, 1, interval, alpha=.25, tau=3.))},
+             {**named('LsrKD-TC', 'TfKDReg-official'), 'MrKD-3': Arm(partial(MemoryReplay, 3, interval, alpha=.25, tau=3.)),
+              **named('PSKD', 'OnlineLabelSmoothing'), **taught('DKD', 'WSL')}]
+    arms = {}
+    for part in parts:
+        arms.update(part)
+        teacher = learners(dls, 'resnet20') if 'KD' in arms else None
+        comparison = compare(arms, learners(dls, 'resnet8'), n_epoch, seeds, out=results/'cifar100', lr=lr, teacher=teacher,
+                             settings=dict(data='cifar100', arch='resnet8'), precision='bf16')
+    return comparison
 
 def self_guidance(images, seeds):
     "Compare self-guidance and stochastic depth on resnet20, which has blocks to drop"

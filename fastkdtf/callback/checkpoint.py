@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
@@ -261,8 +262,8 @@ class Checkpoint(Callback):
     def _n_saved(self): return len(self.saved['fits']) if self.saved else 0
 
     def _foreign(self):
-        "Callbacks that say nothing of their state"
-        return [cb for cb in self.learn.cbs if not _has_state(cb) and cb not in (self, self.first)]
+        "Callbacks that say nothing of their state. That of fastai's mixed precision is the learner's scaler, which is saved with it"
+        return [cb for cb in self.learn.cbs if not (_has_state(cb) or isinstance(cb, MixedPrecision)) and cb not in (self, self.first)]
 
     def _keep_logs(self):
         "Note what the logs hold, and keep `CSVLogger` from beginning them anew"
