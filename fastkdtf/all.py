@@ -46,6 +46,7 @@ from fastkdtf.lab.recipes import recipe, recipes
 from fastkdtf.lab.report import *
 from fastkdtf.lab.reproduction import Reproduction
 from fastkdtf.lab.runs import Ledger, run_environment
+from fastkdtf.lab.statistics import *
 from fastkdtf.lab.sweep import Sweep, paper_grid, sweep
 from fastkdtf.lab.training import LearnerParts, teacher_accuracy, train_run
 from fastkdtf.lab.tune import Tuned, hold_out, tune

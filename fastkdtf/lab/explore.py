@@ -28,7 +28,8 @@ from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .draw import save_png
 from .interpret import evaluating
-from .report import Comparison, csv_safe, last_accuracy
+from .report import Comparison, csv_safe
+from .statistics import last_accuracy
 from .training import Arm, Campaign, LearnerParts
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher

@@ -30,9 +30,10 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from ..core import *
 from ..files import run_lock
 from .draw import draw_baseline, plain, save_png
-from .report import csv_safe, mean_sd
+from .report import csv_safe
 from .runs import EpochBar, RunsBar
-from .training import Campaign, Score, make_folder
+from .statistics import Score, mean_sd
+from .training import Campaign, make_folder
 
 # %% ../../nbs/40c_lab.study.ipynb #9cd76137
 def is_real(value:object)->bool:

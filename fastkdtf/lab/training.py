@@ -48,8 +48,9 @@ from ..fingerprint import fingerprint, is_of_library, settings_digest
 from .interpret import evaluate
 from .page import write_report
 from .parallel import end_of_training
-from .report import Comparison, Score, comparisons, save_tables
+from .report import Comparison, comparisons, save_tables
 from .runs import Ledger, Run, check_run, run_environment, work
+from .statistics import Score
 from ..teachers.base import Teacher
 from ..teachers.network import EnsembleTeacher, NetworkTeacher, as_teacher
 

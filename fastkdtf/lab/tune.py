@@ -24,7 +24,7 @@ from ..core import *
 from ..fingerprint import fingerprint, settings_digest
 from .compare import planned_arms, named_arm, takes_parts
 from .learners import check_learner, check_no_method, check_step, learner_maker
-from .report import mean_sd
+from .statistics import mean_sd
 from .study import *
 from .training import *
 
