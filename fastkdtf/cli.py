@@ -477,7 +477,8 @@ def _described(spec, n_classes, settings):
     "Return descriptions of a method, of each stage one. Raises `UsageError` for settings that it does not take"
     from fastkdtf.callback.methods import SomeTeacher
     from fastkdtf.lab.compare import named_arm
-    from fastkdtf.lab.training import Awaited, make_callbacks
+    from fastkdtf.lab.one_run import make_callbacks
+    from fastkdtf.lab.training import Awaited
     try:
         _,arm = named_arm(spec, n_classes, 2, SomeTeacher(), **settings)
         made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))

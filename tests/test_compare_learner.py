@@ -34,7 +34,7 @@ from fastkdtf.lab.learners import LearnerFrom, LearnerLike, check_learner, copy_
 from test_learners import text_learner
 from fastkdtf.lab.report import read_runs
 from fastkdtf.lab.statistics import Score
-from fastkdtf.lab.training import BatchDraws, StepDraws, judged_by
+from fastkdtf.lab.one_run import BatchDraws, StepDraws, judged_by
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,8 @@ from fastkdtf.teachers.network import NetworkTeacher
 from fastkdtf.lab.runs import Run, work
 from fastkdtf.vision.cifar_nets import BasicBlock, CifarResNet
 from fastkdtf.vision.data import kd_dataloaders
-from fastkdtf.lab.training import Campaign, Arm, LearnerParts, make_callbacks, method_identity, train_run
+from fastkdtf.lab.one_run import LearnerParts, make_callbacks, train_run
+from fastkdtf.lab.training import Campaign, Arm, method_identity
 from fastkdtf.callback.twostage import effdstl_stages
 
 def loaders(n=48, bs=16, wait=0., seed=0):

@@ -39,6 +39,7 @@ from ..names import method_spec
 from ..teachers.frozen import copy_model
 from ..vision.loader import LastBatch, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
+from .one_run import LearnerParts, make_callbacks
 from .report import Comparison
 from .runs import RunsBar
 from ..callback.distill import Distill, KnowledgeDistillation
