@@ -363,8 +363,9 @@ class Campaign:
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
         self.arms,self.watch = {},{}   # `watch`: further callbacks of a run, by (name, seed), which change nothing
         for name,arm in arms.items():
-            said = getattr(arm.make_learner or make_learner, 'settings', {})
-            self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings={**said, **(settings or {})})
+            given,own = settings or {},getattr(arm.make_learner or make_learner, 'settings', {})
+            said = {**given, **own} if arm.make_learner else {**own, **given}   # a learner of its own knows its network better
+            self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings=said)
         self.networks,self.measured = {(None, None): self._network_words(learn.model)},{}   # by what makes a network; teachers by arm and split
         self.told = {} if told is None else told   # by loaders and batch size
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
