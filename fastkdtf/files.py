@@ -8,6 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/files.html.md"""
 __all__ = ['sync_folder', 'replacing', 'machine_memory', 'in_bytes', 'check_room', 'read_json', 'run_lock']
 
 # %% ../nbs/05_files.ipynb #de355cbe
+import gc
 import json
 import os
 import time
@@ -97,6 +98,15 @@ def check_room(
     raise ValueError(f'{what} would take {in_bytes(n)} of memory; {has} {in_bytes(limit)}')
 
 # %% ../nbs/05_files.ipynb #80c6858a
+@contextmanager
+def _no_collection():
+    collects = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if collects: gc.enable()
+
+@_no_collection()
 def read_json(
     text:str|bytes, # one JSON value
 )->object:

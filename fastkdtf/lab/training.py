@@ -366,7 +366,7 @@ class Campaign:
             given,own = settings or {},getattr(arm.make_learner or make_learner, 'settings', {})
             said = {**given, **own} if arm.make_learner else {**own, **given}   # a learner of its own knows its network better
             self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings=said)
-        self.networks,self.measured = {(None, None): self._network_words(learn.model)},{}   # by what makes a network; teachers by arm and split
+        self.networks,self.measured = {},{}   # by what makes a network; teachers by arm and split
         self.told = {} if told is None else told   # by loaders and batch size
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
         for seed in seeds:
