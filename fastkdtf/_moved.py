@@ -14,8 +14,8 @@ moved = {old: tuple(new.split()) for old,new in dict(
     stages='callback.stages', survival='callback.survival', terms='callback.term', twostage='callback.twostage',
     bench='lab.bench', defective='lab.defective', draw='lab.draw', experiment='lab.experiment', explore='lab.explore',
     interpret='lab.interpret', learner='lab.compare', measure='lab.measure', page='lab.page', peers='lab.peers',
-    procedures='lab.procedures lab.learners', recipes='lab.recipes', report='lab.report', reproduction='lab.reproduction',
-    runs='lab.runs callback.checkpoint files', sweep='lab.sweep', training='lab.training lab.runs fingerprint').items()}
+    procedures='lab.procedures lab.learners', recipes='lab.recipes', report='lab.report lab.statistics', reproduction='lab.reproduction',
+    runs='lab.runs callback.checkpoint files', sweep='lab.sweep', training='lab.training lab.one_run lab.runs fingerprint').items()}
 
 renamed = dict(Entry='Arm', stable_words='fingerprint', Gave='LastBatch', untouched='is_untouched')
 

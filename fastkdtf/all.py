@@ -39,6 +39,7 @@ from fastkdtf.lab.defective import *
 from fastkdtf.lab.experiment import run_recipes
 from fastkdtf.lab.explore import Exploration, confidence_change, exploration_schemes, exploration_subsets, explore, fgsm
 from fastkdtf.lab.interpret import *
+from fastkdtf.lab.one_run import LearnerParts, teacher_accuracy, train_run
 from fastkdtf.lab.page import report_html, write_report
 from fastkdtf.lab.learners import LearnerFrom, LearnerLike, copy_learner, own_callbacks
 from fastkdtf.lab.procedures import Reversed, Taught
@@ -46,6 +47,6 @@ from fastkdtf.lab.recipes import recipe, recipes
 from fastkdtf.lab.report import *
 from fastkdtf.lab.reproduction import Reproduction
 from fastkdtf.lab.runs import Ledger, run_environment
+from fastkdtf.lab.statistics import *
 from fastkdtf.lab.sweep import Sweep, paper_grid, sweep
-from fastkdtf.lab.training import LearnerParts, teacher_accuracy, train_run
 from fastkdtf.lab.tune import Tuned, hold_out, tune

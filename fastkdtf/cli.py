@@ -262,9 +262,13 @@ def _data_options(p):
     training.add_argument('--bs', type=_positive, default=128, help='batch size')
     training.add_argument('--lr', type=_number_between(float, 1e-12, 1e6), help="largest learning rate of Adam, or fastai's own with fine_tune (default: 0.01)")
     training.add_argument('--metric', choices=_metric_names, default='accuracy', help='what runs are judged by')
-    training.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='32',
-                          help='auto: the fastest that the device has; bf16 takes about half the time on a GPU, and on a processor with instructions for it')
-    training.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
+    _machine_options(training)
+
+def _machine_options(p):
+    "Add the options that say where trainings run, and how precisely"
+    p.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='32',
+                   help='auto: the fastest that the device has; bf16 takes about half the time on a GPU, and on a processor with instructions for it')
+    p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
 
 def _compare_options(p):
     p.add_argument('--methods', default='all',
@@ -395,9 +399,7 @@ def _size_options(p, seeds, out):
     p.add_argument('--data', help="another data set than the paper's, as compare takes it")
     p.add_argument('--path', help='where its files lie; without it they are downloaded where that is possible')
     p.add_argument('--out', type=_named, default=out, help='folder for everything; the same command goes on from there')
-    p.add_argument('--precision', choices=('32', 'bf16', 'fp16', 'auto'), default='32',
-                   help='auto: the fastest that the device has; bf16 takes about half the time on a GPU, and on a processor with instructions for it')
-    p.add_argument('--device', help='cpu, cuda, cuda:1, …; cuda if there is one')
+    _machine_options(p)
 
 def _run_options(p):
     p.add_argument('ids', nargs='+', metavar='ID',
@@ -477,7 +479,8 @@ def _described(spec, n_classes, settings):
     "Return descriptions of a method, of each stage one. Raises `UsageError` for settings that it does not take"
     from fastkdtf.callback.methods import SomeTeacher
     from fastkdtf.lab.compare import named_arm
-    from fastkdtf.lab.training import Awaited, make_callbacks
+    from fastkdtf.lab.one_run import make_callbacks
+    from fastkdtf.lab.training import Awaited
     try:
         _,arm = named_arm(spec, n_classes, 2, SomeTeacher(), **settings)
         made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))

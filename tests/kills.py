@@ -16,7 +16,7 @@ from torch import nn
 import fastkdtf.all as kd
 from fastkdtf.cli import main
 from fastkdtf.lab.runs import Ledger
-from fastkdtf.lab.training import seed_run
+from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.teachers.cache import LogitStore
 
 torch.set_num_threads(1)

@@ -33,7 +33,8 @@ from fastkdtf.lab.compare import compare
 from fastkdtf.lab.learners import LearnerFrom, LearnerLike, check_learner, copy_learner
 from test_learners import text_learner
 from fastkdtf.lab.report import read_runs
-from fastkdtf.lab.training import BatchDraws, Score, StepDraws, judged_by
+from fastkdtf.lab.statistics import Score
+from fastkdtf.lab.one_run import BatchDraws, StepDraws, judged_by
 
 
 @pytest.fixture(autouse=True)

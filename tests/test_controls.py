@@ -17,7 +17,8 @@ from fastkdtf.callback.twostage import effdstl_stages
 from fastkdtf.lab.compare import compare
 from fastkdtf.lab.page import headline, report_html
 from fastkdtf.lab.report import comparisons, read_runs
-from fastkdtf.lab.training import Arm, Campaign, LearnerParts, controls_of, make_callbacks, split_loaders, with_controls
+from fastkdtf.lab.one_run import LearnerParts, make_callbacks, split_loaders
+from fastkdtf.lab.training import Arm, Campaign, controls_of, with_controls
 from fastkdtf.teachers.base import UniformTeacher
 from fastkdtf.vision.data import kd_dataloaders
 

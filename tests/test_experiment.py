@@ -16,7 +16,8 @@ from fastkdtf.lab.experiment import *
 from fastkdtf.lab.recipes import Recipe, recipe
 from fastkdtf.lab.reproduction import Reproduction
 from fastkdtf.callback.checkpoint import Checkpoint
-from fastkdtf.lab.training import Campaign, Arm, LearnerParts, train_run
+from fastkdtf.lab.one_run import LearnerParts, train_run
+from fastkdtf.lab.training import Campaign, Arm
 from processes import needs_fork, processes
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it

@@ -15,7 +15,8 @@ from torch import nn
 
 from fastkdtf.all import Augment, Correct, Distill, LsrKD, NetworkTeacher, TeacherCorrection, UniformTeacher, create_model, kd_dataloaders
 from fastkdtf.fingerprint import fingerprint, settings_digest
-from fastkdtf.lab.training import Arm, Campaign, LearnerParts
+from fastkdtf.lab.one_run import LearnerParts
+from fastkdtf.lab.training import Arm, Campaign
 
 class Cut:
     def __init__(self, size): self.size = size

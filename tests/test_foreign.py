@@ -933,7 +933,7 @@ def test_each_batch_is_run_a_few_times_only():
     assert 2 + 2*4 + 2 <= Count.n <= 2 + 2*11 + 2 + 2
 
 def test_the_copy_of_an_attached_callback_leaves_the_learner_out():
-    from fastkdtf.lab.training import make_callbacks
+    from fastkdtf.lab.one_run import make_callbacks
     copies = []
     class Heavy(nn.Module):
         def __init__(self):

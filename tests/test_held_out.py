@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from fastkdtf.callback.distill import LsrKD
 from fastkdtf.fingerprint import fingerprint, is_of_library, samples_fingerprint
 from fastkdtf.lab.compare import compare
-from fastkdtf.lab.training import teacher_accuracy
+from fastkdtf.lab.one_run import teacher_accuracy
 from fastkdtf.lab.tune import hold_out, tune
 
 @pytest.fixture

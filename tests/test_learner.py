@@ -15,10 +15,11 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import fastkdtf.lab.training
+import fastkdtf.lab.one_run, fastkdtf.lab.training
 from fastkdtf.callback.distill import Distill, LsrKD, ScaledCE, ScaledLS, TfKDReg
 from fastkdtf.lab.compare import compare
-from fastkdtf.lab.training import Arm, BatchDraws, StepDraws, make_callbacks, with_controls
+from fastkdtf.lab.one_run import BatchDraws, StepDraws, make_callbacks
+from fastkdtf.lab.training import Arm, with_controls
 from fastkdtf.lab.report import Comparison
 from fastkdtf.vision.models import create_model
 from fastkdtf.vision.data import kd_dataloaders
@@ -335,7 +336,7 @@ def test_resumed_after_an_exception(tmp_path, no_plots, expected, at, error):
 def test_interrupt_between_training_and_ledger(tmp_path, no_plots, expected, monkeypatch):
     "The last epoch is saved, but its scores are not"
     Fragile.at = None
-    for owner,name in ((fastkdtf.lab.training, 'evaluate'), (fastkdtf.lab.training, 'evaluate'), (Ledger, 'append')):
+    for owner,name in ((fastkdtf.lab.one_run, 'evaluate'), (fastkdtf.lab.one_run, 'evaluate'), (Ledger, 'append')):
         with monkeypatch.context() as m:
             m.setattr(owner, name, forbidden)
             with pytest.raises(Forbidden): fragile(tmp_path)

@@ -25,7 +25,8 @@ from fastkdtf.files import run_lock
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
 from fastkdtf.teachers.base import UniformTeacher
-from fastkdtf.lab.training import Arm, BatchDraws, Campaign, LearnerParts, StepDraws
+from fastkdtf.lab.one_run import BatchDraws, LearnerParts, StepDraws
+from fastkdtf.lab.training import Arm, Campaign
 
 torch.set_num_threads(1)
 K,N_BATCH = 3,3

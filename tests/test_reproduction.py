@@ -11,7 +11,7 @@ import fastkdtf.lab.reproduction
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from fastkdtf.lab.report import t_interval
+from fastkdtf.lab.statistics import t_interval
 from fastkdtf.lab.reproduction import *
 
 

@@ -16,7 +16,8 @@ import fastkdtf.lab.sweep
 from fastkdtf.callback.distill import LsrKD, MemoryReplay
 from fastkdtf.lab.recipes import recipe, recipes
 from fastkdtf.lab.sweep import paper_grid, search_space, sweep
-from fastkdtf.lab.training import Campaign, Arm, LearnerParts, method_identity
+from fastkdtf.lab.one_run import LearnerParts
+from fastkdtf.lab.training import Campaign, Arm, method_identity
 from processes import needs_fork, processes
 
 optuna = pytest.importorskip('optuna')

@@ -21,7 +21,8 @@ from fastkdtf.teachers.network import NetworkTeacher
 from fastkdtf.lab.runs import Run, work
 from fastkdtf.vision.cifar_nets import BasicBlock, CifarResNet
 from fastkdtf.vision.data import kd_dataloaders
-from fastkdtf.lab.training import Campaign, Arm, LearnerParts, make_callbacks, method_identity, train_run
+from fastkdtf.lab.one_run import LearnerParts, make_callbacks, train_run
+from fastkdtf.lab.training import Campaign, Arm, method_identity
 from fastkdtf.callback.twostage import effdstl_stages
 
 def loaders(n=48, bs=16, wait=0., seed=0):
@@ -71,6 +72,11 @@ def test_a_teacher_is_known_by_its_own_settings_only(tmp_path):
     n = len((tmp_path/'results.jsonl').read_text().splitlines())
     other.run()
     assert n == 2 and len((tmp_path/'results.jsonl').read_text().splitlines()) == 3
+
+def test_what_a_teachers_own_learner_says_of_it_is_not_covered_by_the_students_settings():
+    arms = {'teacher': Arm(keep='best', make_learner=replace(parts(large), settings=dict(arch='large'))), 'a': Arm(KnowledgeDistillation, teacher='teacher')}
+    said = {run.arm: run.settings for run in campaign(arms, seeds=1, settings=dict(data='noise', arch='small')).runs.values()}
+    assert {name: (s['data'], s['arch']) for name,s in said.items()} == {'teacher': ('noise', 'large'), 'a': ('noise', 'small')}
 
 def test_settings_of_an_arm_tell_its_runs_apart():
     differing = [{}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large),

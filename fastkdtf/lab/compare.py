@@ -39,6 +39,7 @@ from ..names import method_spec
 from ..teachers.frozen import copy_model
 from ..vision.loader import LastBatch, batch_info
 from .measure import interleaved_times, median_ratio, peak_memory
+from .one_run import LearnerParts, make_callbacks
 from .report import Comparison
 from .runs import RunsBar
 from ..callback.distill import Distill, KnowledgeDistillation
@@ -189,7 +190,7 @@ def compare(
     out:str|Path|None=None, # folder to keep runs in and go on from; None keeps nothing
     lr:float|None=None, # learning rate; None: the learner's own
     baseline:str='baseline', # the method that others are held against; added if it is missing
-    settings:dict|None=None, # anything else that identifies these runs, written into their records: `dict(data=…, arch=…)`
+    settings:dict|None=None, # what else identifies these runs, for their records: `dict(data=…, arch=…)`; a teacher may say its own
     teacher:object=None, # of methods given by name that need one: a network, its path, a learner, any teacher; `LearnerFrom` and the like: trained first
     metric:str|None=None, # what runs are judged by; None: accuracy if the learner has it, else its first metric
     higher:bool|None=None, # is a larger value of the metric better? None: known from its name

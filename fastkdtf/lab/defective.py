@@ -30,6 +30,7 @@ from ..callback.distill import KnowledgeDistillation
 from ..files import read_json, replacing, run_lock
 from ..pickles import read_saved
 from ..fingerprint import settings_digest
+from .one_run import evaluation_set, reported_scores, train_run, weights_on_cpu
 from .procedures import Student, Taught
 from .training import *
 from ..teachers.inputs import class_names, input_stats

@@ -17,8 +17,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from ..core import check_types, check_whole
-from .report import Comparison, mean_sd
+from .report import Comparison
 from .runs import Ledger, check_run
+from .statistics import mean_sd
 
 # %% ../../nbs/45c_lab.evidence.ipynb #d8228a42
 def _listed(names, at_most=8):

@@ -30,6 +30,7 @@ from ..core import *
 from ..callback.stages import with_batch_size
 from ..fingerprint import fingerprint, settings_digest
 from .measure import keep_freed_memory
+from .one_run import LearnerParts, evaluation_set
 from .parallel import end_of_training
 from .recipes import Recipe, recipe as recipe_of
 from .reproduction import Reproduction

@@ -28,8 +28,10 @@ from ..core import *
 from ..callback.effdstl import WatchedDistill
 from .draw import save_png
 from .interpret import evaluating
-from .report import Comparison, csv_safe, last_accuracy
-from .training import Arm, Campaign, LearnerParts
+from .one_run import LearnerParts
+from .report import Comparison, csv_safe
+from .statistics import last_accuracy
+from .training import Arm, Campaign
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
 

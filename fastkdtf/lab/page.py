@@ -19,7 +19,8 @@ from fastcore.xml import Safe, Section, Span, Strong, Style, Table, Tbody, Td, T
 
 from ..files import replacing
 from .draw import *
-from .report import Comparison, comparisons, last_score, mean_sd, number_or_nan, t_interval, verdict
+from .report import Comparison, comparisons
+from .statistics import last_score, mean_sd, number_or_nan, t_interval
 
 # %% ../../nbs/45b_lab.page.ipynb #8e2ea040
 def _points(score, mean, low, high):

@@ -26,8 +26,10 @@ from ..core import *
 from ..callback.distill import KnowledgeDistillation
 from ..callback.term import is_fit
 from .draw import plain, save_png
-from .report import Comparison, last_accuracy, mean_sd
 from .learners import *
+from .one_run import teacher_accuracy
+from .report import Comparison
+from .statistics import last_accuracy, mean_sd
 from .training import *
 from ..teachers.network import as_teacher
 

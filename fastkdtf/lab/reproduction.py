@@ -22,8 +22,9 @@ from fastcore.xml import H2, H3, Div, Li, Ol, P, Safe, Section, Strong, Style, S
 from .draw import *
 from .page import report_html, write_whole
 from .recipes import Recipe, paper_table, recipe
-from .report import Comparison, csv_safe, mean_sd, number_or_nan, paired_difference, t_interval, unlike, welch_interval
+from .report import Comparison, csv_safe, unlike
 from .runs import Ledger, check_failure, check_recipe_record, check_run
+from .statistics import mean_sd, number_or_nan, paired_difference, t_interval, welch_interval
 
 # %% ../../nbs/47a_lab.reproduction.ipynb #a4ac018a
 def from_paper(

@@ -11,7 +11,6 @@ __all__ = ['paper_grid', 'Sweep', 'sweep']
 from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
-from urllib.parse import quote
 
 import torch
 from fastai.data.core import DataLoaders

@@ -8,7 +8,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/lab.tune.html.md"""
 __all__ = ['Part', 'hold_out', 'Tuned', 'tune']
 
 # %% ../../nbs/41a_lab.tune.ipynb #c663cd23
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from html import escape
@@ -24,7 +24,8 @@ from ..core import *
 from ..fingerprint import fingerprint, settings_digest
 from .compare import planned_arms, named_arm, takes_parts
 from .learners import check_learner, check_no_method, check_step, learner_maker
-from .report import mean_sd
+from .one_run import make_callbacks
+from .statistics import mean_sd
 from .study import *
 from .training import *
 
