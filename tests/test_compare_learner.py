@@ -1,6 +1,7 @@
 """`compare` with a learner, or with a function that makes one: what is kept, what each run starts from, and what fastai itself would do
 
 Every training is replayed with a plain fastai learner."""
+import random
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -33,7 +34,7 @@ from fastkdtf.lab.compare import compare
 from fastkdtf.lab.learners import LearnerFrom, LearnerLike, check_learner, copy_learner
 from test_learners import text_learner
 from fastkdtf.lab.report import read_runs
-from fastkdtf.lab.training import BatchDraws, Score, StepDraws, judged_by
+from fastkdtf.lab.training import BatchDraws, Score, StepDraws, _draw_anew, judged_by
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,14 @@ def draws(seed):
     "What gives loaders and steps random states of their own, as in every run"
     draws = BatchDraws(seed)
     return [draws, StepDraws(draws)]
+
+def test_draws_are_those_of_fastais_seed():
+    def drawn(): return random.random(),np.random.rand(),torch.rand(1).item()
+    for n in range(3):
+        _draw_anew(7, 'step', n)
+        ours = drawn()
+        set_seed(random.Random(f'7/step/{n}').getrandbits(32))
+        assert drawn() == ours
 
 def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
