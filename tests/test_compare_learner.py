@@ -38,7 +38,7 @@ from fastkdtf.lab.training import BatchDraws, Score, StepDraws, _draw_anew, judg
 
 
 @pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, no_drawing, monkeypatch):
     "Learners save below the working directory"
     monkeypatch.chdir(tmp_path)
 

@@ -24,6 +24,8 @@ from fastkdtf.vision.data import kd_dataloaders
 from fastkdtf.lab.training import Campaign, Arm, LearnerParts, make_callbacks, method_identity, train_run
 from fastkdtf.callback.twostage import effdstl_stages
 
+pytestmark = pytest.mark.usefixtures('no_drawing')
+
 def loaders(n=48, bs=16, wait=0., seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n+32, 6, generator=g)
