@@ -1,6 +1,7 @@
 """`compare` with a learner, or with a function that makes one: what is kept, what each run starts from, and what fastai itself would do
 
 Every training is replayed with a plain fastai learner."""
+import random
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -34,11 +35,11 @@ from fastkdtf.lab.learners import LearnerFrom, LearnerLike, check_learner, copy_
 from test_learners import text_learner
 from fastkdtf.lab.report import read_runs
 from fastkdtf.lab.statistics import Score
-from fastkdtf.lab.one_run import BatchDraws, StepDraws, judged_by
+from fastkdtf.lab.one_run import BatchDraws, StepDraws, _draw_anew, judged_by
 
 
 @pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
+def in_tmp_path(tmp_path, no_drawing, monkeypatch):
     "Learners save below the working directory"
     monkeypatch.chdir(tmp_path)
 
@@ -70,6 +71,14 @@ def draws(seed):
     "What gives loaders and steps random states of their own, as in every run"
     draws = BatchDraws(seed)
     return [draws, StepDraws(draws)]
+
+def test_draws_are_those_of_fastais_seed():
+    def drawn(): return random.random(),np.random.rand(),torch.rand(1).item()
+    for n in range(3):
+        _draw_anew(7, 'step', n)
+        ours = drawn()
+        set_seed(random.Random(f'7/step/{n}').getrandbits(32))
+        assert drawn() == ours
 
 def state(model): return {k: v.clone() for k,v in model.state_dict().items()}
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()

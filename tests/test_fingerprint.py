@@ -18,6 +18,8 @@ from fastkdtf.fingerprint import fingerprint, settings_digest
 from fastkdtf.lab.one_run import LearnerParts
 from fastkdtf.lab.training import Arm, Campaign
 
+pytestmark = pytest.mark.usefixtures('no_drawing')
+
 class Cut:
     def __init__(self, size): self.size = size
 class Steps:
@@ -72,15 +74,16 @@ def test_the_digits_of_0_1_0():
 def test_another_process_says_the_same():
     code = '''
 from functools import partial
-from fastkdtf.all import Augment, Correct, LsrKD
+from fastkdtf.callback.distill import LsrKD
 from fastkdtf.fingerprint import fingerprint, settings_digest
+from fastkdtf.targets import Correct
 k = .5
-print(settings_digest(dict(x=fingerprint([{'a', 'b', 'c', 'd'}, partial(LsrKD, alpha=.2), ~Correct(), print, lambda pct: k*pct]))))'''
-    k = .5
-    here = settings_digest(dict(x=fingerprint([{'d', 'c', 'b', 'a'}, partial(LsrKD, alpha=.2), ~Correct(), print])))
-    told = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': seed}, capture_output=True, text=True).stdout.strip()
-            for seed in '12'}
-    assert len(told) == 1 and len(told.pop()) == len(here)
+said = settings_digest(dict(x=fingerprint([{'a', 'b', 'c', 'd'}, partial(LsrKD, alpha=.2), ~Correct(), print, lambda pct: k*pct])))
+print(said)'''
+    here,other = dict(__name__='__main__'),'1' if os.environ.get('PYTHONHASHSEED') != '1' else '2'
+    exec(code, here)
+    told = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': other}, capture_output=True, text=True).stdout.strip()
+    assert told == here['said'] != settings_digest(dict(x=fingerprint([])))
 
 # what cannot be told
 

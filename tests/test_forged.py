@@ -1,19 +1,20 @@
 "Forged files: none runs code, none ends the process or takes its memory, each is one clear line"
-import json, re, subprocess, sys
+import json, re, sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from forged import forged
+from forged import forged, main
+from processes import said_by
 
 @pytest.fixture(scope='module')
 def said(tmp_path_factory):
     "What each reader said of each forged file, all read in one process"
     root = tmp_path_factory.mktemp('forged')
-    r = subprocess.run([sys.executable, str(Path(__file__).with_name('forged.py')), str(root)], capture_output=True, text=True)
-    lines = {o['name']: o for o in map(json.loads, r.stdout.splitlines())}
-    assert r.returncode == 0, f'the process ended with {r.returncode} after {list(lines)[-1:]}: {r.stderr[-500:]}'
+    code,told = said_by(main, root, file=tmp_path_factory.mktemp('told')/'said.txt')
+    lines = {o['name']: o for o in map(json.loads, (line for line in told.splitlines() if line.startswith('{')))}
+    assert code == 0, f'the process ended with {code} after {list(lines)[-1:]}: {told[-500:]}'
     assert not list(root.parent.glob('owned*')) and not Path('owned').exists()
     return lines
 

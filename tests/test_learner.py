@@ -31,6 +31,7 @@ from processes import needs_fork, processes
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
+pytestmark = pytest.mark.usefixtures('no_drawing')
 K,N_BATCH = 3,3
 
 
@@ -62,11 +63,6 @@ def assert_whole(out, n_runs):
     keys = [r['key'] for r in lines(out)]
     assert len(keys) == len(set(keys)) == n_runs
     assert not list((out/'unfinished').glob('*.pt')) and {'table.csv', 'accuracy.png', 'curves.png', 'report.html'} <= {o.name for o in out.iterdir()}
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    "Drawing takes longer than these trainings"
-    for o in ('plot_accuracy', 'plot_curves'): monkeypatch.setattr(Comparison, o, lambda self: plt.figure(figsize=(1, 1)))
 
 BOTH = {'LsrKD': LsrKD, 'TfKDReg': partial(TfKDReg, alpha=.2)}
 ALL_NAMES = ['baseline', 'LsrKD', 'TfKDReg', 'LS 0.1']   # and the two controls of TfKDReg
@@ -121,7 +117,7 @@ def test_same_weights_and_batches_per_seed():
     assert not torch.equal(a['batches'][0], a['batches'][N_BATCH]), 'each epoch has its own order'
 
 
-def test_other_methods_order_and_folder_change_nothing(undisturbed, tmp_path, no_plots):
+def test_other_methods_order_and_folder_change_nothing(undisturbed, tmp_path):
     all_runs = by_run(undisturbed[1].records)
     random.seed(99), torch.manual_seed(99)
     alone,other = {'LsrKD': LsrKD},{'other': ScaledCE, 'greedy': Greedy, 'TfKDReg': partial(TfKDReg, alpha=.2), 'baseline': None, 'LsrKD': LsrKD}
@@ -213,7 +209,7 @@ def test_one_method_that_diverges_beside_others():
     c = tiny_compare({'LsrKD': Arm(LsrKD, fit=too_fast)}, n_epoch=1, seeds=1, lr=None)
     assert c.shown.loc['LsrKD', 'NLL'] == '–' != c.shown.loc['baseline', 'NLL']
 
-def test_adding_seeds_methods_and_settings(tmp_path, no_plots):
+def test_adding_seeds_methods_and_settings(tmp_path):
     def go(methods, **kw):
         c = tiny_compare(methods, out=tmp_path, **{'n_epoch': 1, **kw})
         return c,(tmp_path/'results.jsonl').read_bytes()
@@ -323,7 +319,7 @@ def expected(tmp_path_factory):
 
 @pytest.mark.parametrize('at', [[1], [2], [N_BATCH+1], [2*N_BATCH], [3*N_BATCH+2], [9*N_BATCH, 3, 1, 14]])
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
-def test_resumed_after_an_exception(tmp_path, no_plots, expected, at, error):
+def test_resumed_after_an_exception(tmp_path, expected, at, error):
     for n in at:
         Fragile.at,Fragile.seen,Fragile.error = n,0,[error]
         with pytest.raises(error): fragile(tmp_path)
@@ -333,7 +329,7 @@ def test_resumed_after_an_exception(tmp_path, no_plots, expected, at, error):
     assert_whole(tmp_path, 6)
     assert by_run(c.records) == by_run(lines(tmp_path))
 
-def test_interrupt_between_training_and_ledger(tmp_path, no_plots, expected, monkeypatch):
+def test_interrupt_between_training_and_ledger(tmp_path, expected, monkeypatch):
     "The last epoch is saved, but its scores are not"
     Fragile.at = None
     for owner,name in ((fastkdtf.lab.one_run, 'evaluate'), (fastkdtf.lab.one_run, 'evaluate'), (Ledger, 'append')):
@@ -539,7 +535,7 @@ def test_bad_input(change, error, name, monkeypatch, tmp_path):
     with pytest.raises(error, match=name): tiny_compare(kw.pop('methods'), out=tmp_path/'out', **kw)
     assert not (tmp_path/'out'/'results.jsonl').exists()
 
-def test_a_second_comparison_in_a_folder_adds_to_table_and_report(tmp_path):
+def test_a_second_comparison_in_a_folder_adds_to_table_and_report(tmp_path, draws):
     tiny_compare({'LsrKD': LsrKD}, out=tmp_path, controls=False)
     second = tiny_compare({'TfKDReg': TfKDReg}, out=tmp_path, controls=False)   # of the same setting
     table = pd.read_csv(tmp_path/'table.csv', index_col='method')

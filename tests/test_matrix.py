@@ -3,13 +3,13 @@
 A cell shows that something holds, not only that nothing is raised. What cannot make sense is refused, and its cell asserts the words.
 With FASTKDTF_MATRIX=path every cell adds a line of JSON to that file; `tools/matrix.py` makes the table of the documentation from it.
 """
-import copy, csv, json, os, re, socket, sys, traceback, zipfile
+import copy, csv, json, os, re, sys, traceback, zipfile
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
+import numpy as np, pandas as pd, pytest, torch, torch.distributed as dist, torch.nn.functional as F
 import matplotlib
 matplotlib.use('agg')
 from fastai.basics import Callback, CastToTensor, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Recorder, TrainEvalCallback, load_learner
@@ -28,6 +28,7 @@ import matrix
 from matrix import (FastxtendsMixUp, K, METHODS, ReadsAsTheTeacher, Spy, TsaisMixUp, TwoImages, Wrapped, by_hand, digits, learner, made, network,
                     pairs_of_images, per_sample, residual, subnetwork_by_hand, table_net, table_teacher, tables, unet, unet_twin)
 from networks import CPUAutocast, lively
+from processes import together
 from fastkdtf.callback.selfguide import Draws
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 
@@ -528,17 +529,9 @@ def work(rank, port, folder):
     dist.destroy_process_group()
 
 @pytest.fixture(scope='module')
-def gloo(tmp_path_factory):
+def gloo(once):
     "The folder with what each method gave in two processes, started when first asked"
-    @lru_cache
-    def results():
-        folder = tmp_path_factory.mktemp('gloo')
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
-        mp.spawn(work, (port, folder), 2)
-        return folder
-    return results
+    return lambda: once('gloo', partial(together, work))
 
 @situation('two processes')
 def two_processes(m, gloo):

@@ -62,10 +62,7 @@ def by_run(c): return {(r['method'], r['seed']): numbers(r) for r in c.records}
 def lines(out): return [json.loads(o) for o in (out/'results.jsonl').read_text().splitlines()]
 
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    "Drawing takes longer than these trainings"
-    for cls,names in ((Comparison, ('plot_accuracy', 'plot_curves')), (Taught, ('plot_teachers',))):
-        for o in names: monkeypatch.setattr(cls, o, lambda self: plt.figure(figsize=(1, 1)))
+def no_plots(no_drawing, monkeypatch): monkeypatch.setattr(Taught, 'plot_teachers', lambda self: plt.figure(figsize=(1, 1)))
 
 class Forbidden(Exception): pass
 def forbidden(*args, **kwargs): raise Forbidden
@@ -106,7 +103,7 @@ def test_tf_kd_self_step_by_step(alpha, tau, scale, factor):
     for k,v in student.state_dict().items(): torch.testing.assert_close(learn.model.state_dict()[k], v, rtol=1e-5, atol=1e-5)
     assert learn.opt is None and not same(weights(teacher), weights(learn.model))
 
-def test_what_tf_kd_self_gives(tmp_path):
+def test_what_tf_kd_self_gives(tmp_path, draws):
     learn = learner()
     c = learn.fit_tf_kd_self(2, seeds=[4, 1], controls=True, out=tmp_path)
     assert c.names == ['baseline', 'Tf-KD_self', 'CE ×3.7', 'twice as long'] and list(c.table.seeds) == [2]*4

@@ -1,9 +1,11 @@
-"The visible blocks of README, run as a reader pastes them: in a new process, in an empty folder, with nothing but the installed package"
+"The visible blocks of README, run as a reader pastes them: in an empty folder, with nothing but the installed package"
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
+from fastcore.nbio import read_nb
 from nbdev.config import get_config
+from processes import said_by
 
 root = Path(__file__).parents[1]
 cfg = get_config(root)
@@ -28,6 +30,19 @@ def installed(tmp_path_factory):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return tmp_path_factory.mktemp('empty')
 
+each = """
+import multiprocessing, shlex, sys
+import fastkdtf.all
+from fastkdtf.cli import main
+def run(line): sys.exit(main(shlex.split(line)[1:]))
+for line in sys.argv[1:]:
+    p = multiprocessing.get_context('fork').Process(target=run, args=(line,))
+    print(f'$ {line}', flush=True)
+    p.start()
+    p.join()
+    if p.exitcode: sys.exit(f'{line}: exit code {p.exitcode}')
+"""
+
 def run(cmd, folder, env):
     r = subprocess.run(cmd, cwd=folder, env=env, capture_output=True, text=True)
     assert r.returncode==0, r.stderr[-5000:]
@@ -44,7 +59,22 @@ def test_all_blocks_run_as_pasted(installed, folder):
     assert Path(where).parents[1]==Path(installed['PYTHONPATH']), 'another fastkdtf than the installed one was imported'
     commands = [line for line in shell if not line.startswith('pip install')]
     assert len(commands)>=4 and all(line.startswith('fastkdtf ') for line in commands)
-    for line in commands: assert run(['bash', '-c', line], folder, installed).strip(), line
+    quickest = next(line for line in commands if line.startswith('fastkdtf recipes '))
+    assert run(['bash', '-c', quickest], folder, installed).strip()
+    said = run([sys.executable, '-c', each, *commands], folder, installed)    # each in a fork of one process that has imported the libraries
+    told = re.split(r'^\$ (fastkdtf .*)$', said, flags=re.M)
+    assert told[1::2]==commands and all(o.strip() for o in told[2::2]), said
+
+def run_hidden():
+    "The front page's cells that README does not show"
+    os.chdir(cfg.nbs_path)
+    cells = [c.source for c in read_nb(cfg.readme_nb).cells if re.search(r'^#\| *(hide|echo: *false)', c.source, re.M)]
+    assert len(cells)>=3
+    exec('\n'.join(cells), {})
+
+def test_cells_that_are_not_shown_run(tmp_path):
+    code,said = said_by(run_hidden, file=tmp_path/'said.txt')
+    assert code==0, said[-5000:]
 
 def test_the_install_lines_name_the_repository():
     installs = [line for line in shell if line.startswith('pip install')]

@@ -1,5 +1,5 @@
 "Checkpoint and resume, seeds, ledger and locks"
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -14,6 +14,7 @@ from fastkdtf.lab import runs
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.lab.runs import Ledger, run_environment
 from fastkdtf.files import replacing, run_lock
+from processes import processes
 
 torch.set_num_threads(1)   # in child processes too: the numbers of a run depend on it
 
@@ -364,34 +365,34 @@ def test_interrupt_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- kill -9
 
-script = """
-import sys, os, time, torch
-sys.path.insert(0, {here!r})
-from test_runs import *
-from pathlib import Path
-folder = Path(sys.argv[1])
 class Slow(Callback):
     def after_batch(self): time.sleep(.004)
-print('ready', flush=True)
-learn = run(folder, 'fine_tune', more_cbs() + [Slow(), Checkpoint(folder/'ck.pth')])
-torch.save(state(learn), folder/'result.pth')
-"""
+
+def slow_training(folder, ready):
+    ready.set()
+    learn = run(folder, 'fine_tune', more_cbs() + [Slow(), Checkpoint(folder/'ck.pth')])
+    torch.save(state(learn), folder/'result.pth')
+
+def started(f, *args):
+    "A process of its own, which is about to begin"
+    ready = processes.Event()
+    p = processes.Process(target=f, args=(*args, ready))
+    p.start()
+    assert ready.wait(120)
+    return p
 
 
 def test_kill_9(tmp_path):
     expected = state(run(tmp_path, 'fine_tune', more_cbs()))
-    cmd = [sys.executable, '-c', script.format(here=str(Path(__file__).parent)), str(tmp_path)]
     killed = 0
     for _ in range(3):
-        p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        p.stdout.readline()
+        p = started(slow_training, tmp_path)
         if killed < 2:
             time.sleep((time.time_ns()%450)/1000 + .05)
-            killed += p.poll() is None
+            killed += p.is_alive()
             p.kill()
-            p.stdout.close(), p.wait()
-        else: p.communicate()
-    assert p.returncode == 0 or (tmp_path/'result.pth').exists()
+        p.join()
+    assert p.exitcode == 0 or (tmp_path/'result.pth').exists()
     assert_same(torch.load(tmp_path/'result.pth', weights_only=False), expected)
 
 
@@ -476,26 +477,21 @@ def test_bad_line_in_the_middle(tmp_path, line):
     assert ledger.path.read_bytes() == before
 
 
-writer = """
-import sys
-from fastkdtf.lab.runs import Ledger
-path,me,n = sys.argv[1],sys.argv[2],int(sys.argv[3])
-print('ready', flush=True)
-sys.stdin.readline()
-ledger = Ledger(path)
-for i in range(n):
-    ledger.append(dict(key=f'{me}/{i}', text='x'*(i%50)*40))
-    ledger.append(dict(key=f'shared/{i}', by=me))
-"""
+def writer(path, me, n, go, ready):
+    ready.set()
+    go.wait(60)
+    ledger = Ledger(path)
+    for i in range(n):
+        ledger.append(dict(key=f'{me}/{i}', text='x'*(i%50)*40))
+        ledger.append(dict(key=f'shared/{i}', by=me))
 
 
 def test_two_writers(tmp_path):
-    path,n = tmp_path/'results.jsonl',200
-    ps = [subprocess.Popen([sys.executable, '-c', writer, str(path), me, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for me in 'ab']
-    for p in ps: p.stdout.readline()
-    for p in ps: p.stdin.write('go\n'), p.stdin.flush()
-    for p in ps: assert p.wait() == 0
-    for p in ps: p.stdin.close(), p.stdout.close()
+    path,n,go = tmp_path/'results.jsonl',200,processes.Event()
+    ps = [started(writer, path, me, n, go) for me in 'ab']
+    go.set()
+    for p in ps: p.join()
+    assert [p.exitcode for p in ps] == [0, 0]
     keys = [json.loads(o)['key'] for o in path.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 3*n
     assert set(keys) == {f'{me}/{i}' for me in ('a', 'b', 'shared') for i in range(n)}
@@ -503,13 +499,14 @@ def test_two_writers(tmp_path):
 
 def test_killed_writer(tmp_path):
     path = tmp_path/'results.jsonl'
-    p = subprocess.Popen([sys.executable, '-c', writer, str(path), 'a', '100000'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    p.stdout.readline()
-    p.stdin.write('go\n'), p.stdin.flush()
+    go = processes.Event()
+    go.set()
+    p = started(writer, path, 'a', 100_000, go)
     while not path.exists(): time.sleep(.01)
     time.sleep((time.time_ns()%350)/1000 + .05)
-    p.send_signal(signal.SIGKILL)
-    p.wait(), p.stdin.close(), p.stdout.close()
+    p.kill()
+    p.join()
+    assert p.exitcode != 0
     n = len(Ledger(path))
     assert n and Ledger(path).append({'key': 'after'}) and len(Ledger(path)) == n+1
 

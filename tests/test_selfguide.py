@@ -1,10 +1,10 @@
 """`SelfGuidance` and `StochasticDepth` in training, against equations written by hand and against networks that saw full passes only"""
-import copy, math, os, random, socket, sys
+import copy, math, os, random, sys
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
-import numpy as np, pytest, torch, torch.multiprocessing as mp, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 import matplotlib
 matplotlib.use('agg')
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, TensorImage, accuracy, load_learner
@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).parent))
 from test_survival import by_hand, close, lively, norms
 from networks import CPUAutocast
+from processes import together
 from fastkdtf.vision.cifar_nets import BasicBlock, CifarResNet
 from fastkdtf.vision.data import kd_dataloaders
 from fastkdtf.callback.distill import KnowledgeDistillation, LsrKD, MemoryReplay, matched_controls
@@ -487,10 +488,7 @@ def worker(rank, port, path):
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     path = tmp_path_factory.mktemp('gloo')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, path), 2)
+    together(worker, path)
     return path
 
 @pytest.mark.parametrize('name', makers)

@@ -89,13 +89,6 @@ async function search(win, doc, text) {
 })
 </script>'''
 
-def is_current():
-    "Whether the site in `_docs/` was built after the last change of what it is made from"
-    made_from = [p for o in (docs.cfg.nbs_path, docs.cfg.lib_path, root/'tools') for p in o.rglob('*')
-                 if p.is_file() and '__pycache__' not in p.parts]
-    index = site/'search-index.js'    # written last
-    return index.exists() and index.stat().st_mtime > max(p.stat().st_mtime for p in made_from)
-
 def dump(url, tmp):
     "The document at `url` after its scripts have run"
     cmd = [chromium, *flags, f'--user-data-dir={tmp}', '--virtual-time-budget=120000', '--timeout=60000', '--dump-dom', url]
@@ -121,7 +114,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope='session')
 def built():
     with FileLock(site.with_suffix('.lock')):    # these tests may run in several processes
-        if not is_current():
+        if not docs.is_current(site):
             env = {**os.environ, 'PYTHONPATH': str(root/'tools'), 'OMP_NUM_THREADS': '1'}
             cmd = [sys.executable, '-c', 'import docs; docs.build(docs.cfg.doc_path)']
             r = subprocess.run(cmd, cwd=root, env=env, capture_output=True, text=True)
@@ -158,9 +151,10 @@ def browse(built, pages, tmp):
     return json.loads(html.unescape(page.split('<pre id="seen">')[1].split('</pre>')[0]))
 
 @pytest.fixture(scope='session')
-def seen(built, pages, tmp_path_factory):
+def seen(built, pages, once):
     if chromium is None: pytest.skip('no Chromium')
-    seen = browse(built, pages, tmp_path_factory.mktemp('chromium'))
+    def look(folder): (folder/'seen.json').write_text(json.dumps(browse(built, pages, folder/'chromium')), encoding='utf-8')
+    seen = json.loads((once('seen', look)/'seen.json').read_text(encoding='utf-8'))
     assert 'failed' not in seen, seen['failed']
     return seen
 

@@ -25,6 +25,8 @@ from fastkdtf.lab.one_run import LearnerParts, make_callbacks, train_run
 from fastkdtf.lab.training import Campaign, Arm, method_identity
 from fastkdtf.callback.twostage import effdstl_stages
 
+pytestmark = pytest.mark.usefixtures('no_drawing')
+
 def loaders(n=48, bs=16, wait=0., seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n+32, 6, generator=g)

@@ -26,6 +26,8 @@ from fastkdtf.lab.tune import Part, hold_out, tune
 
 optuna = pytest.importorskip('optuna')
 
+pytestmark = pytest.mark.usefixtures('no_drawing')
+
 def items(n, seed=0):
     x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
     return list(zip(x, x[:,:3].argmax(1)))
@@ -113,7 +115,7 @@ def test_the_choice_follows_validation_and_not_the_test_set(tmp_path):
     tune(LsrKD, learn, 1, dict(alpha=[.1, .5]), out=tmp_path, confirm=1)
     assert seen
 
-def test_what_is_chosen_is_confirmed_with_other_seeds_beside_baseline_and_controls(tmp_path):
+def test_what_is_chosen_is_confirmed_with_other_seeds_beside_baseline_and_controls(tmp_path, draws):
     found = tune(LsrKD, learner(), 1, dict(alpha=[.1, .5], tau=[3., 5.]), seeds=2, out=tmp_path, confirm=2, lr=.1)
     c = found.confirmed
     assert {r['seed'] for r in c.records} == {2, 3} and c.records[0]['evaluated_on'] == 'test'
@@ -128,7 +130,7 @@ def test_what_is_chosen_is_confirmed_with_other_seeds_beside_baseline_and_contro
     assert f'over the baseline was {100*gained:+.2f} where it was chosen, and is {100*left:+.2f} there' in told
     for name in ('tune.csv', 'tune_alpha.png', 'tune_tau.png', 'tune.db', 'report.html', 'results.jsonl'): assert (tmp_path/name).exists(), name
 
-def test_a_second_method_in_a_folder_adds_to_table_and_report(tmp_path):
+def test_a_second_method_in_a_folder_adds_to_table_and_report(tmp_path, draws):
     for method in (LsrKD, TfKDReg): tune(method, learner(), 1, dict(alpha=[.1, .5]), out=tmp_path, confirm=1)
     trials,confirmed = (pd.read_csv(tmp_path/f'{name}.csv') for name in ('tune', 'table'))
     assert [name.split()[0] for name in trials.study] == ['LsrKD']*2 + ['TfKDReg']*2 and set(trials.alpha) == {.1, .5}

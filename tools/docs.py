@@ -241,6 +241,12 @@ def colab_url(nb):
     repo = cfg.git_url.replace('https://github.com', 'https://colab.research.google.com/github')
     return f'{repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{nb}'
 
+def is_current(out):
+    "Whether the site in `out` was built after the last change of what it is made from"
+    made_from = [p for o in (cfg.nbs_path, cfg.lib_path, tools) for p in o.rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    index = out/'search-index.js'    # written last
+    return index.exists() and index.stat().st_mtime > max(p.stat().st_mtime for p in made_from)
+
 def build(out):
     "Render all processed notebooks to `out`"
     refresh_quarto_yml()
@@ -351,7 +357,7 @@ def main():
     readme()
     if args.readme: return
     if shutil.which('quarto'): subprocess.run([sys.executable, '-c', 'from nbdev.quarto import nbdev_docs; nbdev_docs()'], check=True)
-    else: build(cfg.doc_path)
+    elif not is_current(cfg.doc_path): build(cfg.doc_path)
     write_redirects(cfg.doc_path)
     bad = check_links(cfg.doc_path)
     if bad: sys.exit('\n'.join(['Broken links:', *bad]))

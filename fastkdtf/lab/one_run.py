@@ -127,7 +127,11 @@ class EpochTimer(Callback):
 # %% ../../nbs/40a_lab.one_run.ipynb #248376c3
 def _draw_anew(seed, part, n):
     "Seed Python, NumPy and PyTorch for a part of batch `n`"
-    set_seed(random.Random(f'{seed}/{part}/{n}').getrandbits(32))
+    drawn = random.Random(f'{seed}/{part}/{n}').getrandbits(32)
+    if torch.accelerator.is_available(): return set_seed(drawn)
+    random.seed(drawn)
+    np.random.seed(drawn%(2**32-1))
+    torch.default_generator.manual_seed(drawn)   # `torch.manual_seed` writes down the stack for each kind of GPU that is not there
 
 class BatchDraws(Callback):
     "Make the images of each batch depend on the seed and the batch's number alone"
