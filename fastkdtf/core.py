@@ -279,7 +279,7 @@ def classification_batch(
     if not -pred.ndim <= axis < pred.ndim or pred.ndim < 2 or pred.shape[axis] < 2:
         raise ValueError(f"predictions must be logits [N,K] or [N,K,…] with K ≥ 2 classes on axis {axis}, "
                          f"got shape {tuple(pred.shape)}; give a binary problem two outputs")
-    z = pred if axis == 1 else pred.movedim(axis, 1)
+    z = pred if axis % pred.ndim == 1 else pred.movedim(axis, 1)
     if targ.is_floating_point():
         if targ.shape == pred.shape: return z, targ.movedim(axis, 1)
         raise ValueError(f"targ, the labels, must be probabilities of the predictions' shape {tuple(pred.shape)}, or integers, "
@@ -308,7 +308,7 @@ def check_teacher_logits(
     if z.shape not in (zt.shape, zt.shape[1:]):
         several = f"(n, {', '.join(map(str, z.shape))})"
         raise ValueError(f"a teacher must return logits of the student's shape {tuple(z.shape)}, or {several}, got {tuple(zt.shape)}")
-    return zt.detach().to(at_least_float32(z).dtype)
+    return zt.detach().to(torch.promote_types(z.dtype, torch.float32))
 
 # %% ../nbs/00_core.ipynb #ebdf4c3e
 def kept(
@@ -317,6 +317,7 @@ def kept(
 )->Tensor|None: # bool `[N,…]`
     "Return which positions count; None if all do, as far as that is known without waiting for a GPU"
     if y.is_floating_point(): return None
+    if y.is_cpu and y.numel() and y.min().item() > ignore_index: return None
     keep = y != ignore_index
     return None if keep.is_cpu and keep.all() else keep
 

@@ -30,14 +30,15 @@ def log_odds(
     return _odds(*_apart(logits, y), tau)
 
 def _apart(logits, y):
-    "Return the label's logit and all others, with -∞ in its place; less the largest of all"
-    index,axis = at_label(logits, y)
-    z = shifted(logits, axis=axis)
-    return z.gather(axis, index), z.scatter(axis, index, -math.inf), axis
+    "Return the label's logit, and all others with the least number in its place; less the largest of the others"
+    (index,axis),z = at_label(logits, y),at_least_float32(logits)
+    others = z.scatter(axis, index, torch.finfo(z.dtype).min)   # -∞ would be no number where all others are -∞
+    largest = others.detach().amax(axis, keepdim=True)
+    return z.gather(axis, index)-largest, others-largest, axis
 
 def _odds(label, others, axis, tau):
     if tau != 1: label,others = label/tau,others/tau
-    return label.squeeze(axis) - others.logsumexp(axis)
+    return (label - others.exp().sum(axis, keepdim=True).log()).squeeze(axis)
 
 def _apart_in(batch, who):
     "Return `_apart` of the student's logits `z` or the teacher's `zt`; found once a batch, for every temperature"
@@ -96,8 +97,8 @@ class Correct(Subset):
 
     def _find(self, batch, zt):
         if isinstance(zt, TwoValued): return torch.full(batch.y.shape, zt.on > zt.off, device=batch.y.device)
-        label,others,axis = _apart_in(batch, 'zt')
-        return (others < label).all(axis)
+        label,_,axis = _apart_in(batch, 'zt')
+        return (label > 0).squeeze(axis)
 
 class StudentAhead(Subset):
     "The student is surer of the label than the teacher: the regularization samples. Song et al. 2023, §4.1"

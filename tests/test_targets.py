@@ -3,6 +3,7 @@ import copy, math, pickle, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -250,6 +251,15 @@ def test_log_odds():
     p = torch.softmax(z/3, 1).gather(1, y[:,None])[:,0]
     torch.testing.assert_close(log_odds(z, y, 3.), p.logit())
     torch.testing.assert_close(log_odds(z.float()+8192, y).double(), log_odds((z.float()+8192).double(), y), atol=1e-4, rtol=1e-5)
+
+@pytest.mark.parametrize('tau', [.5, 1., 4.])
+def test_the_gradient_of_log_odds_is_that_of_their_definition(tau):
+    z,y = some(20, 4).requires_grad_(),torch.arange(20)%4
+    by_definition = (z/tau).gather(1, y[:,None])[:,0] - (z/tau).masked_fill(F.one_hot(y, 4).bool(), -math.inf).logsumexp(1)
+    weights = some(20)
+    found,expected = (torch.autograd.grad((odds*weights).sum(), z)[0] for odds in (log_odds(z, y, tau), by_definition))
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.gradgradcheck(lambda z: log_odds(z, y, tau), z)
 
 
 # ---------------------------------------------------------------- labels that are probabilities

@@ -9,6 +9,7 @@ __all__ = ['check_schedule', 'ByEpoch', 'Distill', 'LsrKD', 'TfKDReg', 'Knowledg
            'ScaledLS', 'scaled_loss', 'describe_sum', 'matched_controls']
 
 # %% ../../nbs/31_callback.distill.ipynb #4a4a6ae3
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -274,8 +275,8 @@ class Distill(LossTerm):
     def _finite(self, logits, batch, axis):
         "Return a teacher's logits with the classes on axis 1, or zeros where they are no numbers"
         logits = check_teacher_logits(logits, batch.z, axis)
+        if logits.is_cpu and math.isfinite(logits.sum()): return logits   # so is each of them; another device is not waited for
         finite = logits.isfinite().all()
-        if finite.is_cpu and finite: return logits   # another device is not waited for
         batch.finite = finite if batch.finite is None else batch.finite & finite
         return torch.where(finite, logits, 0.)
 

@@ -183,11 +183,11 @@ def is_fit(
 # %% ../../nbs/30_callback.term.ipynb #ed8737f1
 class RunningMean:
     "A mean over the samples of an epoch, kept on the device until it is read"
-    def __init__(self): self.total,self.n = 0.,0
+    def __init__(self): self.total,self.n = torch.zeros(()),0
 
     def add(self, value:Tensor, n:int):
         "Take in the mean `value` of `n` samples"
-        self.total,self.n = value.detach()*n + self.total,self.n + n
+        self.total,self.n = torch.add(self.total, value.detach(), alpha=n),self.n + n
 
     def add_sum(self, total:Tensor, n:int|Tensor):
         "Take in the sum `total` over `n` samples"
@@ -235,7 +235,7 @@ class OneLearner(Callback):
     """A callback that works for one learner at a time, and cleans up when it is taken off, or when an error or Ctrl-C ends a fit
 
     A subclass that defines `before_fit` or `after_fit` calls these."""
-    _learn = None
+    _learn,_xtra = None,None   # fastai looks for `_xtra` on the learner whenever an attribute is its learner's
     _only_train_loop = True   # `learn.summary` does without: it is no fit
     def taken_off(self, learn:Learner): "Clean up after `learn`, which may have stopped in the middle of a batch"
 
@@ -250,6 +250,7 @@ class OneLearner(Callback):
         self.taken_off(learn)
 
     learn = property(attrgetter('_learn'), _set_learn, doc="The learner")
+    training = property(attrgetter('_learn.training'), doc="True while the learner trains; fastai asks at each event")
 
     @property
     def fitting(self)->bool:
@@ -389,9 +390,10 @@ class LossTerm(OneLearner):
         learn,mixing = self.learn,self.mixing
         if mixing: check_mixer(mixing)
         axis,ignore_index,reduction = loss_kind(mixing.old_lf if mixing else learn.loss_func)
-        info = None if mixing else batch_info(learn.dl, learn.xb)   # a mixed image is no longer one of the data set
+        xb = plain_tensors(tuple(learn.xb))
+        info = None if mixing else batch_info(learn.dl, xb)   # a mixed image is no longer one of the data set
         idx,view = (None, None) if info is None else (info.idx, info.view)
-        return Batch(plain_tensors(learn.y), xb=plain_tensors(tuple(learn.xb)), idx=idx, view=view, axis=axis, ignore_index=ignore_index,
+        return Batch(plain_tensors(learn.y), xb=xb, idx=idx, view=view, axis=axis, ignore_index=ignore_index,
                      reduction=reduction, **kwargs)
 
     def labels(self)->list:
@@ -417,15 +419,13 @@ class LossTerm(OneLearner):
         if self is not terms[0] or not len(learn.yb): return
         labels = self.labels()
         base,graph = plain_tensors(learn.loss),plain_tensors(learn.loss_grad)   # plain: a subclass makes each operation ten times as slow
-        n,parts = len(labels[0][0]),[]
+        n,loss = len(labels[0][0]),base.detach()
         for term in terms:
             hard,weight,soft = term.contribution(labels)
-            if hard != 1: parts.append((hard-1)*base)
-            if weight: parts.append(weight*soft)
             if soft is not None: term.soft_mean.add(soft, n)
+            for factor,part in ((hard-1, base), (weight, soft)):
+                if not factor: continue
+                if part.dtype == torch.float64: part = part.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
+                graph,loss = torch.add(graph, part, alpha=factor),torch.add(loss, part.detach(), alpha=factor)
         self.base_mean.add(base, n)
-        if not parts: return
-        added = sum(parts[1:], parts[0])
-        if added.dtype == torch.float64: added = added.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
-        learn.loss_grad = graph + added   # regularisers add to this one only
-        learn.loss = base.detach() + added.detach()
+        learn.loss_grad,learn.loss = graph,loss   # regularisers add to the first one only

@@ -197,7 +197,8 @@ def listed_candidates(
 )->dict: # name → `Candidate`
     "Make a candidate of every method of the list that such a network can train with"
     frozen,out = FrozenCopy(network),{}
-    beside = {'': None, 'eval': FrozenCopy(network, fast=False), 'train': _Passes(network, False), 'step': _Passes(network, True)}
+    young = FrozenCopy(network, fast=False, untrained=True)   # its norms take the batch's statistics, as at the start of a training
+    beside = {'': None, 'eval': young, 'train': _Passes(network, False), 'step': _Passes(network, True)}
     for m in listed_methods.values():
         if m.control or 'residual blocks' in m.needs and not _has_blocks(network): continue
         make = m.maker(n_classes)

@@ -213,10 +213,10 @@ def _float_tensor(model): return next((t for t in chain(model.parameters(), mode
 def _autocasts(device): return torch.is_autocast_enabled(device.type)
 
 def _conditions(xb):
-    "Return what the choice of a form depends on beside the network: device, dtype and autocast"
+    "Return what the choice of a form depends on beside the network: device, dtype and autocast; nothing where there are no tensors"
     tensors = tensors_in(xb)
-    device = tensors[0].device if tensors else torch.device('cpu')
-    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+    if not tensors: return None,[],False
+    device,dtypes = tensors[0].device,[t.dtype for t in tensors if t.is_floating_point()]
     return device,dtypes[:1],_autocasts(device) and torch.get_autocast_dtype(device.type)
 
 def _shape_in_words(shape): return 'missing' if shape is None else list(shape)
@@ -354,10 +354,10 @@ class FrozenCopy:
 
     def _follow(self, xb):
         "The inputs' device and dtype, and evaluation mode whatever was done to the copy"
-        inputs = tensors_in(xb)
-        if inputs and inputs[0].device != _float_tensor(self.model).device: self.model.to(inputs[0].device)
-        dtypes = [torch.float32 if _autocasts(t.device) else t.dtype for t in inputs if t.is_floating_point()]
-        if dtypes and dtypes[0] != _float_tensor(self.model).dtype: self.model.to(dtypes[0])
+        (device,dtypes,half),own = _conditions(xb),_float_tensor(self.model)
+        if device not in (None, own.device): self.model.to(device)
+        if half: dtypes = [torch.float32]*len(dtypes)
+        if dtypes not in ([], [own.dtype]): self.model.to(*dtypes)
         for m in self.model.modules():
             if m.training: m.training = False
         for name in self._norms: self.model.get_submodule(name).training = True

@@ -32,7 +32,8 @@ def is_due(
     interval:Fraction, # steps between refreshes
 )->bool:
     "True if the copies move before step `t`. Wang et al. 2020, Algorithm 1"
-    return math.floor(t/interval) != math.floor((t-1)/interval)
+    n,d = interval.numerator,interval.denominator
+    return t*d//n != (t-1)*d//n   # of whole numbers: a `Fraction` takes longer than a loss
 
 def _batch_sizes(learn):
     "Samples of each batch of an epoch, as far as the loader tells; the last one may be smaller"
@@ -123,7 +124,7 @@ class MemoryTeacher(Teacher):
         t = self.done+1
         if t == self.checked: return
         self.checked = t
-        if self.kappa < self.steps and is_due(t, self.kappa): self._refresh()
+        if is_due(t, self.kappa) and self.kappa < self.steps: self._refresh()
 
     def after_step(self): self.done += 1
 

@@ -18,7 +18,7 @@ from fastai.vision.core import PILImage, TensorImage, image2tensor
 from fastai.vision.data import show_batch, show_results # registers how image batches are shown
 from PIL import Image
 from torch.utils._pytree import tree_flatten
-from ..core import check_types
+from ..core import check_types, plain_tensors
 from .augment import Augment
 
 # %% ../../nbs/10b_vision.loader.ipynb #2ed5db7b
@@ -94,17 +94,20 @@ class BatchInfo(NamedTuple):
     idx:Tensor  # Index in the data set, int64 `[N]`, on the CPU
     view:Tensor # View of `Augment`, int64 `[N]`, on the CPU; zeros where nothing is augmented
 
+def _tensors(o):
+    "The tensors in `o`, as plain ones: a subclass takes longer to tell its shape than to add"
+    return [plain_tensors(t) for t in tree_flatten(o)[0] if isinstance(t, Tensor)]
+
 def _noted(b):
     "The tensors of a batch, and how often each was changed in place"
-    return [(t, t._version) for t in tree_flatten(b)[0] if isinstance(t, Tensor)]
+    return [(t, t._version) for t in _tensors(b)]
 
 def _were_given(xb, noted):
     "True if each tensor of `xb` is a noted one, or has the same numbers as one, such as a copy of another type"
-    for x in tree_flatten(xb)[0]:
-        if not isinstance(x, Tensor): continue
+    for x in xb if {*map(type, xb)} == {Tensor} else _tensors(xb):   # as methods give them: nothing to flatten
         for t,version in noted:
             if t._version != version or t.shape != x.shape: continue
-            if t.data_ptr() == x.data_ptr() or torch.equal(x.as_subclass(Tensor).to(t.as_subclass(Tensor)), t.as_subclass(Tensor)): break
+            if t.data_ptr() == x.data_ptr() or torch.equal(x.to(t), t): break
         else: return False
     return True
 
