@@ -650,16 +650,16 @@ def test_networks_of_other_threads_run_while_a_teacher_is_traced():
             while not stop.is_set():
                 with torch.no_grad(): assert torch.equal(net(x), want)
         except Exception as e: errors.append(e)
-    def teach():
+    def teach(other):
         try:
-            other = create_model('resnet14', 5)
             for _ in range(2):
                 frozen = FrozenCopy(other)
                 frozen(x)
                 assert frozen.folded
                 made[0] += 1
         except Exception as e: errors.append(e)
-    runner,teachers = threading.Thread(target=run),[threading.Thread(target=teach) for _ in range(3)]
+    others = [create_model('resnet14', 5) for _ in range(3)]   # made now: who draws numbers during another's trial keeps it from being folded
+    runner,teachers = threading.Thread(target=run),[threading.Thread(target=teach, args=(other,)) for other in others]
     for thread in (runner, *teachers): thread.start()
     for thread in teachers: thread.join()
     stop.set()
