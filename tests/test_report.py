@@ -95,6 +95,16 @@ def record(method, seed, last=.5, best=.6, rank=0, control_for=(), nll=1., ece=.
                 evaluated_on='test', last=score(last), best=dict(epoch=1, valid_accuracy=.7, **score(best)), seconds_per_epoch=time,
                 history=history or dict(train_loss=[2., 1.], valid_loss=[2., 1.5], accuracy=[.4, last]))
 
+def test_a_control_whose_name_holds_a_comma_is_one_control():
+    "A method called OLS was taken for its own control, as `OLS, even` begins so"
+    described = dict(description=[['method', 'smoothing'], ['controls', 'OLS, even, CE ×2']])
+    runs = [record(name, seed) for name in ('baseline', 'OLS', 'CE ×2') for seed in range(2)]
+    for with_it in (True, False):
+        more = [record('OLS, even', seed, control_for=['OLS']) for seed in range(2)]*with_it
+        c = Comparison([{**r, **described} if r['method'] == 'OLS' else r for r in runs+more])
+        assert c.control_for('OLS') == [] and c.controls('OLS') == ['CE ×2', *['OLS, even']*with_it]
+        assert c.known_controls('OLS', ['OLS, even']) == ['OLS, even', 'CE ×2']
+
 def study():
     rng = np.random.default_rng(0)
     return [record(m, seed, last=rng.uniform(.5, .9), best=rng.uniform(.5, .9), rank=rank, control_for=c, nll=rng.uniform(.5, 2), ece=rng.uniform(0, .2), time=rng.uniform(1, 3))

@@ -175,7 +175,7 @@ def _standing(e):
     judgements = e.judgements
     def of(name):
         said = judgements.loc[name].verdict
-        waiting = [control for control in e.comparison.known_controls(name) if control in e.names and not e.n_finished(control)]
+        waiting = [control for control in e.comparison.known_controls(name, e.names) if control in e.names and not e.n_finished(control)]
         if (said == 'ahead').all() and not waiting: return 'clear'
         against = said.get(e.baseline, 'open')
         return 'gain' if against == 'ahead' else 'behind' if against == 'behind' else 'open'

@@ -57,10 +57,15 @@ def csv_safe(
 column_names = dict(train_loss="training loss, each method's own", valid_loss='validation loss', accuracy='validation accuracy, %')
 _control_callbacks = {'ScaledCE', 'ScaledLS'}
 
-def _described_controls(record):
-    "Return the names of the matched controls in a record's description"
-    described = record.get('description') or ()
-    return [method for key,words in described if key == 'controls' for method in words.split(', ')]
+def _described_controls(record, known):
+    "Return the names of the matched controls in a record's description, which joins them by commas. Those of `known` may hold commas too"
+    parts = [part for key,words in record.get('description') or () if key == 'controls' for part in words.split(', ')]
+    found = []
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if ', '.join(parts[:n]) in known), 1)
+        found.append(', '.join(parts[:n]))
+        del parts[:n]
+    return [name for name in found if name != record['method']]   # one that was not run may begin as its method does
 
 def _n_images(record):
     "Return how many images a run was tested on, by the bins of its reliability; None if it has none"
@@ -108,16 +113,16 @@ class Comparison:
     def control_for(self, name:str)->list:
         "Return the methods that this one is a matched control for, by its own records or by theirs"
         own = [method for r in self.runs(name) for method in r['control_for']]
-        asked = [r['method'] for r in self.records if not r['control_for'] and name in _described_controls(r)]
+        asked = [r['method'] for r in self.records if not r['control_for'] and name in _described_controls(r, self.names)]
         return list(dict.fromkeys(own+asked))
 
     def controls(self, name:str)->list:
         "Return the matched controls of a method that were run"
         return [other for other in self.names if name in self.control_for(other)]
 
-    def known_controls(self, name:str)->list: # empty where they do not say, as those of 0.1.0
+    def known_controls(self, name:str, known:Sequence=())->list: # empty where they do not say, as those of 0.1.0; `known`: names of runs to come
         "Return what a method's records say of its matched controls: names, run or not; or 'none known'; or 'the baseline'"
-        return _described_controls(self.runs(name)[0])
+        return _described_controls(self.runs(name)[0], [*self.names, *known])
 
     def rivals(self, name:str)->list:
         "Return what a method is held against: its matched controls and the baseline, as far as they were run"
