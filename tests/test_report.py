@@ -95,6 +95,12 @@ def record(method, seed, last=.5, best=.6, rank=0, control_for=(), nll=1., ece=.
                 evaluated_on='test', last=score(last), best=dict(epoch=1, valid_accuracy=.7, **score(best)), seconds_per_epoch=time,
                 history=history or dict(train_loss=[2., 1.], valid_loss=[2., 1.5], accuracy=[.4, last]))
 
+def test_a_row_with_a_mark_keeps_its_control_and_its_seeds():
+    runs = [{**record(name, seed, control_for=c), 'fastkdtf': v} for seed in range(2)
+            for name,c,v in (('baseline', [], '0.1.0'), ('LsrKD', [], '0.2.0'), ('LSR', ['LsrKD'], '0.1.0'))]
+    shown = Comparison(runs).shown
+    assert any('[1]' in name for name in shown.index) and shown['seeds'].tolist() == [2, 2, 2] and shown['control for'].tolist() == ['', '', 'LsrKD']
+
 def test_a_control_whose_name_holds_a_comma_is_one_control():
     "A method called OLS was taken for its own control, as `OLS, even` begins so"
     described = dict(description=[['method', 'smoothing'], ['controls', 'OLS, even, CE ×2']])

@@ -302,7 +302,7 @@ class Comparison:
         teacher = {f'teacher {score.label}': text(score.text, 'teacher')} if 'teacher' in t else {}
         calibration = {'NLL': text(lambda x: f'{x:.3f}', 'nll'), 'ECE %': text(lambda x: f'{100*x:.2f}', 'ece')}
         return pd.DataFrame({
-            'control for': t.control_for, 'seeds': t.seeds, **teacher,
+            'control for': t.control_for.tolist(), 'seeds': t.seeds.tolist(), **teacher,   # rows get other names
             f'last {score.label}': text(spread, 'last', 'last_sd'), f'best {score.label}': text(spread, 'best', 'best_sd'),
             'Δ last': text(score.signed, 'difference'),
             '95 % interval': text(score.interval, 'low', 'high'),
