@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, matched_controls
 from fastkdtf.callback.selfguide import SelfGuidance
-from fastkdtf.callback.term import RunningMean
+from fastkdtf.callback.term import LossTerm, RunningMean
 from fastkdtf.core import Batch, Step, kept
 from fastkdtf.divergence import SoftLoss
 from fastkdtf.teachers.base import Teacher, UniformTeacher
@@ -167,6 +167,21 @@ def test_positions_count_unless_the_loss_ignores_their_label(ignored):
     for y in (torch.tensor([0, 3, 1]), torch.tensor([[0, ignored], [ignored, 4]]), torch.full((3,), ignored), torch.empty(0, dtype=torch.long)):
         keep = kept(y, ignored)
         assert keep is None and not (y == ignored).any() or torch.equal(keep, y != ignored)
+
+def test_weights_that_are_learned_get_their_gradients():
+    "Weights of a method may be tensors; here the soft loss is the mean square of the logits"
+    class Learned(LossTerm):
+        def hard_weight(self, pct): return .5
+        def contribution(self, labels):
+            self.hard,self.soft = (hard,soft) = torch.tensor(.5, requires_grad=True),torch.tensor(2., requires_grad=True)
+            return hard, soft, self.learn.pred.pow(2).mean()
+        def after_step(self): steps.append((self.hard.grad.item(), self.soft.grad.item()))
+    steps = []
+    _,kept_steps = fit([Learned()])
+    assert len(steps) == len(kept_steps) == 2
+    for (hard,soft),o in zip(steps, kept_steps):
+        assert hard == pytest.approx(o.base, rel=1e-5) and soft == pytest.approx(o.z.pow(2).mean().item(), rel=1e-5)
+        assert o.loss == pytest.approx(.5*hard + 2*soft, rel=1e-5)
 
 def test_a_column_of_half_precision_losses_is_added_up_in_float32():
     mean,losses = RunningMean(),torch.rand(1000, generator=torch.Generator().manual_seed(0)).bfloat16()

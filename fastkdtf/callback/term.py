@@ -425,7 +425,8 @@ class LossTerm(OneLearner):
             if soft is not None: term.soft_mean.add(soft, n)
             for factor,part in ((hard-1, base), (weight, soft)):
                 if not factor: continue
-                if part.dtype == torch.float64: part = part.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
-                graph,loss = torch.add(graph, part, alpha=factor),torch.add(loss, part.detach(), alpha=factor)
+                added = factor*part   # which keeps the gradient of a weight that is learned
+                if added.dtype == torch.float64: added = added.to(base.dtype)   # fastai takes losses in float32, and its recorder counts on it
+                graph,loss = graph + added,loss + added.detach()
         self.base_mean.add(base, n)
         learn.loss_grad,learn.loss = graph,loss   # regularisers add to the first one only
