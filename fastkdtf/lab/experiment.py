@@ -179,6 +179,8 @@ class RecipeCampaign(Campaign):
         make = self.make_learner.model_fn
         return self.make_learner(self.seeds[0], partial(_planned, make.func, *make.args, **make.keywords))
 
+    def _known_networks(self, learn): return {}   # each network is named once, for all recipes
+
     def _network_of(self, arm):
         make = arm.model_fn or self.make_learner.model_fn
         return _planned_words(make.func, *make.args, **make.keywords)

@@ -366,7 +366,7 @@ class Campaign:
             given,own = settings or {},getattr(arm.make_learner or make_learner, 'settings', {})
             said = {**given, **own} if arm.make_learner else {**own, **given}   # a learner of its own knows its network better
             self.arms[name] = arm.filled(n_epoch=n_epoch, fit=fit, settings=said)
-        self.networks,self.measured = {},{}   # by what makes a network; teachers by arm and split
+        self.networks,self.measured = self._known_networks(learn),{}   # by what makes a network; teachers by arm and split
         self.told = {} if told is None else told   # by loaders and batch size
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
         for seed in seeds:
@@ -378,6 +378,8 @@ class Campaign:
     def _open_store(self, out): return MemoryStore() if out is None else FolderStore(out)
 
     def _first_learner(self): return self.make_learner(self.seeds[0])
+
+    def _known_networks(self, learn): return {(None, None): self._network_words(learn.model)}
 
     def _told(self, x): return fingerprint(x, refuse=self.out is not None)
 
