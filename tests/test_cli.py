@@ -333,7 +333,8 @@ def test_a_bug_is_not_a_mistake_of_the_user(asked, capsys, tmp_path, monkeypatch
     with pytest.raises(RuntimeError, match='a bug'): main(['run', 'yuan2019/T8/MobileNetV2/TfKD_reg', '--out', str(tmp_path), '--device', 'cpu'])
 
 def test_run_digits(capsys, tmp_path):
-    args = ['run', 'wang2020/T1/ResNet20/LSR', '--data', 'digits', '--scale', '.05', '--epochs', '1', '--seeds', '2', '--no-controls', '--device', 'cpu', '--out', tmp_path]
+    args = ['run', 'wang2020/T1/ResNet20/LSR', '--data', 'digits', '--scale', '.05', '--epochs', '1', '--seeds', '2',
+            '--no-controls', '--device', 'cpu', '--out', tmp_path]
     rc,out,err = call(capsys, *args)
     assert rc == 0, err
     assert '1 of 200 epochs' in out and 'digits instead of cifar100' in out and 'shrunk' in out

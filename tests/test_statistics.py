@@ -98,7 +98,8 @@ def with_effect(effect, n=4):
     d = np.arange(n) - (n-1)/2
     return effect + d/d.std(ddof=1)
 
-@pytest.mark.parametrize('effect,level,power', [(.3, .05, .8), (.5, .05, .8), (.8, .05, .8), (1., .05, .9), (1.5, .01, .8), (2., .05, .8), (4., .05, .8), (9., .05, .8), (-.7, .05, .8)])
+@pytest.mark.parametrize('effect,level,power', [(.3, .05, .8), (.5, .05, .8), (.8, .05, .8), (1., .05, .9),
+                                                (1.5, .01, .8), (2., .05, .8), (4., .05, .8), (9., .05, .8), (-.7, .05, .8)])
 def test_seeds_to_show_is_the_smallest_with_that_power(effect, level, power):
     n = seeds_to_show(effect, power=power, level=level)
     assert power_of(n, abs(effect), level) >= power - 1e-3

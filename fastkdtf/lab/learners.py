@@ -17,8 +17,6 @@ from dataclasses import replace
 from weakref import WeakSet
 
 import torch
-from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.metrics import accuracy

@@ -8,7 +8,6 @@ Docs: https://fastkdtf.github.io/fastkdtf/teachers.memory.html.md"""
 __all__ = ['is_due', 'MemoryTeacher']
 
 # %% ../../nbs/23_teachers.memory.ipynb #15bce598
-import math
 import warnings
 from contextlib import nullcontext
 from fractions import Fraction
