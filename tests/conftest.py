@@ -9,6 +9,11 @@ torch.set_num_threads(1)   # with tiny tensors threads only wait for each other,
 if not torch.accelerator.is_available():   # PyTorch would write down the stack for each kind of GPU that is not there: a tenth of all tests
     torch.manual_seed,torch.cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(int(seed)),lambda seed: None
 
+if os.environ.get('FASTKDTF_TEST_DEVICE', 'cpu') != 'cpu':   # the same bits each time, and float32 where it says so
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark,torch.backends.cudnn.allow_tf32 = False,False
+
 longest = ['test_notebooks.py', 'test_readme.py', 'test_site.py', 'test_experiment.py', 'test_parallel.py', 'test_cli.py']
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,7 @@
-"Our methods with their equations by hand, and learners small enough to train hundreds of times"
-import copy, warnings
+"""Our methods with their equations by hand, and learners small enough to train hundreds of times
+
+With FASTKDTF_TEST_DEVICE=cuda they train on a GPU."""
+import copy, os, warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -33,6 +35,7 @@ from fastkdtf.teachers.network import EnsembleTeacher
 from fastkdtf.teachers.cache import CachedTeacher
 
 K = 10
+device = os.environ.get('FASTKDTF_TEST_DEVICE', 'cpu')
 
 
 # ---------------------------------------------------------------- networks and learners
@@ -64,7 +67,7 @@ def per_sample(model):
     return model
 
 @lru_cache
-def digits(bs=16, device='cpu'): return kd_dataloaders('digits', bs=bs, train_subset=48, valid_pct=.02, device=device)
+def digits(bs=16, device=device): return kd_dataloaders('digits', bs=bs, train_subset=48, valid_pct=.02, device=device)
 
 def learner(cbs=(), net=convolutions, dls=None, seed=0, **kwargs):
     dls = dls or digits()
@@ -359,7 +362,7 @@ def pairs_of_images():
     x,y = (torch.stack(list(map(torch.as_tensor, o))) for o in zip(*[digits().train_ds[i] for i in range(48)]))
     x = x.float()/255 if x.dtype == torch.uint8 else x
     items = [(a, b, int(c)) for a,b,c in zip(x, x.flip(0), y)]
-    dls = with_index(DataLoaders(DataLoader(items, bs=16, shuffle=True), DataLoader(items[:16], bs=16), device='cpu'))
+    dls = with_index(DataLoaders(DataLoader(items, bs=16, shuffle=True), DataLoader(items[:16], bs=16), device=device))
     dls.c = K
     return dls
 
@@ -372,7 +375,7 @@ class OtherMixUp(Callback):
         with NoneReduce(self.old_lf) as lf: loss = torch.lerp(lf(pred, *self.yb1), lf(pred, *yb), self.lam)
         return loss.mean()
     def before_batch(self):
-        lam = self.distrib.sample((len(self.x),))
+        lam = self.distrib.sample((len(self.x),)).to(self.x.device)
         self.lam,shuffle = torch.max(lam, 1-lam),torch.randperm(len(self.x))
         self.learn.xb = (torch.lerp(self.x[shuffle], self.x, self.lam[:,None,None,None]),)
         self.yb1 = (self.y[shuffle],)
@@ -407,7 +410,7 @@ def tables(seed=0, scale=1., shift=0.):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # of torch about pandas' arrays
         return TabularDataLoaders.from_df(frame(seed, scale, shift), procs=[Categorify, FillMissing, Normalize], cat_names=['c'], cont_names=['a','b'],
-                                          y_names='target', y_block=CategoryBlock(), bs=16, valid_idx=list(range(48, 60)), device='cpu')
+                                          y_names='target', y_block=CategoryBlock(), bs=16, valid_idx=list(range(48, 60)), device=device)
 
 def table_net(): return TabularModel([(4, 3), (3, 2)], 2, K, [12])
 

@@ -25,7 +25,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import matrix
-from matrix import (FastxtendsMixUp, K, METHODS, ReadsAsTheTeacher, Spy, TsaisMixUp, TwoImages, Wrapped, by_hand, digits, learner, made, network,
+from matrix import (FastxtendsMixUp, K, METHODS, ReadsAsTheTeacher, Spy, TsaisMixUp, TwoImages, Wrapped, by_hand, device, digits, learner, made, network,
                     pairs_of_images, per_sample, residual, subnetwork_by_hand, table_net, table_teacher, tables, unet, unet_twin)
 from networks import CPUAutocast, lively
 from processes import together
@@ -159,7 +159,7 @@ def accumulated(m):
     if m in (METHODS['DIST'], METHODS['DLB']): pytest.skip('compares the samples of a batch: four small batches are not a large one')
     def run(bs, cbs=()):
         dls = digits()
-        dls = DataLoaders(dls.train.new(bs=bs, shuffle=False), dls.valid, device='cpu')
+        dls = DataLoaders(dls.train.new(bs=bs, shuffle=False), dls.valid, device=device)
         learn = always(learner([m.make(), *cbs], lambda: per_sample(m.net()), dls))
         learn.fit(1)
         return learn
@@ -217,7 +217,7 @@ def unindexed():
     "Loaders that do not tell which sample is where"
     x,y = digits().train.one_batch()
     items = [(x[i].as_subclass(torch.Tensor), y[i].item()) for i in range(len(x))]
-    dls = DataLoaders(DataLoader(items, bs=8, shuffle=True), DataLoader(items, bs=16), device='cpu')
+    dls = DataLoaders(DataLoader(items, bs=8, shuffle=True), DataLoader(items, bs=16), device=device)
     dls.c = K
     return dls
 
@@ -498,7 +498,7 @@ def replaced_by(**names):
 
 def train_part(m, world):
     "A process's part of a training that two share, by fastai's DistributedTrainer; or one process with the whole batches, in the order that makes them the same"
-    cbs,both = [],digits(8 if world > 1 else 16)
+    cbs,both = [],digits(8 if world > 1 else 16, 'cpu')
     dls = DataLoaders(both.train.new(shuffle=False), both.valid, device='cpu')
     if world > 1:
         from fastai.distributed import DistributedTrainer
@@ -538,6 +538,7 @@ def two_processes(m, gloo):
     "Two processes with half of each batch train like one with the whole"
     if not (dist.is_available() and dist.is_gloo_available()): pytest.skip('needs gloo')
     pytest.importorskip('accelerate', reason='accelerate is not installed')
+    if device != 'cpu': pytest.skip('trains on processors')
     if m is METHODS['DIST']: pytest.skip('compares the samples of a batch: two halves are not the whole')
     name = next(k for k,o in METHODS.items() if o is m)
     a,b = (torch.load(gloo()/f'{name}-{rank}.pt') for rank in range(2))

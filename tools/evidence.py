@@ -1,14 +1,15 @@
-"""Train the records that the documentation rests on: `nice -n 19 python tools/evidence.py PART IMAGES`
+"""Train the records that the documentation rests on: `nice -n 19 python tools/evidence.py PART IMAGES [SEEDS]`
 
 PART is `methods` (CIFAR-100, resnet8), `self_guidance` (CIFAR-100, resnet20) or `paper` (Wang et al. 2020, Table 1, ResNet20,
 at full scale). IMAGES is an .npz file of CIFAR-100, or for `paper` the folder of its files. Finished runs are in `results/`;
-the same command goes on after any interrupt, and trains nothing once everything is there."""
+the same command goes on after any interrupt, and trains nothing once everything is there. Several processes may share the work, on
+one GPU too."""
 import os, sys
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # one core, so that others can work beside it
 from functools import partial
 from pathlib import Path
 
-from fastai.vision.all import SGD
+from fastai.vision.all import SGD, default_device
 from fastkdtf.all import *
 from fastkdtf.callback.methods import find_method
 from fastkdtf.lab.compare import learner_parts
@@ -20,7 +21,7 @@ n_epoch,lr = 18,.2   # one-cycle; decided from the time of an epoch on one core
 
 def loaders(images):
     "Return all 50,000 training images, 5,000 of them for validation, and the test set"
-    return kd_dataloaders(images, bs=128, valid_pct=.1, augment=Augment(flip=True, pad=4), device='cpu')
+    return kd_dataloaders(images, bs=128, valid_pct=.1, augment=Augment(flip=True, pad=4), device=default_device())
 
 def named(*names): return {name: Arm(find_method(name).maker(100)) for name in names}
 def taught(*names): return {name: Arm(find_method(name).maker(100), teacher='teacher') for name in names}
@@ -36,6 +37,7 @@ def methods(images, seeds):
              {**named('TfKDReg'), 'MrKD-1': Arm(partial(MemoryReplay, 1, interval, alpha=.25, tau=3.))},
              {**named('LsrKD-TC', 'TfKDReg-official'), 'MrKD-3': Arm(partial(MemoryReplay, 3, interval, alpha=.25, tau=3.)),
               **named('PSKD', 'OnlineLabelSmoothing'), **taught('DKD', 'WSL')}]
+    if default_device().type == 'cuda': parts = [{name: arm for part in parts for name,arm in part.items()}]   # for many processes at once
     arms = {}
     for part in parts:
         arms.update(part)
@@ -52,7 +54,7 @@ def self_guidance(images, seeds):
 def paper(images, seeds):
     "Train the paper's own schedule of 200 epochs"
     ids = [f'wang2020/T1/ResNet20/{name}' for name in ('LSR', 'LsrKD', 'MrKD1')]
-    return run_recipes(ids, seeds, path=images, out=results/'paper', controls=False, device='cpu', precision='bf16')
+    return run_recipes(ids, seeds, path=images, out=results/'paper', controls=False, device=str(default_device()), precision='bf16')
 
 if __name__ == '__main__':
     parts = dict(methods=methods, self_guidance=self_guidance, paper=paper)

@@ -17,10 +17,10 @@ def options():
     p.add_argument('--tiny', action='store_true')
     return p.parse_args()
 
-def run(command, seconds):
-    "Run a command; after `seconds` it is interrupted as by Ctrl-C. Return what it printed, its errors, and whether it ended by itself"
+def run(command, seconds, **env):
+    "Run a command; after `seconds` it is interrupted as by Ctrl-C. Return what it printed, its errors, and its exit code"
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=err, cwd=root)
+        child = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=err, cwd=root, env={**os.environ, **env})
         try: child.wait(max(seconds, 1))
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGINT)
@@ -72,11 +72,15 @@ def environment(device):
     return out
 
 def tests(args, device, seconds):
+    "Run the tests that need a GPU, and the matrix of all methods on it"
     if not find_spec('pytest'): return dict(left_out='pytest is not installed')
     if device == 'cpu' and not args.tiny: return dict(left_out='there is no GPU')
-    which = ['tests/test_loader.py', 'tests/test_losses.py', 'tests/test_matrix.py', '-k', 'gpu or GPU or cuda or half']
-    out,err,code = run(['-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', *which], seconds)
-    return dict(ok=code == 0, said=last_lines(out, 3), errors=[] if code == 0 else last_lines(err))
+    which = [f'tests/test_{name}.py' for name in (('gpu',) if args.tiny else ('gpu', 'matrix', 'loader', 'losses'))]
+    several = ['-n', min(14, os.cpu_count())] if find_spec('xdist') else []
+    out,err,code = run(['-m', 'pytest', '-q', '--tb=short', '-p', 'no:cacheprovider', *several, *which], seconds, FASTKDTF_TEST_DEVICE=device)
+    (args.out/'tests.txt').write_text(out, encoding='utf-8')
+    failed = [line for line in out.splitlines() if line.startswith(('FAILED', 'ERROR'))]
+    return dict(ok=code == 0, said=[*failed, *last_lines(out, 1)], errors=[*failed, *last_lines(err)] if code else [])
 
 def halves(args, device, seconds):
     out,err,code = run([__file__, '--half', device, *(['--tiny'] if args.tiny else [])], seconds)
@@ -172,7 +176,7 @@ def main():
         left = lambda: args.seconds-(time.perf_counter()-start)
         without = dict(left_out='no images were given, with --data')
         slow = 4 if args.tiny else 1   # a rehearsal may run on a busy machine
-        checks = {'tests': lambda: tests(args, device, min(60, left())), 'half precision': lambda: halves(args, device, min(60*slow, left())),
+        checks = {'tests': lambda: tests(args, device, min(120, left())), 'half precision': lambda: halves(args, device, min(60*slow, left())),
                   'bench': lambda: bench(args, device, min(100*slow, left())),
                   'race': lambda: race(args, device, min(120*slow, left()), data) if data else without,
                   'row': lambda: row(args, device, left()-10, data) if data else without}

@@ -55,13 +55,16 @@ def pack(file, folder, per_piece=10_000):
     with ThreadPoolExecutor(2) as pool: sizes = list(pool.map(write, jobs))
     print(f'{len(sizes)} pieces, {sum(sizes)/2**20:.0f} MiB, the largest {max(sizes)/2**20:.0f} MiB')
 
+def _unpacked(piece):
+    part = np.load(io.BytesIO(lzma.decompress(piece.read_bytes())), allow_pickle=False)
+    return _images(part) if piece.suffixes[-2] == '.images' else part
+
 def unpack(folder, file):
     "Write the .npz that the pieces were made of"
+    pieces = sorted(Path(folder).glob('*.xz'), key=lambda p: (p.name.split('.')[0], int(p.name.split('.')[1])))
     arrays = {}
-    for piece in sorted(Path(folder).glob('*.xz'), key=lambda p: (p.name.split('.')[0], int(p.name.split('.')[1]))):
-        name,_,kind,_ = piece.name.split('.')
-        part = np.load(io.BytesIO(lzma.decompress(piece.read_bytes())), allow_pickle=False)
-        arrays.setdefault(name, []).append(_images(part) if kind == 'images' else part)
+    with ThreadPoolExecutor() as pool:
+        for piece,part in zip(pieces, pool.map(_unpacked, pieces)): arrays.setdefault(piece.name.split('.')[0], []).append(part)
     np.savez(file, **{name: np.concatenate(parts) for name,parts in arrays.items()})
 
 if __name__ == '__main__':

@@ -185,20 +185,20 @@ def work(
     retries:int=0, # how often a run that failed is tried again
     say:Callable=str, # the run's name on the bar
 )->dict: # key → the error in words, of runs that failed
-    "Train runs in this process; those that another process has claimed come last"
-    runs = list(runs)
-    progress,failed,ended = _Progress(runs, say),{},set()
-    for wait in (False, True):
-        for run in runs:
-            if run.key in ended: continue
+    "Train runs in this process; what another process has claimed comes later"
+    left,wait,failed = list(runs),False,{}
+    progress = _Progress(left, say)
+    while left:
+        later = []
+        for run in left:
             if lost := _lost(run, failed): record,error = None,f'needs {lost}, which failed'
             else:
-                one = partial(train, run, wait=wait, cbs=progress.begin(run))
+                one = partial(train, run, wait=wait and run is left[0], cbs=progress.begin(run))
                 record,error = tried(one, retries, note and partial(note, run))
             if error: failed[run.key] = error
-            if error or record is not None:
-                ended.add(run.key)
-                progress.end(run, record)
+            if error or record is not None: progress.end(run, record)
+            else: later.append(run)
+        wait,left = len(later) == len(left),later
     return failed
 
 # %% ../../nbs/40_lab.runs.ipynb #eac42288
