@@ -6,9 +6,10 @@ Docs: https://fastkdtf.github.io/fastkdtf/core.html.md"""
 
 # %% auto #0
 __all__ = ['Step', 'check_number', 'check_whole', 'check_choice', 'check_types', 'check_scale', 'soft_scale', 'check_variant',
-           'plain_tensors', 'at_least_float32', 'shifted', 'TwoValued', 'virtual_logits', 'soften', 'soft_target_loss',
-           'first_output', 'first_tensor', 'check_labels', 'looks_like_probabilities', 'classification_batch',
-           'check_teacher_logits', 'kept', 'reduce_samples', 'at_label', 'put_confidence', 'Batch']
+           'plain_tensors', 'send', 'at_least_float32', 'shifted', 'TwoValued', 'virtual_logits', 'soften',
+           'soft_target_loss', 'first_output', 'first_tensor', 'check_labels', 'looks_like_probabilities',
+           'classification_batch', 'check_teacher_logits', 'kept', 'reduce_samples', 'at_label', 'put_confidence',
+           'Batch']
 
 # %% ../nbs/00_core.ipynb #6cd1f267
 import math
@@ -140,6 +141,16 @@ def plain_tensors(
     if isinstance(o, Tensor): return o if type(o) is Tensor else o.as_subclass(Tensor)
     if type(o) is tuple: return tuple(map(plain_tensors, o))   # what a batch is; the way below takes five times as long
     return tree_map_only(Tensor, lambda t: t if type(t) is Tensor else t.as_subclass(Tensor), o)
+
+# %% ../nbs/00_core.ipynb #5e2d9c41
+def send(
+    t:Tensor,
+    device:str|torch.device,
+)->Tensor:
+    "Return a tensor on a device, without waiting for a GPU that is still at work"
+    device = torch.device(device)
+    if device.type != 'cuda' or not t.is_cpu: return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
 
 # %% ../nbs/00_core.ipynb #0b6dcbb7
 def at_least_float32(
@@ -356,7 +367,7 @@ def put_confidence(
     index,axis = at_label(logits, y)
     others = at_least_float32(logits).scatter(axis, index, -math.inf)
     others = torch.softmax(shifted(others, tau, axis), axis)
-    value = torch.as_tensor(value, dtype=others.dtype, device=others.device)
+    value = value.to(others) if isinstance(value, Tensor) else others.new_full((), value)
     return (others*(1-value)).scatter(axis, index, value.expand(index.shape))
 
 # %% ../nbs/00_core.ipynb #70c0fa83
@@ -378,7 +389,7 @@ class Batch:
     reduction:str='mean' # of the base loss
     answers:dict=field(default_factory=dict) # what was asked of the teachers so far, keyed by rewrite, and by None for the method's own
     sample_weight:Tensor|None=None # factors of the samples' soft losses, where the method weighs them
-    finite:Tensor|None=None # False if a teacher returned no numbers; on the device until it is read; None: it is known to be true
+    finite:Tensor|None=None # False if a teacher returned no numbers, or labels are not as they must be; on the device until it is read; None: it is known to be true
     facts:dict=field(default_factory=dict, init=False, repr=False, compare=False) # what parts found out: a changed copy begins without
 
     @property
@@ -417,6 +428,12 @@ class Batch:
         "Return this batch, with labels and the student's logits put in"
         self.y,self.z = y,z
         return self
+
+    def note(self,
+        fine:Tensor, # one bool
+    ):
+        "Note whether the batch is as it must be; a GPU tells after the step"
+        self.finite = fine if self.finite is None else self.finite & fine
 
     def release(self):
         "Let go of inputs and answers, which nothing needs after the loss"

@@ -133,7 +133,7 @@ class WSLWeight:
         logits = getattr(batch, who)
         if isinstance(logits, TwoValued):
             on = logits.soften(self.tau, batch.n_classes).on
-            return -torch.tensor(on, device=batch.y.device).log()
+            return torch.full((), -math.log(on), device=batch.y.device)
         axis = 1+logits.ndim-batch.z.ndim
         return -torch.log_softmax(shifted(logits.detach(), self.tau, axis), axis)
 

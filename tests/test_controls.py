@@ -11,6 +11,8 @@ from torch import nn
 
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, ScaledCE, TfKDReg, describe_sum, matched_controls
 from fastkdtf.callback.effdstl import CKM, WSL
+from fastkdtf.callback.methods import methods
+from fastkdtf.callback.relatives import DKD
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.callback.stages import Stage
 from fastkdtf.callback.twostage import effdstl_stages
@@ -20,6 +22,7 @@ from fastkdtf.lab.report import comparisons, read_runs
 from fastkdtf.lab.one_run import LearnerParts, make_callbacks, split_loaders
 from fastkdtf.lab.training import Arm, Campaign, controls_of, with_controls
 from fastkdtf.teachers.base import UniformTeacher
+from fastkdtf.teachers.network import EnsembleTeacher, NetworkTeacher
 from fastkdtf.vision.data import kd_dataloaders
 
 K = 10
@@ -142,3 +145,19 @@ def test_a_campaign_takes_loaders_of_each_split_in_turn():
     assert [c.loaders[s] for s in (5, 3, 9)] == [several[0], several[1], several[0]]
     with pytest.raises(TypeError, match='dls must be DataLoaders'): Campaign({'baseline': Arm()}, LearnerParts(None, net), 1)
     with pytest.raises(ValueError, match='dls is empty'): Campaign({'baseline': Arm()}, LearnerParts([], net), 1)
+
+
+def taught_together(teacher): return [DKD(teacher), CKM(teacher)]
+
+@pytest.mark.parametrize('name,method', [(m.name, m.maker(K)) for m in methods.values() if m.needs_teacher and not m.control]
+                         + [('two', taught_together), ('ensemble', lambda teacher: DKD(EnsembleTeacher([teacher, net()])))])
+def test_controls_that_are_taught_wait_for_the_same_teacher(dls, name, method, tmp_path):
+    "Whatever a method's controls are, they train where the teacher is an arm, and each is taught by its network and no other"
+    c = compare({name: Arm(method, teacher='teacher')}, LearnerParts(dls, net), 1, 1, teacher=LearnerParts(dls, net, settings=dict(arch='large')), out=tmp_path)
+    arms = {record['method']: record for record in c.records}
+    expected = controls_of(make_callbacks(partial(method, net())), K) or {}
+    assert set(arms) >= {'baseline', 'teacher', name, *expected}
+    taught = {control for control,cbs in expected.items() for cb in make_callbacks(cbs) for t in getattr(cb, 'teachers', {}).values() if isinstance(t, (NetworkTeacher, EnsembleTeacher))}
+    assert taught or name not in ('DKD', 'NKD', 'DIST', 'two', 'ensemble')
+    assert {o for o,record in arms.items() if 'teacher_accuracy' in record} == {name, *taught}
+    assert len({record['teacher_accuracy'] for record in arms.values() if 'teacher_accuracy' in record}) == 1

@@ -44,9 +44,9 @@ def bench(m, precision=None):
 
 @pytest.mark.parametrize('precision', [None, 'bf16', 'fp16'])
 @pytest.mark.parametrize('name', METHODS)
-def test_a_step_waits_for_the_gpu_no_oftener_than_fastais_own(name, precision):
+def test_a_step_waits_for_the_gpu_once_beside_the_recorder(name, precision):
     own,ours = (waits(bench(m, precision)) for m in (None, METHODS[name]))
-    assert own and sum(ours.values()) <= sum(own.values())*METHODS[name].steps, (own, ours)
+    assert own and sum(ours.values()) <= sum(own.values())+1, (own, ours)
 
 def test_a_batch_of_images_is_made_with_one_copy_to_the_gpu():
     dls = kd_dataloaders('digits', bs=16, augment=Augment(flip=True, pad=1), device=gpu)
@@ -54,7 +54,7 @@ def test_a_batch_of_images_is_made_with_one_copy_to_the_gpu():
     found = waits(lambda: next(batches))
     assert sum(found.values()) <= 1, found
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', [name for name in METHODS if name != 'RDrop'])   # a processor drops out others
 def test_a_training_goes_on_on_another_device(name):
     "Interrupted on a GPU, it ends on a processor, near where it would have ended on the GPU"
     m = METHODS[name]
@@ -84,7 +84,7 @@ def test_describe_kd_says_on_a_gpu_what_it_says_on_a_processor(name):
     for device in (gpu, 'cpu'):
         learn = learner([m.make()], m.net, digits(device=device))
         tables.append(learn.describe_kd())
-    numbers = [t.select_dtypes('number').drop(columns='time', errors='ignore') for t in tables]
+    numbers = [t.select_dtypes('number').drop(columns=['time', 'memory'], errors='ignore') for t in tables]
     assert len(numbers[0]) and list(numbers[0].columns) == list(numbers[1].columns)
     for column in numbers[0]: assert numbers[0][column].to_numpy() == pytest.approx(numbers[1][column].to_numpy(), rel=.02, abs=.02, nan_ok=True), column
 

@@ -49,7 +49,7 @@ def fitted(m, cbs=(), n_epoch=1, **kwargs):
     learn.fit(n_epoch)
     return learn
 
-def state(o): return {k: v.detach().clone() for k,v in (o.model if isinstance(o, Learner) else o).state_dict().items()}
+def state(o): return {k: v.detach().cpu().clone() for k,v in (o.model if isinstance(o, Learner) else o).state_dict().items()}
 
 def assert_same(a, b):
     a,b = ({k: v for k,v in (o if isinstance(o, dict) else state(o)).items()} for o in (a, b))
@@ -594,7 +594,7 @@ def refusal(error, words, check):
     "What it says, before the first step; without our callbacks the learner trains on"
     with pytest.raises(error, match=words) as e: check()
     learn,before = made
-    for k,p in learn.model.named_parameters(): assert torch.equal(p, before[k]), k
+    for k,p in learn.model.named_parameters(): assert torch.equal(p.cpu(), before[k].cpu()), k
     learn.remove_cbs([o for o in learn.cbs if not isinstance(o, (TrainEvalCallback, Recorder, CastToTensor))])
     learn.loss_func = CrossEntropyLossFlat()   # fastai's MixUp does not survive an error
     learn.fit(1)

@@ -199,10 +199,20 @@ def made_up_runs():
     teacher,other = Run('teacher', 0, dict(n_epoch=1), keep='last'),Run('other', 0, dict(n_epoch=1))
     return [teacher, Run('taught', 0, dict(n_epoch=1), teachers=(teacher,)), other]
 
-def test_work_leaves_what_is_claimed_for_the_second_pass():
-    train,calls = pretend(lambda run, wait: {} if wait or run.arm == 'other' else None)
-    assert work(made_up_runs(), train) == {}
-    assert calls == [('teacher', False), ('taught', False), ('other', False), ('teacher', True), ('taught', True)]
+def test_work_takes_what_is_free_before_it_waits():
+    "Another process has the teacher, and is done when it is waited for, or has been while this one was at work"
+    for done_meanwhile in (False, True):
+        ended = set()
+        def outcome(run, wait):
+            free = wait or run.arm == 'other' or done_meanwhile and 'other' in ended
+            if run.arm == 'taught': free = 'teacher' in ended
+            if not free: return None
+            ended.add(run.arm)
+            return {}
+        train,calls = pretend(outcome)
+        assert work(made_up_runs(), train) == {}
+        waited = [] if done_meanwhile else [('teacher', False), ('taught', False)]
+        assert calls == [('teacher', False), ('taught', False), ('other', False), *waited, ('teacher', not done_meanwhile), ('taught', False)]
 
 def test_work_ends_with_an_error_that_nobody_notes():
     train,calls = pretend(lambda run, wait: RuntimeError('no memory') if run.arm == 'teacher' else {})

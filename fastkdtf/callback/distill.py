@@ -177,7 +177,7 @@ class Distill(LossTerm):
 
     def before_fit(self):
         super().before_fit()
-        self.skipped,self.checked = False,False
+        self.skipped,self.checked,self.whole = False,False,False
         if not self.fitting: return
         self._share_teachers()
         self.asks_early = any(teacher.before_student for teacher in self.teachers.values())
@@ -274,10 +274,10 @@ class Distill(LossTerm):
 
     def _finite(self, logits, batch, axis):
         "Return a teacher's logits with the classes on axis 1, or zeros where they are no numbers"
-        logits = check_teacher_logits(logits, batch.z, axis)
+        logits = check_teacher_logits(logits, batch.z, axis).to(batch.z.device)
         if logits.is_cpu and math.isfinite(logits.sum()): return logits   # so is each of them; another device is not waited for
         finite = logits.isfinite().all()
-        batch.finite = finite if batch.finite is None else batch.finite & finite
+        batch.note(finite)
         return torch.where(finite, logits, 0.)
 
     def _prepare(self, logits, batch):
@@ -328,7 +328,7 @@ class Distill(LossTerm):
         "Note whether the labels of a later batch are classes; that is read where the device is waited for anyway"
         if batch.y.is_floating_point(): return
         inside = ((batch.y.clamp(0, batch.n_classes-1) == batch.y) | (batch.y == batch.ignore_index)).all()
-        batch.finite = inside if batch.finite is None else batch.finite & inside
+        batch.note(inside)
 
     def _portion_of(self, losses, portion):
         if losses.ndim or not isinstance(portion, Tensor) or portion.numel() == 1: return portion*losses
@@ -359,10 +359,12 @@ class Distill(LossTerm):
         batch.sample_weight = self.sample_weight(batch).detach()
         return losses*batch.sample_weight
 
-    def _check_whole(self, batch):
-        "Check that nothing weighs the samples one by one where the loss is one number for the batch"
-        ignored = not batch.y.is_floating_point() and (batch.y == batch.ignore_index).any()
-        if self.sample_weight is None and batch.reduction != 'sum' and not ignored: return
+    def _check_whole(self, batch, wait=False):
+        "Check that nothing weighs the samples one by one where the loss is one number for the batch; a GPU tells later, unless it is waited for"
+        self.whole,ignored = True,not batch.y.is_floating_point() and (batch.y == batch.ignore_index).any()
+        if self.sample_weight is None and batch.reduction != 'sum':
+            if ignored is not False and not (ignored.is_cpu or wait): return batch.note(~ignored)
+            if not ignored: return
         if batch.reduction == 'sum': what = "the learner's loss is a sum"
         else:                        what = 'some positions do not count' if ignored else 'samples have weights'
         raise TypeError(f'{self.soft_loss!r} returns one number for the batch, which is no mean over its samples, but here {what}: '
@@ -386,6 +388,7 @@ class Distill(LossTerm):
         batch,self.batch = self.batch,None
         if batch is None or batch.finite is None or batch.finite: return
         for y in (batch.y, *getattr(self.mixing, 'yb1', ())): check_labels(plain_tensors(y), self.n_outputs, batch.ignore_index)
+        if self.whole: self._check_whole(batch, wait=True)
         who = ' or '.join(map(repr, self.teachers.values()))
         raise ValueError(f'the teacher {who} returned logits that are infinite or not a number; this batch was trained on without it')
 

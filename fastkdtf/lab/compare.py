@@ -137,7 +137,7 @@ def planned_arms(
     plain = {name: _planned_method(arm) for name,arm in arms.items()}
     _check_blocks(plain, learn.model)
     for name,(method,control_for,named) in with_controls(plain, get_c(learn.dls), controls).items():
-        arms[name] = replace(arms[name], control_for=control_for) if name in arms else Arm(method, control_for, named)
+        arms[name] = replace(arms[name], control_for=control_for) if name in arms else control_arm(method, control_for, named)
     self_taught = [name for name,arm in arms.items() if arm.teacher == baseline]
     if controls and self_taught: arms['twice as long'] = Arm(None, self_taught, named=False, start=baseline)
     for arm in arms.values():

@@ -128,10 +128,9 @@ def recipe_arms(
     taught_by,bs = [teacher for teacher,_ in teachers] or None,recipe.schedule.bs
     arms[name] = Arm(method, teacher=taught_by, start=start, bs=bs)
     if not controls: return arms
-    added = dict(named=False, bs=bs)
-    for control,cb in recipe.controls(n_classes, n_epoch, **settings).items(): arms[control] = Arm(cb, [name], start=start, **added)
-    if start: arms['as long without it'] = Arm(None, [name], start=start, **added)
-    if name == 'TfKD_self': arms['twice as long'] = Arm(None, [name], start=baseline, **added)
+    for control,cb in recipe.controls(n_classes, n_epoch, **settings).items(): arms[control] = control_arm(cb, [name], start=start, bs=bs)
+    if start: arms['as long without it'] = control_arm(None, [name], start=start, bs=bs)
+    if name == 'TfKD_self': arms['twice as long'] = control_arm(None, [name], start=baseline, bs=bs)
     return arms
 
 # %% ../../nbs/47b_lab.experiment.ipynb #3bc96d06

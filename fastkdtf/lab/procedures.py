@@ -93,7 +93,7 @@ class Student(LearnerLike):
         "Return the baseline, a student of each teacher, and their matched controls"
         methods = {'baseline': None, **{name: partial(kd, teacher) for name,teacher in students.items()}}
         planned = with_controls(methods, self.dls.c, controls)
-        return {name: Arm(*one) for name,one in planned.items()}
+        return {name: control_arm(*one) for name,one in planned.items()}
 
     def taught(self,
         teachers:dict, # name → teacher

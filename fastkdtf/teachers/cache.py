@@ -347,7 +347,7 @@ class CachedTeacher(Teacher):
             rows = self.store.find(keys)
         device = first_tensor(batch.xb).device
         values,classes = self.store.read(rows)
-        return unpack_logits(values.to(device), None if classes is None else classes.to(device), self.store.n_classes)
+        return unpack_logits(send(values, device), None if classes is None else send(classes, device), self.store.n_classes)
 
     def _ask(self, batch, keys, missing):
         "Ask the live teacher for some samples of a batch, and keep what it says"

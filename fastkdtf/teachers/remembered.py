@@ -66,7 +66,7 @@ class SampleTable:
     def _places(self, idx):
         if len(idx) and int(idx.max()) >= self.n:
             raise ValueError(f'sample {int(idx.max())} is not one of the {self.n} that the training began with: the data set has grown')
-        return idx.to(self.rows.device)
+        return send(idx, self.rows.device)
 
     def read(self,
         idx:Tensor, # int64 `[N]`

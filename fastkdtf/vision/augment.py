@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..core import send
 
 # %% ../../nbs/10c_vision.augment.ipynb #9f6ef449
 _golden = np.array([0x9E3779B97F4A7C15], np.uint64)
@@ -120,7 +121,7 @@ def _augmented(x, params, augment):
     n,c,h,w = x.shape
     columns = [params.dy, params.dx, params.flip]
     if augment.rotate: columns.append(_turn(params.angle, h, w))
-    dy,dx,flip,*turn = torch.from_numpy(np.column_stack(columns)).to(x.device).T[...,None,None]
+    dy,dx,flip,*turn = send(torch.from_numpy(np.column_stack(columns)), x.device).T[...,None,None]
     row = torch.arange(h, device=x.device)[:,None]
     col = torch.arange(w, device=x.device)[None]
     if augment.rotate:

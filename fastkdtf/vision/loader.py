@@ -18,7 +18,7 @@ from fastai.vision.core import PILImage, TensorImage, image2tensor
 from fastai.vision.data import show_batch, show_results # registers how image batches are shown
 from PIL import Image
 from torch.utils._pytree import tree_flatten
-from ..core import check_types, plain_tensors
+from ..core import check_types, plain_tensors, send
 from .augment import Augment
 
 # %% ../../nbs/10b_vision.loader.ipynb #2ed5db7b
@@ -290,7 +290,7 @@ class RecordDL(IndexedDL, TfmdDL):
         "Samples `idx`; `there` are the same indices, on the device where the batch shall be"
         recs,device = self.dataset.items,there.device
         if device.type=='cpu' or recs.nbytes>self.max_kept:
-            x,y = (torch.from_numpy(recs[field][idx.numpy()]).to(device) for field in ('image','label'))
+            x,y = (send(torch.from_numpy(recs[field][idx.numpy()]), device) for field in ('image','label'))
         else: x,y = (field[there] for field in self._on(device, recs))
         x,y = x.as_subclass(TensorImage),y.as_subclass(TensorCategory)
         return (x,y) if len(self.dataset.tls)>1 else (x,)
