@@ -1,9 +1,9 @@
-"""Train the records that the documentation rests on: `nice -n 19 python tools/evidence.py PART IMAGES [SEEDS]`
+"""Train the records that the documentation rests on: `nice -n 19 python tools/evidence.py PART IMAGES`
 
 PART is `methods` (CIFAR-100, resnet8), `self_guidance` (CIFAR-100, resnet20) or `paper` (Wang et al. 2020, Table 1, ResNet20,
 at full scale). IMAGES is an .npz file of CIFAR-100, or for `paper` the folder of its files. Finished runs are in `results/`;
 the same command goes on after any interrupt, and trains nothing once everything is there. Several processes may share the work, on
-one GPU too."""
+one GPU too. Which seeds are trained depends on the device, so that runs that are compared are of one device."""
 import os, sys
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # one core, so that others can work beside it
 from functools import partial
@@ -18,6 +18,7 @@ from fastkdtf.lab.training import Arm
 
 results = Path(__file__).parent.parent/'results'
 n_epoch,lr = 18,.2   # one-cycle; decided from the time of an epoch on one core
+seeds = [0, 1] if default_device().type == 'cuda' else [2, 3]
 
 def loaders(images):
     "Return all 50,000 training images, 5,000 of them for validation, and the test set"
@@ -28,7 +29,7 @@ def taught(*names): return {name: Arm(find_method(name).maker(100), teacher='tea
 
 def learners(dls, arch): return learner_parts(dls, partial(create_model, arch, 100), opt_func=partial(SGD, mom=.9, wd=5e-4))
 
-def methods(images, seeds):
+def methods(images):
     "Compare the methods and their controls on resnet8: the most wanted first, with all seeds, so that an unfinished folder holds a table"
     dls = loaders(images)
     interval = n_epoch/8   # the paper's share of the training, Wang et al. 2020, §4.1
@@ -46,18 +47,18 @@ def methods(images, seeds):
                              settings=dict(data='cifar100', arch='resnet8'), precision='bf16')
     return comparison
 
-def self_guidance(images, seeds):
+def self_guidance(images):
     "Compare self-guidance and stochastic depth on resnet20, which has blocks to drop"
     return compare(named('StochasticDepth', 'SelfGuidance'), learners(loaders(images), 'resnet20'), n_epoch, seeds, out=results/'cifar100_resnet20',
                    lr=lr, settings=dict(data='cifar100', arch='resnet20'), precision='bf16')
 
-def paper(images, seeds):
+def paper(images):
     "Train the paper's own schedule of 200 epochs"
     ids = [f'wang2020/T1/ResNet20/{name}' for name in ('LSR', 'LsrKD', 'MrKD1')]
-    return run_recipes(ids, seeds, path=images, out=results/'paper', controls=False, device=str(default_device()), precision='bf16')
+    return run_recipes(ids, 1, path=images, out=results/'paper', controls=False, device=str(default_device()), precision='bf16')
 
 if __name__ == '__main__':
     parts = dict(methods=methods, self_guidance=self_guidance, paper=paper)
-    if len(sys.argv) not in (3, 4) or sys.argv[1] not in parts: sys.exit(__doc__)
+    if len(sys.argv) != 3 or sys.argv[1] not in parts: sys.exit(__doc__)
     keep_freed_memory()
-    print(parts[sys.argv[1]](sys.argv[2], int(sys.argv[3]) if len(sys.argv) == 4 else 1 if sys.argv[1] == 'paper' else 3))
+    print(parts[sys.argv[1]](sys.argv[2]))
