@@ -196,7 +196,7 @@ def plan_of(part, images, monkeypatch):
     def planned(methods, learn, n_epoch, seeds, out, teacher=None, **kwargs):
         return out.name, planned_arms(methods, learner_maker(learn)(0), n_epoch, teacher=teacher)
     monkeypatch.setattr(evidence, 'compare', planned)
-    return getattr(evidence, part)(images, N)
+    return getattr(evidence, part)(images)
 
 @pytest.mark.parametrize('part', ['methods', 'self_guidance'])
 @pytest.mark.filterwarnings('ignore:.*training images too')
