@@ -80,7 +80,7 @@ class Evidence:
     @cached_property
     def judgements(self)->pd.DataFrame:
         "Each method against each of its rivals, as `Comparison.judgements`; empty if there is none yet"
-        return self.comparison.judgements if self.comparison else pd.DataFrame(dict(low=[]))
+        return self.comparison.judgements if self.comparison else pd.DataFrame(dict(seeds=[]))
 
     @property
     def names(self)->list:
@@ -104,8 +104,8 @@ class Evidence:
 
     @property
     def can_judge(self)->bool:
-        "True if there is a method with an interval"
-        return bool(self.judgements.low.notna().any())
+        "True if a method and one of its rivals have all their seeds"
+        return bool((self.judgements.seeds >= self.seeds).any())
 
     @property
     def notes(self)->list:
