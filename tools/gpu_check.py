@@ -107,7 +107,8 @@ def row(args, device, seconds, data):
     folder = args.row or args.out/'row'
     size = ['--data', data, '--epochs', '1', '--scale', '.5', '--seeds', '1'] if args.tiny else ['--path', data, '--seeds', args.seeds]
     start = time.perf_counter()
-    out,err,code = run(fastkdtf('run', recipe, *size, '--no-controls', '--precision', 'auto', '--device', device, '--out', folder), seconds)
+    several = [] if args.tiny else ['--parallel', min(2*args.seeds, os.cpu_count())]   # two arms
+    out,err,code = run(fastkdtf('run', recipe, *size, *several, '--no-controls', '--precision', 'auto', '--device', device, '--out', folder), seconds)
     file,done = folder/'results.jsonl',{}
     for line in file.read_text(encoding='utf-8').splitlines() if file.exists() else []:
         record = json.loads(line)

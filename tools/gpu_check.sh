@@ -3,6 +3,7 @@
 #     tools/gpu_check.sh OUT [--wheels wheels] [--data cifar100.npz or the folder of its pieces] [--seconds 480] [--row FOLDER] [--tiny]
 # OUT gets check.json and check.md. --wheels is the folder of gpu_wheels.sh, --data the images of the 200-epoch row: an .npz, or pieces made by
 # gpu_data.py. The row stops when the time is over; with the same --row FOLDER a second call goes on from there.
+# NVIDIA's MPS, where it is there (`nvidia-cuda-mps-control -d` before, `echo quit | nvidia-cuda-mps-control` after), lets the row's processes compute at once.
 # --tiny is a rehearsal: tiny sizes, noise for images, on a processor too.
 # Where scipy or scikit-learn are missing, empty modules take their places: fastai imports them for metrics that are not used here. Anything that
 # needs one of their functions says so and fails; the intervals of reports do, and are left out of check.md.

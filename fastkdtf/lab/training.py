@@ -164,6 +164,7 @@ class Awaited(Teacher):
     def __deepcopy__(self, memo): return memo.setdefault('arms', {}).setdefault(self.arm, self)   # see `_with_networks`
     def __repr__(self): return f'{self.keep} weights of {self.arm}'
 
+# %% ../../nbs/40b_lab.training.ipynb #f2cda2e1
 def _with_networks(method, arms, *networks):
     "Copy callbacks, and give them the networks of arms that they await"
     return deepcopy(method, {'arms': dict(zip(arms, networks))})
