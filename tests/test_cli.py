@@ -218,6 +218,8 @@ def test_describe_each(capsys, args):
     rc,out,err = call(capsys, 'describe', *args)
     assert rc == 0 and err == '' and '10 classes' in out and 'scale of the loss' in out
 
+@pytest.mark.filterwarnings('ignore:the network says the same in both passes')
+@pytest.mark.filterwarnings('ignore:DIST correlates the samples')
 def test_bench(capsys):
     rc,out,err = call(capsys, 'bench', '--samples', 4, '--classes', 5, '--rounds', 1, '--arch', 'resnet8', '--bs', 4, '--size', 8, '--device', 'cpu')
     assert rc == 0

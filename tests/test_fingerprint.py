@@ -298,6 +298,8 @@ def test_functions_behind_a_cache_or_a_compiler_go_by_what_they_do():
     assert fingerprint(nn.Sequential(compiled())) == fingerprint(nn.Sequential(compiled())) != fingerprint(nn.Sequential(compiled(seed=1)))
     assert NetworkTeacher(compiled()).identity == NetworkTeacher(net()).identity != NetworkTeacher(compiled(seed=1)).identity
 
+@pytest.mark.filterwarnings('ignore:.*quantize')
+@pytest.mark.filterwarnings('ignore:.*CSR')
 def test_tensors_of_other_layouts_go_by_value():
     x = torch.eye(3)
     assert fingerprint(x.to_sparse()) == fingerprint(x.to_sparse_csr()) == fingerprint(x) != fingerprint((2*x).to_sparse())
@@ -380,6 +382,7 @@ def test_runs_of_one_fingerprint_are_one_bit_for_bit(ways):
     for _,numbers in told[1:]: assert numbers == told[0][1]
     assert told[0][1]['history']['train_loss'][0] > 0
 
+@pytest.mark.filterwarnings('ignore:the network says the same in both passes')
 @pytest.mark.parametrize('arm', ['LsrKD', 'KD', 'MemoryReplay', 'SelfGuidance', 'RDrop', 'PSKD'])
 def test_runs_of_one_fingerprint_are_one_for_methods_that_draw_and_remember(arm):
     from fastkdtf.all import KnowledgeDistillation, MemoryReplay, PSKD, RDrop, SelfGuidance
@@ -387,9 +390,11 @@ def test_runs_of_one_fingerprint_are_one_for_methods_that_draw_and_remember(arm)
     a,b = (trained(kd_dataloaders('digits', bs=64, train_subset=128, device='cpu'), make, n_epoch=2) for _ in range(2))
     assert a == b
 
+@pytest.mark.filterwarnings('ignore:.*training images too')
 def test_a_folder_read_at_another_size_is_another_data_set(photos):
     assert len({str(fingerprint(kd_dataloaders(photos, size=size, bs=4, device='cpu'))) for size in (8, 32, 8)}) == 2
 
+@pytest.mark.filterwarnings('ignore:.*training images too')
 def test_records_name_the_machine_and_hold_no_path_and_no_user(photos, tmp_path, monkeypatch):
     import getpass, json
     from fastkdtf.all import CachedTeacher, KnowledgeDistillation, with_index

@@ -333,6 +333,7 @@ class Several(nn.Module):
 
 LOSSES = dict(tuple=lambda p, t: F.cross_entropy(p[0], t) + .3*p[1], dict=lambda p, t: F.cross_entropy(p['logits'], t))
 
+@pytest.mark.filterwarnings('ignore:an interval of')
 @pytest.mark.parametrize('kind', LOSSES)
 @pytest.mark.parametrize('method', ['LsrKD', 'KD', 'MemoryReplay'])
 def test_students_that_return_more_than_logits(kind, method):
@@ -523,6 +524,7 @@ def test_half_precision_goes_on_without_a_warning(tmp_path):
         warnings.filterwarnings('error', message='.*goes on without')
         assert len(resumable(tmp_path, [HalfPrecision()], seed=7).recorder.values) == 4
 
+@pytest.mark.filterwarnings('ignore:average goes on without')
 def test_settings_of_a_callback_are_those_of_the_call_and_not_of_the_file(tmp_path):
     with pytest.raises(KeyboardInterrupt): resumable(tmp_path, [Average(.8), StopAt(5)])
     assert resumable(tmp_path, [Average(.5)]).average.decay == .5

@@ -490,6 +490,7 @@ def test_several_callbacks_together():
     assert c.names == ['baseline', 'both', 'clip', 'CE ×2.9', 'LS 0.661 ×2.9', 'CE + gradient_clip', 'LS 0.1 + gradient_clip']
     assert {'lsr_kd_loss', 'tf_kd_reg_loss'} <= c.records[1]['history'].keys()
 
+@pytest.mark.filterwarnings('ignore:.*freezes nothing here')
 @pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle', 'fit_flat_cos', 'fine_tune'])
 def test_ways_to_train(fit, tmp_path):
     c = tiny_compare({'baseline': None}, fit=fit, n_epoch=2, seeds=1, out=tmp_path)

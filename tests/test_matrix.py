@@ -32,6 +32,8 @@ from processes import together
 from fastkdtf.callback.selfguide import Draws
 from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 
+pytestmark = [pytest.mark.filterwarnings('ignore:DIST correlates the samples'), pytest.mark.filterwarnings('ignore:the network says the same in both passes')]
+
 table = Path(__file__).parents[1]/'nbs'/'compatibility.csv'
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,8 @@ from fastkdtf.targets import Rewrite, TeacherCorrection
 from fastkdtf.teachers.network import EnsembleTeacher
 from processes import processes
 
+pytestmark = pytest.mark.filterwarnings('ignore:curve goes on without')
+
 K = 10
 f16,bf16,f32,f64 = torch.float16,torch.bfloat16,torch.float32,torch.float64
 

@@ -13,6 +13,8 @@ from torch.utils.data import TensorDataset
 from fastkdtf.all import *
 from fastkdtf.callback.relatives import LabelLogit
 
+pytestmark = pytest.mark.filterwarnings('ignore:DIST correlates the samples')
+
 double = partial(tensor, dtype=torch.double)
 Z,Y  = double([[1., .5, -.5], [.2, -.3, .8]]),tensor([0, 1])
 ZT   = double([[2., -.5, .5], [0, 1., .5]])

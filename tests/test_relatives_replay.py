@@ -13,6 +13,8 @@ from torch.utils.data import TensorDataset
 
 from fastkdtf.all import *
 
+pytestmark = pytest.mark.filterwarnings('ignore:journal goes on without')
+
 K,N,BS,EPOCHS = 5,50,12,6   # two samples of each epoch are left out
 
 def data():

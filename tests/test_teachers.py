@@ -947,6 +947,7 @@ def test_a_normalised_file_teaches_a_plain_student(tmp_path):
     image,got = logits_of(NetworkTeacher(tmp_path/'t.pkl', trust=True), learner(dls=dls_of(norm=None)))
     close(got, says(net, norm(image, B)))
 
+@pytest.mark.filterwarnings('ignore:.*is a network of timm')
 @pytest.mark.parametrize('intact', [True, False], ids=['head as pretrained', 'new head'])
 def test_timm_networks_know_their_statistics_while_their_head_is_intact(intact):
     with torch.random.fork_rng():

@@ -147,6 +147,13 @@ def test_waiting_for_batches_is_told_from_training():
     assert all(w >= .01*48 and w <= s for w,s in zip(slow['loading_seconds'], slow['epoch_seconds']))
     assert sum(quick['loading_seconds']) < sum(slow['loading_seconds'])
 
+def test_what_follows_a_batch_is_not_waiting_for_the_next():
+    class Slow(Callback):
+        order = 51   # after the recorder
+        def after_batch(self): time.sleep(.02)
+    record,n = train_run(None, 0, parts(), 2, cbs=[Slow()]),len(loaders().train)
+    assert n > 1 and all(waited <= spent-.02*n for waited,spent in zip(record['loading_seconds'], record['epoch_seconds']))
+
 @pytest.mark.parametrize('fit,error,why', [('train', ValueError, 'fit must name a training method'), (3, TypeError, 'fit must be a text or a function, got 3'),
                                            (None, TypeError, 'fit must be a text or a function, got None')])
 def test_fits_that_are_none(fit, error, why):

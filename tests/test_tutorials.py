@@ -125,6 +125,7 @@ def test_temporal_ensembling_is_the_papers(own):
     plain,_ = replay(ours[0], lambda model, s: F.cross_entropy(model(s[1]), s[2]))
     assert abs(plain[-1]-ours[0][-1][-1]) > 1e-3   # the teacher is not without effect
 
+@pytest.mark.filterwarnings('ignore:watch goes on without')
 def test_temporal_ensembling_resumes(own, tmp_path):
     "Interrupted between epochs, it goes on as if it had not been"
     class Stop(Callback):

@@ -100,22 +100,21 @@ class KeepBest(Callback):
         vars(self).update(state)
 
 # %% ../../nbs/40a_lab.one_run.ipynb #1af3ebcc
-class _BatchEnd(Callback):
-    "Tells the timer when all that follows a batch is done; the recorder waits for a GPU there"
-    order,run_valid = 100_000,False
-    def __init__(self, timer): self.timer = timer
-    def after_batch(self): self.timer.asked = time.perf_counter()
-
 class EpochTimer(Callback):
     "Seconds of each training epoch, those of them spent waiting for batches, and those of validation"
-    order = -20   # before anything else starts
+    early,late = -20,100_000
+    order = early   # before anything else starts
 
-    def __init__(self): self.seconds,self.waited,self.validated,self.end = [],[],[],_BatchEnd(self)
+    def __init__(self): self.seconds,self.waited,self.validated = [],[],[]
     def before_train(self):
         self.start = self.asked = time.perf_counter()
         self.waiting = 0.
     def before_batch(self):
         if self.training: self.waiting += time.perf_counter()-self.asked
+        self.order = self.late   # the recorder waits for a GPU after a batch
+    def after_batch(self):
+        self.order = self.early
+        self.asked = time.perf_counter()
     def after_train(self):
         self.seconds = self.seconds + [time.perf_counter()-self.start]
         self.waited = self.waited + [self.waiting]
@@ -327,7 +326,7 @@ def train_run(
     seed = seed if start is None else seed+2**31
     seed_run(seed, learn.dls)
     draws = BatchDraws(seed)
-    with learn.no_bar(), learn.no_logging(): _fit(learn, method, n_epoch, fit, lr, [best, timer, timer.end, draws, StepDraws(draws), *cbs])
+    with learn.no_bar(), learn.no_logging(): _fit(learn, method, n_epoch, fit, lr, [best, timer, draws, StepDraws(draws), *cbs])
     history = _history(learn.recorder)   # before the recorder records predictions
 
     weights = dict(last=weights_on_cpu(learn.model), best=best.weights or weights_on_cpu(learn.model))
@@ -335,6 +334,6 @@ def train_run(
     get_model(learn.model).load_state_dict(weights['best'])
     at_best = {'epoch': best.epoch_, score.valid_name: best.value, **reported_scores(learn)}
     record = dict(last=last, best=at_best, history=history,
-                  seconds_per_epoch=float(np.median(timer.seconds)), epoch_seconds=timer.seconds,
+                  seconds_per_epoch=float(np.median(timer.seconds or np.nan)), epoch_seconds=timer.seconds,
                   loading_seconds=timer.waited, validation_seconds=timer.validated)
     return record if keep is None else {**record, 'weights': weights[keep]}
