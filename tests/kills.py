@@ -168,5 +168,6 @@ def random_moments(folder, n, names=tasks):
 
 if __name__ == '__main__':
     folder,how,*names = sys.argv[1:]
+    Path(folder).mkdir(parents=True, exist_ok=True)
     if how.isdigit(): random_moments(Path(folder), int(how), names or tasks)
     else: chosen_steps(Path(folder), list(map(float, how.split(','))), names or tasks)
