@@ -18,6 +18,8 @@ from fastkdtf.lab.compare import compare
 from fastkdtf.callback.checkpoint import seed_run
 from fastkdtf.callback.stages import Stage
 from fastkdtf.teachers.network import NetworkTeacher
+from fastkdtf.lab.learners import learner_maker
+from fastkdtf.lab.report import comparisons, read_runs
 from fastkdtf.lab.runs import Run, work
 from fastkdtf.vision.cifar_nets import BasicBlock, CifarResNet
 from fastkdtf.vision.data import kd_dataloaders
@@ -146,6 +148,18 @@ def test_waiting_for_batches_is_told_from_training():
     slow,quick = (train_run(None, 0, parts(wait=w), 2) for w in (.01, 0.))
     assert all(w >= .01*48 and w <= s for w,s in zip(slow['loading_seconds'], slow['epoch_seconds']))
     assert sum(quick['loading_seconds']) < sum(slow['loading_seconds'])
+
+def held_weights():
+    torch.manual_seed(0)
+    return learner_maker(learner(loaders(), small(), metrics=accuracy))
+
+@pytest.mark.parametrize('make', [parts, held_weights])
+def test_a_run_is_the_same_whichever_seeds_are_asked_for(make, tmp_path):
+    "More seeds, or others, go on in a folder, and all are one comparison"
+    def trained(seeds): return [r['key'] for r in Campaign({'baseline': Arm(), 'other': Arm(LsrKD, model_fn=None)}, make(), 1, seeds, out=tmp_path).run()]
+    first,more,last = trained([0, 1]),trained([2, 1]),trained([1])
+    records = read_runs(tmp_path)
+    assert set(first) & set(more) == set(last) and len(records) == 6 and len(comparisons(records)) == 1
 
 def test_what_follows_a_batch_is_not_waiting_for_the_next():
     class Slow(Callback):

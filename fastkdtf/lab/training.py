@@ -399,7 +399,7 @@ class Campaign:
 
     def _first_learner(self): return self.make_learner(self.seeds[0])
 
-    def _known_networks(self, learn): return {(None, None): self._network_words(learn.model)}
+    def _known_networks(self, learn): return {} if self.seeds[0] else {(None, None): self._network_words(learn.model)}
 
     def _told(self, x): return fingerprint(x, refuse=self.out is not None)
 
@@ -415,9 +415,9 @@ class Campaign:
         return partial(make, **own) if own else make
 
     def _network_of(self, arm):
-        "Return what is known of an arm's network"
+        "Return what is known of an arm's network: its structure, and its weights for seed 0, whichever seeds are trained"
         maker = arm.make_learner,arm.model_fn
-        if maker not in self.networks: self.networks[maker] = self._network_words(self._maker(arm)(self.seeds[0]).model)
+        if maker not in self.networks: self.networks[maker] = self._network_words(self._maker(arm)(0).model)
         return self.networks[maker]
 
     def _loaders_of(self, dls, bs):
