@@ -399,7 +399,12 @@ class Campaign:
 
     def _first_learner(self): return self.make_learner(self.seeds[0])
 
-    def _known_networks(self, learn): return {} if self.seeds[0] else {(None, None): self._network_words(learn.model)}
+    def _naming_seed(self, make):
+        "Return the seed whose weights name a network: 0, whichever are trained; but a function that asks for its seed gets none that is not trained"
+        return self.seeds[0] if 'seed' in getattr(make, 'takes', ()) else 0
+
+    def _known_networks(self, learn):
+        return {(None, None): self._network_words(learn.model)} if self._naming_seed(self.make_learner) == self.seeds[0] else {}
 
     def _told(self, x): return fingerprint(x, refuse=self.out is not None)
 
@@ -415,9 +420,9 @@ class Campaign:
         return partial(make, **own) if own else make
 
     def _network_of(self, arm):
-        "Return what is known of an arm's network: its structure, and its weights for seed 0, whichever seeds are trained"
-        maker = arm.make_learner,arm.model_fn
-        if maker not in self.networks: self.networks[maker] = self._network_words(self._maker(arm)(0).model)
+        "Return what is known of an arm's network"
+        maker,seed = (arm.make_learner, arm.model_fn),self._naming_seed(arm.make_learner or self.make_learner)
+        if maker not in self.networks: self.networks[maker] = self._network_words(self._maker(arm)(seed).model)
         return self.networks[maker]
 
     def _loaders_of(self, dls, bs):
