@@ -389,7 +389,7 @@ class Batch:
     reduction:str='mean' # of the base loss
     answers:dict=field(default_factory=dict) # what was asked of the teachers so far, keyed by rewrite, and by None for the method's own
     sample_weight:Tensor|None=None # factors of the samples' soft losses, where the method weighs them
-    finite:Tensor|None=None # False if a teacher returned no numbers, or labels are not as they must be; on the device until it is read; None: it is known to be true
+    finite:Tensor|None=None # False if a teacher returned no numbers, or labels are wrong; on the device until it is read; None: known to be true
     facts:dict=field(default_factory=dict, init=False, repr=False, compare=False) # what parts found out: a changed copy begins without
 
     @property

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest, torch
 
-import matrix
-from matrix import K, METHODS, Spy, digits, learner, network, residual
+from matrix import K, METHODS, digits, learner, residual
 from fastkdtf.callback.checkpoint import Checkpoint
 from fastkdtf.callback.methods import methods
 from fastkdtf.lab.bench import StepBench
 from fastkdtf.lab.compare import compare
 from fastkdtf.lab.one_run import LearnerParts
-from fastkdtf.teachers.cache import CachedTeacher
 from fastkdtf.vision.augment import Augment
 from fastkdtf.vision.data import kd_dataloaders
 from fastkdtf.vision.models import create_model
@@ -71,11 +69,10 @@ def test_a_training_goes_on_on_another_device(name):
         torch.testing.assert_close(v, state(expected)[k].cpu(), rtol=.02, atol=.02)
 
 def test_targets_kept_on_a_gpu_are_read_on_a_processor():
-    here,there = (learner([matrix.METHODS['KD cached'].make(), spy := Spy()], dls=digits(device=device)) for device in (gpu, 'cpu'))
+    here,there = (learner([METHODS['KD cached'].make()], dls=digits(device=device)) for device in (gpu, 'cpu'))
     here.fit(1)
     there.fit(1)
-    files = {f.name: f.stat().st_mtime_ns for f in Path('cache').rglob('*') if f.is_file()}
-    assert files and there.recorder.values[-1][there.recorder.metric_names.index('hit_rate')-1] == 1
+    assert any(f.is_file() for f in Path('cache').rglob('*')) and there.recorder.values[-1][there.recorder.metric_names.index('hit_rate')-1] == 1
 
 @pytest.mark.parametrize('name', [name for name in METHODS if METHODS[name].soft])
 def test_describe_kd_says_on_a_gpu_what_it_says_on_a_processor(name):
@@ -93,6 +90,6 @@ def test_a_comparison_on_a_gpu_says_so_and_trains_nothing_twice(tmp_path):
     parts = LearnerParts(dls, partial(create_model, 'resnet8', 10))
     arms = {name: methods[name].make for name in ('LsrKD', 'TfKDReg')}
     run = lambda: compare(arms, parts, 2, 2, out=tmp_path/'runs', precision='bf16')
-    first = run()
+    first,again = run(),run()
     assert {r['device'] for r in first.records} == {torch.cuda.get_device_name()}
-    assert len(first.records) == len(run().records) and [r['seconds_per_epoch'] for r in first.records] == [r['seconds_per_epoch'] for r in run().records]
+    assert len(first.records) == len(again.records) and [r['seconds_per_epoch'] for r in first.records] == [r['seconds_per_epoch'] for r in again.records]

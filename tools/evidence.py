@@ -18,11 +18,12 @@ from fastkdtf.lab.training import Arm
 
 results = Path(__file__).parent.parent/'results'
 n_epoch,lr = 18,.2   # one-cycle; decided from the time of an epoch on one core
-seeds = [0, 1] if default_device().type == 'cuda' else [2, 3]
+device = default_device()
+seeds = [0, 1] if device.type == 'cuda' else [2, 3]
 
 def loaders(images):
     "Return all 50,000 training images, 5,000 of them for validation, and the test set"
-    return kd_dataloaders(images, bs=128, valid_pct=.1, augment=Augment(flip=True, pad=4), device=default_device())
+    return kd_dataloaders(images, bs=128, valid_pct=.1, augment=Augment(flip=True, pad=4), device=device)
 
 def named(*names): return {name: Arm(find_method(name).maker(100)) for name in names}
 def taught(*names): return {name: Arm(find_method(name).maker(100), teacher='teacher') for name in names}
@@ -38,7 +39,7 @@ def methods(images):
              {**named('TfKDReg'), 'MrKD-1': Arm(partial(MemoryReplay, 1, interval, alpha=.25, tau=3.))},
              {**named('LsrKD-TC', 'TfKDReg-official'), 'MrKD-3': Arm(partial(MemoryReplay, 3, interval, alpha=.25, tau=3.)),
               **named('PSKD', 'OnlineLabelSmoothing'), **taught('DKD', 'WSL')}]
-    if default_device().type == 'cuda': parts = [{name: arm for part in parts for name,arm in part.items()}]   # for many processes at once
+    if device.type == 'cuda': parts = [{name: arm for part in parts for name,arm in part.items()}]   # for many processes at once
     arms = {}
     for part in parts:
         arms.update(part)
@@ -55,7 +56,7 @@ def self_guidance(images):
 def paper(images):
     "Train the paper's own schedule of 200 epochs"
     ids = [f'wang2020/T1/ResNet20/{name}' for name in ('LSR', 'LsrKD', 'MrKD1')]
-    return run_recipes(ids, 1, path=images, out=results/'paper', controls=False, device=str(default_device()), precision='bf16')
+    return run_recipes(ids, 1, path=images, out=results/'paper', controls=False, device=str(device), precision='bf16')
 
 if __name__ == '__main__':
     parts = dict(methods=methods, self_guidance=self_guidance, paper=paper)
