@@ -137,7 +137,7 @@ def test_many_images_come_by_threads_in_order(tmp_path, monkeypatch):
     "A bar for large sets, one array, and every image in its place"
     shown = []
     monkeypatch.setattr(readers, 'parallel', lambda *args, parallel=readers.parallel, **kw: shown.append(kw['progress']) or parallel(*args, **kw|dict(progress=False)))
-    files = {f'{i}': readers._File(4, lambda i=i: i) for i in range(6000)}
+    files = {f'{i}': readers.StoredFile(4, lambda i=i: i) for i in range(6000)}
     monkeypatch.setattr(readers, '_opened', lambda files, name: Image.new('RGB', (3,2), (files[name].read()%256,)*3))
     recs = readers._image_records(files, {o: int(o)%7 for o in files}, None, '0')
     assert shown==[True] and recs['image'].shape==(6000,3,2,3)

@@ -8,17 +8,17 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.readers.html.md"""
 __all__ = ['npz_arrays', 'read_npz', 'check_size', 'read_files', 'imagenet_files', 'shared_images']
 
 # %% ../../nbs/10a_vision.readers.ipynb #b3380422
-import bz2, csv, errno, gzip, io, lzma, math, os, posixpath, re, stat, tarfile, warnings, zipfile, zlib
+import csv, gzip, io, math, re, tarfile, warnings, zipfile, zlib
 from collections import Counter
 from pathlib import PurePosixPath
 from functools import lru_cache
-from typing import NamedTuple
 import numpy as np
 from fastai.data.all import *
 from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core import check_choice, check_types, check_whole
 from ..files import check_room
 from ..pickles import as_array, read_pickle
+from .archives import *
 from .loader import Records, blank_records, to_records, to_rgb
 
 # %% ../../nbs/10a_vision.readers.ipynb #e635c522
@@ -100,126 +100,9 @@ def read_npz(
     except (ValueError, zipfile.BadZipFile) as e: raise ValueError(f"{path}: {e}") from e
     return sets['train'], sets['test'], names
 
-# %% ../../nbs/10a_vision.readers.ipynb #1a0c7560
-class _File(NamedTuple):
-    "A file of a folder or an archive"
-    size:int      # in bytes, known before it is read
-    read:Callable # returns its content
-
-_most = dict(image=2**28, list=2**26) # bytes that are enough for one
-
-def _content(files, name, kind=None):
-    "Content of a file, if it is not larger than its kind can be"
-    check_room(name, files[name].size, _most.get(kind))
-    return files[name].read()
-
-def _walk(path):
-    "Files of a folder, and of folders that it links to"
-    above = {str(path): (os.path.realpath(path),)}
-    def fail(error): raise error   # a folder that may not be read is not left out silently
-    for root,folders,names in os.walk(path, onerror=fail, followlinks=True):
-        for folder in folders:
-            here,real = os.path.join(root, folder),os.path.realpath(os.path.join(root, folder))
-            if real in above[root]: raise ValueError(f"{Path(here).relative_to(path)} links to a folder that holds it")
-            above[here] = (*above[root], real)
-        yield from (Path(root, name) for name in names)
-
-def _folder_files(path):
-    found = {}
-    for file in sorted(_walk(path)):
-        name = file.relative_to(path).as_posix()
-        if _is_hidden(name): continue
-        if file.is_file(): found[name] = _File(file.stat().st_size, file.read_bytes)
-        elif _is_wanted(name): raise ValueError(f"{name} is {'a link to nothing' if file.is_symlink() else 'no file'}")
-    return found
-
-def _files(path):
-    "Name → `_File`, for the files in a folder or an archive, or of one `.csv`"
-    if path.is_dir(): return _folder_files(path)
-    if path.suffix.lower()=='.csv': return {path.name: _File(path.stat().st_size, path.read_bytes)}
-    try: found = dict(_of_zip(path) if zipfile.is_zipfile(path) else _of_tar(path))
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as e:
-        if getattr(e, 'errno', None) not in (None, errno.EINVAL): raise   # the disk's, not the archive's
-        raise ValueError(f"truncated or damaged archive ({e})") from e
-    return {name: found[name] for name in sorted(found) if not _is_hidden(name)}
-
-def _is_hidden(name): return any(part.startswith(('.','__MACOSX')) for part in PurePosixPath(name).parts)
-
-# %% ../../nbs/10a_vision.readers.ipynb #1b8ed8f3
-def _is_wanted(name):
-    "True for a file that one of the layouts reads"
-    return _is_image(name) or any(re.fullmatch(pattern, PurePosixPath(name).name, re.I) for pattern in _wanted)
-
-_wanted = (r'.*\.csv', r'wnids\.txt|val_annotations\.txt|list_patition_label\.txt|(fine_label_names|batches\.meta)\.txt',
-           r'batches\.meta|meta|train|test|(data_batch_\d|test_batch)(\.bin)?|(train|test)\.bin', r'.*idx[13]-ubyte(\.gz)?')
-
-def _is_image(name): return PurePosixPath(name).suffix.lower() in image_extensions
-
-def _of_zip(path):
-    "Names and files of a zip archive"
-    with zipfile.ZipFile(path) as z:
-        wanted = {info.filename.replace('\\', '/'): info for info in z.infolist() if not info.is_dir()}   # some Windows programs write \
-        check_room('what it holds', sum(info.file_size for name,info in wanted.items() if _is_wanted(name)))
-        for name,info in wanted.items():
-            data = _of_zip_file(z, info, name) if _is_wanted(name) else b''
-            yield name,_File(info.file_size, partial(bytes, data))
-
-def _of_zip_file(z, info, name):
-    if stat.S_ISLNK(info.external_attr>>16): raise ValueError(f"{name} is a link: unpack the archive, and give the folder")
-    try: return z.read(info)
-    except (RuntimeError, NotImplementedError) as e:
-        raise ValueError(f"{name} can't be unpacked here ({e}): unpack the archive, and give the folder") from e
-
-class _Tape:
-    "A file that a tar archive's headers are read from, of which the last is known"
-    def __init__(self, file): self.file,self.last,self.in_header = file,b'',True
-    def read(self, n):
-        if not self.in_header: return self.file.read(n)
-        check_room('a header in it', n, 2**24)
-        self.last = self.file.read(n)
-        return self.last
-    def __getattr__(self, name): return getattr(self.file, name)
-
-_openers = {b'\x1f\x8b': gzip.open, b'BZ': bz2.open, b'\xfd7': lzma.open}
-
-def _of_tar(path):
-    "Names and files of a tar archive"
-    with open(path, 'rb') as raw: opener = _openers.get(raw.read(2), open)
-    found,links,total = {},{},0
-    with opener(path, 'rb') as file, tarfile.open(fileobj=(tape := _Tape(file)), mode='r:') as t:
-        for member in t:
-            name = posixpath.normpath(member.name)
-            if member.islnk():   links[name] = posixpath.normpath(member.linkname)
-            elif member.issym(): links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-            elif member.isdir(): continue
-            elif not _is_wanted(name): found[name] = _File(member.size, bytes)
-            elif not member.isreg(): raise ValueError(f"{name} is no file")
-            else:
-                total += member.size
-                check_room('what it holds', total)
-                tape.in_header = False
-                found[name] = _File(member.size, partial(bytes, t.extractfile(member).read()))
-                tape.in_header = True
-        if tape.last.strip(b'\0') or len(tape.last)<512: raise ValueError("truncated or damaged archive: its end is missing")
-        while file.read(2**20): pass   # a compressed file is compared with its checksum at its end
-    return found | {name: found[target] for name,target in links.items() if _leads_to_file(name, target, found)}
-
-def _leads_to_file(name, target, found):
-    "True if a link in an archive leads to a file in it; links to folders, and images that are nowhere, are refused"
-    if target in found: return True
-    if _is_wanted(name) or any(file.startswith(f'{target}/') for file in found):
-        raise ValueError(f"{name} is a link to a folder, or to nothing in it: unpack the archive, and give the folder")
-
 # %% ../../nbs/10a_vision.readers.ipynb #a7239c2e
-def _only(files, name):
-    "Path of the one file that has a name"
-    found = sorted((file for file in files if PurePosixPath(file).name==name), key=len)
-    if not found: raise ValueError(f"no file {name} in it")
-    if len(found)>1: raise ValueError(f"{found[0]} and {found[1]} are there: give the folder of one of them")
-    return found[0]
-
 def _unpickle(files, name):
-    data = _content(files, _only(files, name))
+    data = content_of(files, only_file(files, name))
     try: data = read_pickle(data)
     except ValueError as e: raise ValueError(f"{name} is damaged or no CIFAR file ({e})") from e
     if not isinstance(data, dict): raise ValueError(f"{name} is no CIFAR file: a dict is expected, not a {type(data).__name__}")
@@ -263,7 +146,7 @@ _cifar100_bin = ['train.bin'],'test.bin','fine_label_names.txt',2
 
 def _binary_part(files, name, n_labels):
     "Images `[N,32,32,3]` and labels of one binary batch"
-    data = np.frombuffer(_content(files, _only(files, name)), np.uint8)
+    data = np.frombuffer(content_of(files, only_file(files, name)), np.uint8)
     if not len(data) or len(data)%(n_labels+3072): raise ValueError(f"{name} is truncated: {len(data)} bytes are no whole number of images")
     rows = data.reshape(-1, n_labels+3072)
     return rows[:,n_labels:].reshape(-1, 3, 32, 32).transpose(0,2,3,1), rows[:,n_labels-1].astype(int)
@@ -271,7 +154,7 @@ def _binary_part(files, name, n_labels):
 def _read_binary_cifar(files):
     is_cifar10 = any(PurePosixPath(name).name=='data_batch_1.bin' for name in files)
     batches,test,meta,n_labels = _cifar10_bin if is_cifar10 else _cifar100_bin
-    names = _content(files, _only(files, meta), 'list').decode('utf-8', 'replace').split()
+    names = content_of(files, only_file(files, meta), 'list').decode('utf-8', 'replace').split()
     return _cifar_arrays([_binary_part(files, name, n_labels) for name in batches], _binary_part(files, test, n_labels), names)
 
 # %% ../../nbs/10a_vision.readers.ipynb #e1d069f9
@@ -304,7 +187,7 @@ def _read_idx(files):
     names, = found.values()
     missing = [name for name in npz_arrays[:4] if name not in names]
     if missing: raise ValueError(f"no idx file for {', '.join(missing)} in it")
-    arrays = {part: _idx_array(_content(files, name), name) for part,name in names.items()}
+    arrays = {part: _idx_array(content_of(files, name), name) for part,name in names.items()}
     return {**arrays, 'class_names': np.arange(int(arrays['train_labels'].max(initial=0))+1)}
 
 # %% ../../nbs/10a_vision.readers.ipynb #514520ac
@@ -330,7 +213,7 @@ def _formats():
 
 def _opened(files, name):
     "An image whose size is known and whose pixels are not yet decoded"
-    data,most = _content(files, name, 'image'),Image.MAX_IMAGE_PIXELS
+    data,most = content_of(files, name, 'image'),Image.MAX_IMAGE_PIXELS
     try: im = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError: raise ValueError(f"{name} is damaged or no image") from None
     except Exception as e: raise ValueError(f"{name} is damaged or no image ({e})") from e
@@ -450,7 +333,7 @@ def _classes_by_set(names):
     return classes
 
 def _read_images(files, size, needed=('train',)):
-    names = list(filter(_is_image, files))
+    names = list(filter(is_image, files))
     classes = _classes_by_set(names) if names else {}
     missing = [split for split in needed if split not in classes]
     if missing: raise ValueError(f"no folder {', '.join(missing)} with images, only {' and '.join(classes) or 'other files'}")
@@ -462,7 +345,7 @@ def _read_cinic10(files, size): return _read_images(files, size, ('train','valid
 # %% ../../nbs/10a_vision.readers.ipynb #e9b5c144
 def _lines(files, name, n, expected):
     "Number of each line that isn't empty and its first `n` words"
-    for i,line in enumerate(_content(files, name, 'list').decode('utf-8', 'replace').splitlines(), 1):
+    for i,line in enumerate(content_of(files, name, 'list').decode('utf-8', 'replace').splitlines(), 1):
         words = line.split()
         if not words: continue
         if len(words)<n: raise ValueError(f"{name}, line {i}: {expected} expected, not {line!r}")
@@ -479,11 +362,11 @@ def _annotated(files, base):
     return classes
 
 def _read_tiny_imagenet(files, size):
-    listed = _only(files, 'wnids.txt')
+    listed = only_file(files, 'wnids.txt')
     base = listed.removesuffix('wnids.txt')
     names = sorted(wnid for _,(wnid,) in _lines(files, listed, 1, 'a WordNet number'))
     train = {}
-    for file in filter(_is_image, files):
+    for file in filter(is_image, files):
         folder,*inner = PurePosixPath(file.removeprefix(base)).parts
         if folder=='train': train[file] = inner[0]
     classes = dict(train=train, test=_annotated(files, base))
@@ -521,7 +404,7 @@ def _fer_file(files):
 def _fer_rows(files):
     "Name of the csv and a reader of its rows"
     name = _fer_file(files)
-    rows = csv.DictReader(io.TextIOWrapper(io.BytesIO(_content(files, name)), 'utf-8', errors='replace', newline=''))
+    rows = csv.DictReader(io.TextIOWrapper(io.BytesIO(content_of(files, name)), 'utf-8', errors='replace', newline=''))
     rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
     missing = [column for column in ('emotion', 'pixels', 'Usage') if column not in rows.fieldnames]
     if missing: raise ValueError(f"{name} has no column {', '.join(missing)}, only {', '.join(rows.fieldnames) or 'nothing'}")
@@ -548,9 +431,9 @@ def _read_fer2013(files, size):
 _raf_names = ['Surprise', 'Fear', 'Disgust', 'Happiness', 'Sadness', 'Anger', 'Neutral']
 
 def _read_raf(files, size):
-    listed = _only(files, 'list_patition_label.txt')
+    listed = only_file(files, 'list_patition_label.txt')
     faces,twice = {},set()
-    for name in filter(_is_image, files):
+    for name in filter(is_image, files):
         if faces.setdefault(PurePosixPath(name).name, name)!=name: twice.add(PurePosixPath(name).name)
     classes = dict(train={}, test={})
     for i,(image,label) in _lines(files, listed, 2, 'an image and its label'):
@@ -583,7 +466,7 @@ def _other_reader(names):
 
 def _check_one_set(files):
     "Refuse folders of images beside other files; single images say nothing"
-    folders = sorted({str(PurePosixPath(name).parent) for name in files if _is_image(name)})
+    folders = sorted({str(PurePosixPath(name).parent) for name in files if is_image(name)})
     if len(folders)>1:
         raise ValueError(f"it holds CIFAR's or MNIST's files and folders of images, such as {folders[0]} and {folders[1]}: "
                          "give the folder of one of them, or layout='images'")
@@ -608,7 +491,7 @@ def read_files(
         train,test,names = read_npz(path)
         return dict(train=train, test=test), names
     try:
-        files = _files(path)
+        files = stored_files(path)
         names = {PurePosixPath(file).name for file in files}
         layout,read = layout or _recognised(names),_other_reader(names)
         if read and layout in (None,'images') and not asked:
@@ -628,7 +511,7 @@ def _solution(folder, top):
     places = places[:places.index(top)+1] if top in places else places[:1]
     path = first(file for file in (place/'LOC_val_solution.csv' for place in places) if file.is_file())
     if path is None: return {}
-    check_room(str(path), path.stat().st_size, _most['list'])
+    check_room(str(path), path.stat().st_size, most_bytes['list'])
     with open(path, encoding='utf-8', errors='replace', newline='') as f:
         rows = [row for row in csv.reader(f) if len(row)>1 and row[1].split()]
     return {image: boxes.split()[0] for image,boxes,*_ in rows}
