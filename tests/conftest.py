@@ -1,8 +1,9 @@
-"What all tests share: one thread, garbage that is not looked through again, the longest tests first, and what is made once for all processes"
+"What all tests share: one thread, no waiting for the disk, garbage that is not looked through again, the longest tests first, and what is made once for all processes"
 import gc, os
 
 import pytest
 import torch
+import unsynced   # noqa: F401, for what it changes
 from filelock import FileLock
 
 torch.set_num_threads(1)   # with tiny tensors threads only wait for each other, and their number decides the last bits

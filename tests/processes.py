@@ -2,6 +2,7 @@
 import multiprocessing, os, socket
 
 import pytest
+import unsynced   # noqa: F401, here and in each process that is started from here
 
 processes = multiprocessing.get_context('forkserver') if hasattr(os, 'fork') else multiprocessing.get_context('spawn')
 needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')

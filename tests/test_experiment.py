@@ -411,7 +411,7 @@ def shoot():
             if stat and first.setdefault(f, stat) != stat: os.kill(os.getpid() if kill == 'all' else workers()[0], signal.SIGKILL); return
         time.sleep(.005)
 
-ray.init(address='local', num_cpus=2, include_dashboard=False, object_store_memory=80*2**20, log_to_driver=False, logging_level='ERROR')
+ray.init(address='local', num_cpus=1 if kill == 'all' else 2, include_dashboard=False, object_store_memory=80*2**20, log_to_driver=False, logging_level='ERROR')
 print('started', flush=True)
 if kill != 'none': threading.Thread(target=shoot, daemon=True).start()
 result = run_recipes(ids, seeds=2, epochs=5, scale=.01, data='digits', out=out, engine='ray', controls=False, device='cpu')

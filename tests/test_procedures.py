@@ -419,21 +419,23 @@ def test_a_teacher_that_another_process_trains(tmp_path, expected):
     "What does not need it goes on; then it is waited for"
     Fragile.at = None
     key = next(k for r in [learner(model=Fragile()).fit_tf_kd_self(2, seeds=2, controls=False)] for k in [r.runs('baseline')[0]['key']])
-    claimed,release = threading.Event(),threading.Event()
+    claimed,release,released = threading.Event(),threading.Event(),[]
     def other():
         with run_lock(tmp_path/'unfinished'/(key.rsplit('/', 1)[1]+'.pt')) as mine:
             assert mine
             claimed.set()
-            release.wait(30)
+            released.append(release.wait(30))
     thread = threading.Thread(target=other)
     thread.start()
     assert claimed.wait(10)
     def let_go():
-        while not (tmp_path/'results.jsonl').exists() or len(lines(tmp_path)) < 5: time.sleep(.02)
+        ledger = tmp_path/'results.jsonl'
+        while not ledger.exists() or ledger.read_bytes().count(b'\n') < 5: time.sleep(.02)   # a line may be half written
         release.set()
     threading.Thread(target=let_go, daemon=True).start()
     c = self_train(tmp_path)[1]
     thread.join()
+    assert released == [True]
     order = [(r['method'], r['seed']) for r in lines(tmp_path)]
     assert by_run(c) == expected and order[0] == ('CE ×3.7', 0) and order.index(('baseline', 0)) == 5 and len(order) == 8
 

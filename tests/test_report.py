@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 
 from fastkdtf.lab.interpret import evaluate, reliability
+from fastkdtf.lab import report
 from fastkdtf.lab.report import Comparison, comparisons
 from fastkdtf.lab.page import headline
 
@@ -22,6 +23,18 @@ def test_methods_are_neither_baseline_nor_controls():
     c = Comparison(records)
     assert c.methods == ['A', 'B'] and c.rivals('A') == ['LS', 'B', 'baseline'] and c.rivals('B') == ['LS of B', 'baseline'] and c.rivals('LS') == ['baseline']
     assert c.scores('A') == [.5] and c.scores('A', epoch='best') == [.6] and c.scores('A', 'nll') == [1.]
+
+def test_a_large_comparison_looks_at_each_record_a_few_times(monkeypatch):
+    "30 methods, each with two controls that only its description names, over 5 seeds"
+    names = [f'{kind}{i}' for i in range(30) for kind in ('A', 'CE, scaled ', 'LS ')]
+    def described(i, name): return [('controls', f'CE, scaled {i//3}, LS {i//3}')] if name[0] == 'A' else []
+    records = [{**record(name, seed, rank=i), 'description': described(i, name)} for i,name in enumerate(names) for seed in range(5)]
+    records += [record('baseline', seed, rank=-1) for seed in range(5)]
+    seen,real = [],report._described_controls
+    monkeypatch.setattr(report, '_described_controls', lambda r, known: (seen.append(r), real(r, known))[1])
+    c = Comparison(records)
+    assert len(c._repr_html_()) > 10_000 and len(c.pairs) == 30*3+60 and c.rivals('A7') == ['CE, scaled 7', 'LS 7', 'baseline']
+    assert 0 < len(seen) <= 3*len(records)
 
 def test_the_sentences_of_the_page_err_as_rarely():
     "Whole tables, from records to the headline"

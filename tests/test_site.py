@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from processes import said_by
 
 root = Path(__file__).parents[1]
 sys.path.insert(0, str(root/'tools'))
@@ -111,14 +112,16 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+def build():
+    os.chdir(root)
+    docs.build(site)
+
 @pytest.fixture(scope='session')
-def built():
+def built(tmp_path_factory):
     with FileLock(site.with_suffix('.lock')):    # these tests may run in several processes
         if not docs.is_current(site):
-            env = {**os.environ, 'PYTHONPATH': str(root/'tools'), 'OMP_NUM_THREADS': '1'}
-            cmd = [sys.executable, '-c', 'import docs; docs.build(docs.cfg.doc_path)']
-            r = subprocess.run(cmd, cwd=root, env=env, capture_output=True, text=True)
-            assert r.returncode==0, r.stderr[-5000:]
+            code,said = said_by(build, file=tmp_path_factory.mktemp('site')/'said.txt')
+            assert code==0, said[-5000:]
     return site
 
 @pytest.fixture(scope='session')

@@ -250,7 +250,7 @@ def is_current(out):
 def build(out):
     "Render all processed notebooks to `out`"
     refresh_quarto_yml()
-    cache = proc_nbs(str(cfg.nbs_path), force=True)
+    cache = proc_nbs(str(cfg.nbs_path), force=True, n_workers=0)   # each worker would import all libraries first
     shutil.rmtree(out, ignore_errors=True)
     nbs = sorted(p.relative_to(cache).as_posix() for p in cache.rglob('*.ipynb'))
     pages = {nb:nb_md(read_nb(cache/nb), saver(out/nbpath2html(nb).with_suffix('').as_posix(), nbpath2html(nb).stem)) for nb in nbs}

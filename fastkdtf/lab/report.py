@@ -11,7 +11,7 @@ __all__ = ['column_names', 'unlike', 'csv_safe', 'Comparison', 'read_runs', 'com
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 
@@ -94,6 +94,7 @@ class Comparison:
         if not records: raise ValueError('records is empty: there is no finished run to show')
         self.records,self.baseline = sorted(records, key=lambda r: r['seed']),baseline
         self.names = list(dict.fromkeys(r['method'] for r in sorted(records, key=lambda r: r['rank'])))
+        self._runs = {name: [r for r in self.records if r['method'] == name] for name in self.names}
 
     @property
     def first(self)->dict:
@@ -108,13 +109,20 @@ class Comparison:
 
     def runs(self, name:str)->list:
         "Return the records of one method, by seed"
-        return [r for r in self.records if r['method'] == name]
+        return self._runs.get(name, [])
 
     def control_for(self, name:str)->list:
         "Return the methods that this one is a matched control for, by its own records or by theirs"
         own = [method for r in self.runs(name) for method in r['control_for']]
-        asked = [r['method'] for r in self.records if not r['control_for'] and name in _described_controls(r, self.names)]
-        return list(dict.fromkeys(own+asked))
+        return list(dict.fromkeys(own+self._asked.get(name, [])))
+
+    @cached_property
+    def _asked(self):
+        "Name of a control → the methods whose descriptions ask for it"
+        found = {}
+        for r in self.records:
+            for name in set() if r['control_for'] else set(_described_controls(r, self.names)): found.setdefault(name, []).append(r['method'])
+        return found
 
     def controls(self, name:str)->list:
         "Return the matched controls of a method that were run"
@@ -219,7 +227,7 @@ class Comparison:
         mean,low,high = self.difference(name, other)
         return verdict((mean, low, high) if self.score.higher else (-mean, -high, -low))
 
-    @property
+    @cached_property
     def differing(self)->dict: # words → pairs of names
         "What differs in versions and machine between methods and their rivals"
         found = {}
