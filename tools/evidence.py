@@ -31,7 +31,7 @@ def taught(*names): return {name: Arm(find_method(name).maker(100), teacher='tea
 def learners(dls, arch): return learner_parts(dls, partial(create_model, arch, 100), opt_func=partial(SGD, mom=.9, wd=5e-4))
 
 def methods(images):
-    "Compare the methods and their controls on resnet8: the most wanted first, with all seeds, so that an unfinished folder holds a table"
+    "Compare the methods and their controls on resnet8: one seed of the most wanted first, so that an unfinished folder holds a table"
     dls = loaders(images)
     interval = n_epoch/8   # the paper's share of the training, Wang et al. 2020, §4.1
     parts = [{**named('LSR', 'LsrKD'), 'TfKDSelf': Arm(KnowledgeDistillation, teacher='baseline')},
@@ -39,12 +39,12 @@ def methods(images):
              {**named('TfKDReg'), 'MrKD-1': Arm(partial(MemoryReplay, 1, interval, alpha=.25, tau=3.))},
              {**named('LsrKD-TC', 'TfKDReg-official'), 'MrKD-3': Arm(partial(MemoryReplay, 3, interval, alpha=.25, tau=3.)),
               **named('PSKD', 'OnlineLabelSmoothing'), **taught('DKD', 'WSL')}]
-    if device.type == 'cuda': parts = [{name: arm for part in parts for name,arm in part.items()}]   # for many processes at once
-    arms = {}
-    for part in parts:
-        arms.update(part)
+    portions = [(parts[:i+1], seeds[:n+1]) for n in range(len(seeds)) for i in range(len(parts))]
+    if device.type == 'cuda': portions = portions[-1:]   # all at once, for many processes
+    for some,own in portions:
+        arms = {name: arm for part in some for name,arm in part.items()}
         teacher = learners(dls, 'resnet20') if 'KD' in arms else None
-        comparison = compare(arms, learners(dls, 'resnet8'), n_epoch, seeds, out=results/'cifar100', lr=lr, teacher=teacher,
+        comparison = compare(arms, learners(dls, 'resnet8'), n_epoch, own, out=results/'cifar100', lr=lr, teacher=teacher,
                              settings=dict(data='cifar100', arch='resnet8'), precision='bf16')
     return comparison
 
