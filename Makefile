@@ -10,8 +10,7 @@ demo: $(DONE)  ## compare the teacher-free methods and their controls on the emb
 	$(BIN)/fastkdtf compare --data digits --out demo_out
 
 test: $(DONE)  ## modules equal notebooks, notebooks are clean and run, tests pass
-	$(BIN)/python -m pytest tests/test_packaging.py -n auto --dist worksteal
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/test_packaging.py -n auto --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal --durations 15
 
 docs: $(DONE)  ## build the site in _docs/, check its links
 	$(BIN)/python tools/docs.py

@@ -15,10 +15,10 @@ if os.environ.get('FASTKDTF_TEST_DEVICE', 'cpu') != 'cpu':   # the same bits eac
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark,torch.backends.cudnn.allow_tf32 = False,False
 
-longest = ['test_notebooks.py', 'test_readme.py', 'test_site.py', 'test_experiment.py', 'test_parallel.py', 'test_cli.py']
+longest = ['test_packaging.py', 'test_notebooks.py', 'test_readme.py', 'test_site.py', 'test_experiment.py', 'test_parallel.py', 'test_cli.py']
 
 def pytest_collection_modifyitems(items):
-    "Files of long tests come first, so that at the end no process waits for another's last test"
+    "Files of long tests come first, so that at the end no process waits for another's last test; packaging copies the notebooks before they run"
     items.sort(key=lambda o: longest.index(o.path.name) if o.path.name in longest else len(longest))
 
 def pytest_collection_finish():
