@@ -103,11 +103,6 @@ class Evidence:
         return [name for name in self.names if name in planned or name in trained and name not in self.plan.index]
 
     @property
-    def can_judge(self)->bool:
-        "True if a method and one of its rivals have all their seeds"
-        return bool((self.judgements.seeds >= self.seeds).any())
-
-    @property
     def notes(self)->list:
         "Say which methods and rivals were not trained alike, in versions or machine"
         return self.comparison.notes if self.comparison else []
