@@ -121,7 +121,8 @@ class Comparison:
         "Name of a control → the methods whose descriptions ask for it"
         found = {}
         for r in self.records:
-            for name in set() if r['control_for'] else set(_described_controls(r, self.names)): found.setdefault(name, []).append(r['method'])
+            if r['control_for']: continue
+            for name in set(_described_controls(r, self.names)): found.setdefault(name, []).append(r['method'])
         return found
 
     def controls(self, name:str)->list:
