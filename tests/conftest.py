@@ -1,4 +1,5 @@
-"What all tests share: one thread, no waiting for the disk, garbage that is not looked through again, the longest tests first, and what is made once for all processes"
+"""What all tests share: one thread, no waiting for the disk, garbage that is not looked through again, the longest tests first,
+and what is made once for all processes"""
 import gc, os
 
 import pytest
@@ -18,7 +19,9 @@ if os.environ.get('FASTKDTF_TEST_DEVICE', 'cpu') != 'cpu':   # the same bits eac
 longest = ['test_packaging.py', 'test_notebooks.py', 'test_readme.py', 'test_site.py', 'test_experiment.py', 'test_parallel.py', 'test_cli.py']
 
 def pytest_collection_modifyitems(items):
-    "Files of long tests come first, so that at the end no process waits for another's last test; packaging copies the notebooks before they run"
+    """Files of long tests come first, so that at the end no process waits for another's last test
+
+    Packaging is before them, as it copies the notebooks, which should not run meanwhile."""
     items.sort(key=lambda o: longest.index(o.path.name) if o.path.name in longest else len(longest))
 
 def pytest_collection_finish():

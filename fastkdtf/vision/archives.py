@@ -91,7 +91,7 @@ def _of_zip(path):
 def _of_zip_file(z, info, name):
     if stat.S_ISLNK(info.external_attr>>16): raise ValueError(f"{name} is a link: unpack the archive, and give the folder")
     try: return z.read(info)
-    except (RuntimeError, NotImplementedError) as e:
+    except RuntimeError as e:   # encrypted, or packed in a way that Python does not know (`NotImplementedError` is one too)
         raise ValueError(f"{name} can't be unpacked here ({e}): unpack the archive, and give the folder") from e
 
 class _Tape:
