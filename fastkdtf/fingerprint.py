@@ -204,6 +204,7 @@ def _network_words(tell, model):
     for name,value in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         first = names.setdefault(id(value), name)   # tied weights go by their first name
         values.append([name, tell(value) if first == name else first, value.requires_grad])
+        if value.is_floating_point() and value.dtype != torch.float32: values.append(str(value.dtype))
     return _digits(tell, type(model).__name__, [[name, _module_words(tell, module)] for name,module in model.named_modules()], values)
 
 # %% ../nbs/06_fingerprint.ipynb #9b5c1d9b
@@ -244,9 +245,10 @@ def _untold(tell, x, error):
                      'depends on it can be kept: give its values instead (numbers, arrays, a path), or keep nothing (out=None)') from error
 
 # %% ../nbs/06_fingerprint.ipynb #3071ba2b
-_of_the_process = {'dataset', 'fake_l', 'rng', 'num_workers', 'pin_memory', 'timeout', 'device', 'after_item', 'before_batch', 'after_batch',
-                   'wif', 'offs', 'it', 'prebatched', 'persistent_workers', 'generator', 'dl', 'rank', 'world_size', 'n',
+_of_the_process = {'dataset', 'fake_l', 'rng', 'num_workers', 'pin_memory', 'timeout', 'device',
+                   'wif', 'offs', 'it', 'prebatched', 'persistent_workers', 'generator', 'dl', 'rank', 'world_size',
                    'pin_memory_device', 'prefetch_factor'}
+_pipelines = 'after_item','before_batch','after_batch'
 
 def pipelines_of(
     dl:DataLoader,
@@ -254,7 +256,7 @@ def pipelines_of(
     "Return the pipelines that a sample passes"
     sources = [*getattr(dl.dataset, 'tls', [])] or [dl.dataset]
     of_items = [vars(source).get('tfms') for source in sources if hasattr(source, '__dict__')]
-    of_batches = [getattr(dl, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
+    of_batches = [getattr(dl, name, None) for name in _pipelines]
     return [pipeline for pipeline in of_items+of_batches if isinstance(pipeline, Pipeline)]
 
 @contextmanager
@@ -328,7 +330,7 @@ def _dataset_words(tell, dataset):
     items = getattr(dataset, 'items', None)
     if items is None and not hasattr(dataset, '__dict__'): return tell(dataset)
     if items is None: return [tell(type(dataset)), {name: _held_words(tell, value) for name,value in vars(dataset).items()}]
-    words = [len(dataset), _samples_words(tell, items)]
+    words = [len(dataset), _samples_words(tell, items), *([] if is_of_library(type(dataset)) else [tell(type(dataset))])]
     if not hasattr(dataset, 'tls'): return words + [tell({name: value for name,value in vars(dataset).items() if name != 'items'})]
     named = map(_named_files, dataset.tls)
     return words + [_samples_words(tell, files) for files in named if files is not None]
@@ -348,8 +350,13 @@ def _sampler_words(tell, sampler):
 def _settings_words(tell, settings):
     return {name: _sampler_words(tell, value) if isinstance(value, Sampler) else tell(value) for name,value in settings.items()}
 
+def _is_told_elsewhere(dl, name, value):
+    "True for an attribute of a loader that decides no batch, or is among the words of its samples"
+    if name == 'n': return value == (len(dl.dataset) if hasattr(dl.dataset, '__len__') else None)
+    return name in _of_the_process or name[0] == '_' or name in _pipelines and isinstance(value, Pipeline)
+
 def _loader_words(tell, dl, leave=()):
-    settings = {name: value for name,value in vars(dl).items() if name not in (*_of_the_process, *leave) and name[0] != '_'}
+    settings = {name: value for name,value in vars(dl).items() if name not in leave and not _is_told_elsewhere(dl, name, value)}
     return _digits(tell, type(dl).__name__, type(dl), samples_fingerprint(dl, tell.refuse), _settings_words(tell, settings))
 
 def _loaders_words(tell, dls):

@@ -19,7 +19,7 @@ from fastai.data.core import DataLoader, DataLoaders, Datasets
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.metrics import DiceMulti, accuracy, error_rate, mae
+from fastai.metrics import DiceMulti, F1Score, accuracy, error_rate, mae
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import params, set_seed
 from fastai.tabular.all import CategoryBlock, TabularDataLoaders, tabular_learner
@@ -36,6 +36,7 @@ from test_learners import text_learner
 from fastkdtf.lab.report import read_runs
 from fastkdtf.lab.statistics import Score
 from fastkdtf.lab.one_run import BatchDraws, StepDraws, _draw_anew, judged_by
+from fastkdtf.lab.training import Arm, Campaign
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +301,51 @@ def test_what_decides_the_numbers_is_in_the_key(tmp_path):
     clipped.gradient_clip.max_norm = .1
     keys = [key(o) for o in (learn, pretrained(), other, frozen, clipped, learner(deepcopy(learn.model), wd=.1))]
     assert keys[0] == keys[1] and len(set(keys)) == 5
+
+def shifted(by):
+    class Shifted(Callback):
+        def __init__(self): self._by,self.callback = by,'shift'
+        def before_batch(self): self.learn.xb = (self.x+self._by,)
+    return Shifted()
+
+def stepped(by):
+    class Own(Learner):
+        def _do_one_batch(self):
+            self.xb = (self.xb[0]*by,)
+            super()._do_one_batch()
+    return Own
+
+class Sharp(Learner):
+    def __init__(self, *args, rho=.05, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rho = rho
+
+def scored(by):
+    def score(pred, y): return by*(pred.argmax(1) == y).float().mean()
+    return score
+
+def half_right(pred, y): return accuracy(pred, y)/2
+half_right.__name__ = 'accuracy'
+
+def test_code_and_settings_of_a_learner_are_in_the_key(monkeypatch):
+    ours = LearnerLike(learner(net()))
+    def key(metric=None, higher=None, fit='fit', model=ours.learn.model, maker=Learner, metrics=accuracy, cbs=None, **kwargs):
+        learn = maker(ours.dls, deepcopy(model), CrossEntropyLossFlat(), opt, metrics=metrics, cbs=cbs, **kwargs)
+        return Campaign({'baseline': Arm()}, LearnerLike(learn), 1, [0], fit, metric=metric, higher=higher).runs['baseline', 0].key
+    changes = [dict(), dict(lr=.1), dict(lr=.2), dict(cbs=shifted(.1)), dict(cbs=shifted(.5)), dict(maker=stepped(2)), dict(maker=stepped(3)),
+               dict(maker=Sharp), dict(maker=partial(Sharp, rho=.1)), dict(metrics=half_right), dict(metrics=scored(1), metric='score', higher=True),
+               dict(metrics=scored(2), metric='score', higher=True), dict(metrics=scored(1), metric='score', higher=False), dict(metric='valid_loss'),
+               dict(metrics=F1Score(average='macro'), metric='f1_score'), dict(metrics=F1Score(average='micro'), metric='f1_score')]
+    keys = [key(**change) for change in changes]
+    for lr in (.1, .2):
+        monkeypatch.setattr(Learner, 'fit_own', lambda self, n_epoch, cbs=None, lr=lr: self.fit(n_epoch, lr, cbs=cbs), raising=False)
+        keys.append(key(fit='fit_own'))
+    assert len(keys) == 18 and len(set(keys)) == 18, [i for i,k in enumerate(keys) if keys.count(k) > 1]
+    again = dict(cbs=shifted(.1)),dict(metrics=scored(2), metric='score', higher=True),dict(maker=partial(Sharp, rho=.1)),dict(metrics=[accuracy, error_rate])
+    assert [keys.index(key(**change)) for change in again] == [3, 11, 8, 0]
+    f1 = F1Score(average='micro')
+    f1.preds,f1.targs = [torch.ones(2)],[torch.ones(2)]
+    assert key(metrics=f1, metric='f1_score') == keys[15] and len(f1.preds) == 1
 
 def test_an_interrupted_fine_tune_goes_on(tmp_path):
     "Killed in the frozen epoch, between the two fits and in the second one: the numbers are those of a run that was not"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import (Adam, CrossEntropyLossFlat, DataLoaders, Flip, ImageDataLoaders, MixUp, Normalize, PILImage, Resize, SGD,
+from fastai.vision.all import (Adam, CrossEntropyLossFlat, DataLoaders, Datasets, Flip, ImageDataLoaders, MixUp, Normalize, PILImage, Resize, SGD,
                                Transform, aug_transforms, imagenet_stats, set_seed)
 from fastai.data.load import DataLoader as FastaiLoader
 from hypothesis import given, settings as hypothesis_settings, strategies as st
@@ -171,7 +171,7 @@ def test_networks_go_by_structure_attributes_hooks_and_weights():
     assert len(set(words)) == 8 and fingerprint(net()) == words[0] == fingerprint(deepcopy(net()).eval())
     frozen = net()
     frozen[0].weight.requires_grad_(False)
-    assert fingerprint(frozen) not in words
+    assert fingerprint(frozen) not in words and fingerprint(net().double()) not in words
 
 # loaders
 
@@ -242,6 +242,25 @@ def test_other_data_sets_go_by_what_they_hold():
     y[5, 2] += 1
     words = [str(fingerprint(loaders(dataset))) for dataset in (Own(x), Own(y), Own(x, True), Own(x[:7]), list(zip(x, range(8))), list(zip(y, range(8))))]
     assert len(set(words)) == 6 and str(fingerprint(loaders(Own(x.clone())))) == words[0]
+
+def doubled(by, of):
+    "A data set of a class of the user's that has `items` and changes what it gives"
+    class Own(of):
+        def __getitem__(self, i): return super().__getitem__(i)*by
+    return Own
+
+class Held:
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i]
+
+def test_what_a_class_of_data_sets_and_functions_of_a_loader_do_counts():
+    def words(dataset, **kwargs): return str(fingerprint(FastaiLoader(dataset, bs=2, **kwargs)))
+    items = [1., 2., 3., 4.]
+    changes = [dict(), dict(after_item=lambda x: x*2), dict(after_item=lambda x: x*3), dict(after_batch=lambda b: b*2), dict(before_batch=lambda b: b[::-1]), dict(n=3)]
+    found = [words(items, **change) for change in changes] + [words(doubled(by, Held)(items)) for by in (2, 3)]
+    found += [words(doubled(by, Datasets)(items, [[lambda x: x]])) for by in (2, 3)]
+    assert len(found) == 10 and len(set(found)) == 10 and words(list(items), n=4) == found[0] and words(doubled(2, Held)(items)) == found[6]
 
 def test_pytorchs_loaders_go_by_samples_order_and_batches_whatever_their_generators_state():
     from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler

@@ -17,6 +17,7 @@ from dataclasses import replace
 from weakref import WeakSet
 
 import torch
+from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -30,7 +31,7 @@ from ..core import *
 from ..callback.checkpoint import seed_run
 from ..callback.stages import with_batch_size
 from ..callback.term import LossTerm
-from ..fingerprint import fingerprint
+from ..fingerprint import fingerprint, is_of_library
 from .one_run import LearnerParts, split_loaders
 from ..teachers.frozen import copy_model
 from ..teachers.network import NetworkTeacher
@@ -72,6 +73,9 @@ def _check_loaders(dls):
     "Check that an epoch has training steps and validation batches, and that the classes are known"
     if len(dls.loaders) < 2: raise ValueError('dls has no validation loader: split the data, as valid_pct=.2 does')
     for what,dl in zip(('training', 'validation'), dls.loaders):
+        if not isinstance(dl, DataLoader):
+            raise TypeError(f"the {what} loader must be fastai's, got {type(dl).__module__}.{type(dl).__qualname__}: make loaders of the same data sets, "
+                            'such as DataLoaders.from_dsets(train, valid, bs=64), and set their c, the number of classes')
         if len(dl): continue
         size,bs = len(dl.dataset),getattr(dl, 'bs', None)
         raise ValueError(f'the {what} loader makes no batch: it holds {size} samples, and its batches {bs}: give a smaller bs')
@@ -130,14 +134,23 @@ def learner_settings(
 )->dict: # in words and numbers
     "Return what identifies the runs of a learner beside its network and its data"
     settings = {name: fingerprint(getattr(learn, name)) for name in _settings_of_a_learner}
-    callbacks = [cb for cb in learn.cbs if type(cb) not in _default_types()]
-    settings['learner_callbacks'] = [dict(callback=type(cb).__name__, **fingerprint(_settings(cb))) for cb in callbacks]
+    settings['learner_lr'] = settings.pop('lr')   # that of the runs may be another
+    settings['learner_callbacks'] = [_callback_words(cb) for cb in learn.cbs if type(cb) not in _default_types()]
     settings['n_trainable'] = sum(p.numel() for p in learn.model.parameters() if p.requires_grad)
-    return settings
+    return settings if is_of_library(type(learn)) else {**settings, 'learner': _class_words(learn)}
 
-def _settings(cb):
-    "Return the attributes of a callback that are settings"
-    return {name: value for name,value in vars(cb).items() if name[0] != '_' and name not in ('learn', 'run')}
+_of_every_learner = 'lr','wd','wd_bn_bias','train_bn','model_dir','lock','training','epoch','n_epoch','iter','n_iter','train_iter','pct_train'
+
+def _class_words(learn):
+    "Return the code of a class of the user's, and the numbers and texts that its learner holds"
+    own = {name: value for name,value in vars(learn).items() if isinstance(value, (bool, int, float, str)) and name not in _of_every_learner}
+    return fingerprint([type(learn), own])
+
+def _callback_words(cb):
+    "Return a callback's attributes that are settings, in words; of a class of the user's all attributes, and its code"
+    own = {name: value for name,value in vars(cb).items() if name not in ('learn', 'run')}
+    words = dict(fingerprint({name: value for name,value in own.items() if name[0] != '_'}), callback=type(cb).__name__)
+    return words if is_of_library(type(cb)) else {**words, 'code': fingerprint([type(cb), own])}
 
 def _classifies(learn):
     "True if each sample has one label among several classes"

@@ -12,7 +12,7 @@ __all__ = ['controls_of', 'with_controls', 'method_identity', 'Arm', 'Awaited', 
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral
@@ -23,6 +23,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
+from fastai.metrics import accuracy
 from fastai.torch_core import default_device, get_model
 from fastcore.basics import first, store_attr
 from fastcore.foundation import L
@@ -113,7 +114,7 @@ def _part_identity(part, refuse):
         settings = {f.name: fingerprint(getattr(part, f.name), refuse) for f in fields(part) if f.name != 'cbs'}
         return {**settings, 'callback': 'Stage', 'cbs': [_part_identity(cb, refuse) for cb in part.cbs]}
     settings,attributes = getattr(part, 'settings', None),{name: value for name,value in vars(part).items() if name != 'learn'}
-    words = dict(callback=type(part).__name__, **fingerprint(settings or attributes, refuse))
+    words = dict(fingerprint(settings or attributes, refuse), callback=type(part).__name__)
     if is_of_library(type(part)): return words
     return {**words, 'code': fingerprint([type(part), attributes], refuse)}
 
@@ -380,6 +381,7 @@ class Campaign:
         self.precision = check_precision(precision, getattr(learn.dls, 'device', None))
         self.hint = _faster_hint(self.precision, learn)
         self.dls,self.n_classes,self.score = learn.dls,get_c(learn.dls),judged_by(learn, metric, higher)
+        self.judged = self._judged_in_words(learn)
         self.loaders = getattr(self.make_learner, 'loaders', None) or dict.fromkeys(seeds, self.dls)
         self.arms,self.watch = {},{}   # `watch`: further callbacks of a run, by (name, seed), which change nothing
         for name,arm in arms.items():
@@ -407,6 +409,13 @@ class Campaign:
         return {(None, None): self._network_words(learn.model)} if self._naming_seed(self.make_learner) == self.seeds[0] else {}
 
     def _told(self, x): return fingerprint(x, refuse=self.out is not None)
+
+    def _judged_in_words(self, learn):
+        "Return what runs are judged by, in words; nothing for fastai's accuracy"
+        metric = copy(first(metric for metric in learn.metrics if metric.name == self.score.metric))
+        if self.score == Score() and getattr(metric, 'func', None) is accuracy: return {}
+        if metric is not None: metric.reset()   # what it counted before is no setting
+        return dict(metric=self.score.metric, higher=self.score.higher, metric_code=settings_digest(self._told(metric)))
 
     def _network_words(self, model):
         "Return class, number of parameters and fingerprint of a network, with the weights of the first seed"
@@ -441,10 +450,10 @@ class Campaign:
         settings = {**arm.settings, 'n_epoch': arm.n_epoch, 'fit': _fit_in_words(arm.fit), 'lr': self.lr, 'bs': bs,
                     'n_train': len(dls.train_ds), 'n_valid': len(dls.valid_ds), 'n_classes': self.n_classes, **self._network_of(arm),
                     'loaders': self._loaders_of(dls, bs), 'evaluated_on': ('validation', 'test')[evaluation_set(dls)-1],
-                    'precision': self.precision, 'device': torch.device(device).type, 'format': _format}
-        if self.score.metric != 'accuracy': settings['metric'] = self.score.metric
+                    'precision': self.precision, 'device': torch.device(device).type, 'format': _format, **self.judged}
         split,augment = getattr(dls, 'split', None),getattr(dls.train, 'augment', None)
-        if callable(arm.fit): settings['fit_code'] = self._told(arm.fit)
+        fit = arm.fit if callable(arm.fit) else getattr(Learner, arm.fit)
+        if callable(arm.fit) or not is_of_library(fit): settings['fit_code'] = self._told(fit)
         if isinstance(split, dict): settings['split'] = fingerprint(split)
         if augment: settings['augment'] = repr(augment)
         if isinstance(split, dict) and split.get('valid_pct') == 0: settings['picked_on'] = 'test'
