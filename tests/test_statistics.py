@@ -62,7 +62,7 @@ def test_mean_spread_and_interval_are_those_of_0_1_0(values, confidence):
 def test_too_few_values():
     assert all(map(math.isnan, (*mean_sd([]), mean_sd([1.])[1], *paired_difference([], [])))) and mean_sd([1.])[0] == 1.
     assert t_interval(1., 0., 3) == (1., 1.) and all(map(math.isnan, t_interval(1., 0., 1)))
-    assert all(map(math.isnan, map(number_or_nan, (None, '', 'nan')))) and number_or_nan('2.5') == 2.5
+    assert all(map(math.isnan, map(number_or_nan, (None, '', 'nan', math.inf, -math.inf)))) and number_or_nan('2.5') == 2.5
 
 def test_verdict():
     differences = [(1., .1, 2.), (-1., -2., -.1), (1., -.1, 2.), (1., 0., 2.), (1., math.nan, math.nan)]

@@ -21,8 +21,8 @@ from scipy import optimize, stats
 def number_or_nan(
     value:float|str|None,
 )->float:
-    "Return a value of a record or table as a number; not-a-number for None and for an empty cell"
-    return math.nan if value is None or value == '' else float(value)
+    "Return a value of a record or table as a number; not-a-number for None, an empty cell and the infinities, which a ledger keeps as null"
+    return math.nan if value is None or value == '' or not math.isfinite(float(value)) else float(value)
 
 def last_accuracy(
     record:dict, # as `compare` writes it
