@@ -166,15 +166,19 @@ def _maker(args, dls, arch):
     from fastkdtf.lab.compare import learner_parts
     from fastkdtf.lab.learners import LearnerFrom
     from fastkdtf.vision.models import create_model, model_names
-    metrics,ours = _metrics(args.metric),arch in model_names and not _also_torchvisions(arch)
+    metrics,ours = _metrics(args.metric),not _is_theirs(arch) or arch in model_names and not _also_torchvisions(arch)
     said = dict(arch=arch, **({'pretrained': True} if args.pretrained else {}))
     if (args.pretrained or args.fit == 'fine_tune') and not ours:
         return LearnerFrom(partial(_vision_learner, dls, arch, args.pretrained, metrics), said)
-    if args.pretrained: raise UsageError(f'--arch {arch} --pretrained: there are no weights for it: give a network of timm or torchvision')
     create_model(arch, dls.c)   # says what is wrong with a name
+    if args.pretrained: raise UsageError(f'--arch {arch} --pretrained: there are no weights for it: give a network of timm or torchvision')
     make = learner_parts(dls, partial(create_model, arch, dls.c), metrics=metrics)
     make.settings |= said
     return make
+
+def _is_theirs(arch):
+    import timm
+    return timm.is_model(arch.removeprefix('timm/')) or _also_torchvisions(arch.removeprefix('torchvision/'))
 
 def _also_torchvisions(arch):
     import torchvision

@@ -132,7 +132,8 @@ def check_mistake(finished, capsys, monkeypatch, args, why):
 
 @pytest.mark.parametrize('args,why', [
     (['--arch', 'resnet7x'], "resnet7x.*close names"), (['--arch', 'resnet21'], 'resnet21.*20'), (['--arch', ''], 'name'),
-    (['--train-subset', '1000'], 'train_subset=1000.*54'), (['--train-subset', '2'], 'train_subset=2.*3'), (['--train-subset', '0'], '--train-subset.*at least 1'),
+    (['--arch', 'resnt18', '--fit', 'fine_tune'], "resnt18.*close names: resnet18"), (['--arch', 'resnt18', '--pretrained'], "resnt18.*close names: resnet18"),
+    (['--arch', 'resnet8', '--pretrained'], 'resnet8 --pretrained: there are no weights'), (['--train-subset', '1000'], 'train_subset=1000.*54'), (['--train-subset', '2'], 'train_subset=2.*3'), (['--train-subset', '0'], '--train-subset.*at least 1'),
     (['--bs', '500'], 'bs=500.*54'), (['--bs', '0'], '--bs'), (['--bs', '19', '--train-subset', '18'], 'bs=19.*18'),
     (['--seeds', '0'], '--seeds.*at least 1'), (['--seeds', 'two'], "--seeds.*'two' is not a whole number"), (['--epochs', '0'], '--epochs'), (['--epochs', '1.5'], '--epochs'),
     (['--lr', '0'], '--lr'), (['--lr', 'nan'], '--lr'), (['--lr', 'inf'], '--lr'), (['--lr', 'fast'], '--lr.*not a number'),
