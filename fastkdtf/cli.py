@@ -308,8 +308,8 @@ def _range(word, values):
 
 def _tune(args):
     _check_named(args.method, 'METHOD')
-    if args.grid == 'paper': raise UsageError('--grid must be name=value,value,… for each setting')
     start,grid = time.perf_counter(),_grid(args.grid, args.tpe is not None)
+    if grid == 'paper': raise UsageError('--grid must be name=value,value,… for each setting')
     make,shared = _prepared(args, [args.method])
     from fastkdtf.lab.tune import tune
     found = tune(args.method, make, args.epochs, grid, args.tpe, args.seeds, args.confirm, controls=not args.no_controls, share=args.share, **shared)

@@ -577,7 +577,7 @@ def test_tune_on_photos(photos, capsys, tmp_path):
     (['compare', '--methods', 'lsrkd'], 'did you mean LsrKD'), (['compare', '--methods', 'LsrKD,KD:alpha'], 'KD:alpha is not one of'), (['compare', '--methods', 'KD'], 'KD needs a teacher: give --teacher'),
     (['compare', '--methods', 'LsrKD:alpha=.1,alpha=.2'], 'alpha is given twice'), (['compare', '--methods', 'alpha=.1,LsrKD'], 'comes before the method'), (['compare', '--methods', 'nowhere.py:Mine'], 'nowhere.py: no such file'),
     (['compare', '--methods', 'KD', '--teacher', 'nowhere.pth'], 'nowhere.pth: no such file'), (['compare', '--data', 'nowhere/photos'], 'no such file or folder'), (['tune', 'Nonsense', '--grid', 'alpha=1'], 'Nonsense is not one of'),
-    (['tune', 'LsrKD'], '--grid'), (['tune', 'LsrKD', '--grid', 'alpha'], 'name=value'), (['tune', 'LsrKD', '--tpe', '3', '--grid', 'alpha=.1:.5:foo'], 'low:high'), (['describe', 'nonsense'], 'nonsense is not one of')])
+    (['tune', 'LsrKD'], '--grid'), (['tune', 'LsrKD', '--grid', 'alpha'], 'name=value'), (['tune', 'LsrKD', '--grid', 'paper'], 'name=value'), (['tune', 'LsrKD', '--tpe', '3', '--grid', 'alpha=.1:.5:foo'], 'low:high'), (['describe', 'nonsense'], 'nonsense is not one of')])
 def test_names_are_checked_before_pytorch_is_loaded(args, why, tmp_path):
     code = f"""import sys
 from fastkdtf.cli import main
