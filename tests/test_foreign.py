@@ -19,6 +19,7 @@ from fastai.layers import NoneReduce
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from networks import CPUAutocast
@@ -26,6 +27,7 @@ from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.callback.precision import HalfPrecision
+from fastkdtf.callback.memories import MeanTeacher
 from fastkdtf.callback.views import RDrop
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.callback.survival import residual_blocks
@@ -311,6 +313,41 @@ def test_logits_in_float64_train_as_they_would_without_the_method(make):
         def forward(self, x): return self.net(self.drop(x)).double()
     steps = fit([make()], net=Doubled())
     assert len(steps) == 2 and all(o.pred.dtype == torch.float64 and np.isfinite(o.loss) for o in steps)
+
+class Casts(nn.Module):
+    "Brings its inputs to float32, and takes them out of what holds them"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x): return self.net(getattr(x, 'images', x).float())
+
+class Held:
+    "An object that neither fastai nor PyTorch can look into, as a batch of graphs is"
+    def __init__(self, images): self.images = images
+
+COPIED = dict(KD=lambda net: KnowledgeDistillation(net), MemoryReplay=lambda net: MemoryReplay(1, interval_steps=1), MeanTeacher=lambda net: MeanTeacher(.5, rampup=0))
+
+@pytest.mark.parametrize('name', COPIED)
+@pytest.mark.parametrize('change', [Tensor.double, Tensor.half, Held], ids=['float64', 'float16', 'object'])
+def test_networks_that_bring_their_inputs_to_their_own_type_are_copied_as_they_are(name, change):
+    class Change(Callback):
+        order = 1
+        def before_batch(self): self.learn.xb = (change(self.x),)
+    def losses(wrap, *cbs):
+        torch.manual_seed(0)
+        return [o.loss for o in fit([COPIED[name](wrap(linear())), *cbs], net=wrap(linear()), data=x.half().float())]
+    assert losses(Casts, Change()) == losses(nn.Sequential) != []
+
+def test_copies_of_a_network_that_is_pruned_in_the_middle_are_pruned_from_then_on():
+    class Prune(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: prune.l1_unstructured(self.model[1], 'weight', .5)
+    memory = MemoryReplay(2, interval_steps=1)
+    shapes = []
+    class Look(Callback):
+        def after_batch(self): shapes.append([len(copy.shapes) for copy in memory.teacher.copies])
+    assert len(fit([memory, Prune(), Look()], n_epoch=2)) == 4 and shapes[:2] == [[2, 2]]*2 and shapes[-1] == [3, 3]
+    with pytest.raises(ValueError, match='weights that its average does not have'): fit([MeanTeacher(.5, rampup=0), Prune()], n_epoch=2)
 
 # teachers
 

@@ -165,7 +165,8 @@ class MemoryTeacher(Teacher):
     def _refresh(self):
         *kept,last = self.copies
         model = _synchronised(get_model(self.learn.model))
-        self.copies = [self._new(model) if last in kept else last.refill(model),*kept]
+        refilled = last not in kept and last.fits(model)   # a network may have been pruned meanwhile, or fitted with other layers
+        self.copies = [last.refill(model) if refilled else self._new(model),*kept]
 
     def __call__(self, batch:Batch)->Tensor: # `[n,N,K,…]`, or `[N,K,…]` while all copies are one
         "Return the logits of each copy"
@@ -174,7 +175,7 @@ class MemoryTeacher(Teacher):
         return torch.stack([said[net] for net in self.copies])
 
     def _ask(self, net, xb):
-        device = tensors_in(xb)[0].device
+        device = (tensors_in(xb) or [*self.learn.model.parameters()])[0].device   # what holds the inputs may be no tuple, list or dict
         place = net.place or device
         if place != device or self.copy_dtype is not None:
             xb = map_tensors(lambda x: x.to(place, self.copy_dtype if x.is_floating_point() else None), xb)

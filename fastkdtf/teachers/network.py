@@ -214,8 +214,9 @@ class NetworkTeacher(Teacher):
     def _order_on(self, device, batch):
         "Return the places of the student's classes, on a device"
         if not isinstance(self.order, Tensor):
-            x = tensors_in(batch.xb)[0]
-            if self.origin.inputs is None and isinstance(batch.y, Tensor) and not x.is_floating_point() and x.shape == batch.y.shape:
+            x = first_tensor(batch.xb)
+            words = isinstance(x, Tensor) and isinstance(batch.y, Tensor) and not x.is_floating_point() and x.shape == batch.y.shape
+            if self.origin.inputs is None and words:
                 raise ValueError(f"the teacher {self!r} reads numbers of words, and its words are not the student's: make both learners' "
                                  'data with the same vocabulary (text_vocab=)')
             self.order = torch.tensor(self.order)

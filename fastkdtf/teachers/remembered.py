@@ -298,7 +298,10 @@ class EMATeacher(Teacher):
         if not self.look or self.own_state: return
         now = remainder(bare_network(model))
         self.look = now is None or now != self.copy.remainder
-        if self.look: self._take(model, self.copy.state_dict())
+        if not self.look: return
+        try: self._take(model, self.copy.state_dict())
+        except KeyError as e: raise ValueError(f'training has given the network weights that its average does not have, such as {e}: change layers '
+                                               'before a fit or between two, and not in one') from e
 
     @property
     def keeps(self)->float:
@@ -313,10 +316,10 @@ class EMATeacher(Teacher):
         self._follow(model)
         average,self.t = self.copy.model,self.t+1
         pairs = [*zip(average.parameters(), model.parameters(), strict=True), *zip(average.buffers(), model.buffers(), strict=True)]
-        moving = [(ours, theirs.detach().to(ours)) for ours,theirs in pairs if ours.is_floating_point()]
+        moving = [(ours, theirs.detach().to(ours)) for ours,theirs in pairs if ours.is_floating_point() or ours.is_complex()]
         torch._foreach_lerp_(*map(list, zip(*moving)), 1-keep)
         for ours,theirs in pairs:
-            if not ours.is_floating_point(): ours.copy_(theirs)
+            if not (ours.is_floating_point() or ours.is_complex()): ours.copy_(theirs)
 
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the average's logits"
