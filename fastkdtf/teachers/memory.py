@@ -62,9 +62,7 @@ def _check_device(copy_device):
     devices = copy_device if isinstance(copy_device, (list, tuple)) else [copy_device]
     if not devices: raise ValueError('copy_device is an empty list: name at least one device, or give None')
     if copy_device == 'spread': return copy_device
-    for device in devices:
-        try: torch.device('cpu' if device is None else device)
-        except (RuntimeError, TypeError) as e: raise ValueError(f'copy_device: {device!r} is no device ({str(e).splitlines()[0]})') from e
+    for device in devices: check_device('copy_device', device)
     return copy_device
 
 def _devices(copy_device):
@@ -101,9 +99,7 @@ class MemoryTeacher(Teacher):
         for name,value in (('interval', interval), ('interval_steps', interval_steps)):
             exact = value is None or isinstance(value, Fraction) and value > 0
             setattr(self, name, value if exact else check_number(name, value, '(0,inf)'))
-        if copy_dtype is not None and not (isinstance(copy_dtype, torch.dtype) and copy_dtype.is_floating_point):
-            raise TypeError(f'copy_dtype must be a floating-point torch.dtype, got {copy_dtype!r}')
-        self.copy_dtype,self.copy_device = copy_dtype,_check_device(copy_device)
+        self.copy_dtype,self.copy_device = check_dtype('copy_dtype', copy_dtype),_check_device(copy_device)
         self.detach()
 
     def attach(self, learn:Learner):

@@ -119,10 +119,20 @@ class LastPrediction(Teacher):
     def __init__(self,
         dtype:torch.dtype|None=None, # of the logits that are kept; None: float32
         device:str|torch.device|None=None, # where they are kept; None: beside the student
-    ): self.dtype,self.device,self.table,self.seen = dtype,device,None,None
+    ):
+        self.dtype,self.device = check_dtype('dtype', dtype),check_device('device', device)
+        self.detach()
 
-    def attach(self, learn:Learner): self.table = SampleTable(len(index_of(learn.dls.train).dataset), self.dtype, self.device)
-    def detach(self): self.table,self.seen = None,None
+    def attach(self, learn:Learner): self._begin(index_of(learn.dls.train).dataset)
+    def _begin(self, data): self.data,self.table = data,SampleTable(len(data), self.dtype, self.device)
+
+    def arrange(self, dl:DataLoader)->DataLoader:
+        "Return `dl`; where it has another data set than the epoch before, begin anew, as its samples are other ones"
+        data = index_of(dl).dataset
+        if data is not self.data: self._begin(data)
+        return dl
+
+    def detach(self): self.data,self.table,self.seen = None,None,None
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the logits of last time, or of the label"
         rows,self.seen = self.table.read(check_index(batch, self), batch.z)
@@ -141,7 +151,7 @@ class LastPrediction(Teacher):
         n = len(learn.dls.train.dataset)
         return said + [f'the logits of {n:,} samples take {n*n_classes*(self.dtype or torch.float32).itemsize/2**20:.1f} MiB']
 
-    def __getstate__(self): return {**vars(self), 'table': None, 'seen': None}
+    def __getstate__(self): return {**vars(self), 'data': None, 'table': None, 'seen': None}
     def __repr__(self):
         given = [f'{name}={value!r}' for name,value in (('dtype', self.dtype), ('device', self.device)) if value is not None]
         return f"LastPrediction({', '.join(given)})"
@@ -223,7 +233,8 @@ class PreviousBatch(Teacher):
 
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return the loader's twin whose batches overlap"
-        if self.twin is None or self.twin.source is not dl: self.twin = arranged(dl, self.overlap)
+        if self.twin is not None and self.twin.source is not dl: self.overlap,self.logits,self.twin = Overlap(),None,None
+        if self.twin is None: self.twin = arranged(dl, self.overlap)
         self.twin.arrange = self.overlap
         return self.twin
 
