@@ -22,6 +22,7 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.vision import learner as _   # registers how images' losses are plotted
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torchvision.models import resnet18
 
 sys.path.insert(0, str(Path(__file__).parent))
 import reference as ref
@@ -968,6 +969,8 @@ def test_several_teachers_average_their_losses():
     step = one_step(Distill(lambda s: zt, .4, tau=2.), z, y)
     soft = sum(F.kl_div(F.log_softmax(z/2, 1), F.softmax(o/2, 1), reduction='batchmean') for o in zt)/3
     torch.testing.assert_close(step.loss_grad, .6*F.cross_entropy(z, y) + .4*4*soft)
+    own = one_step(Distill(lambda s: zt, .4, tau=2., loss=lambda z, t: (t*(t.log() - z.log_softmax(1))).sum(-1)), z, y)   # `[n,N]`
+    torch.testing.assert_close(own.loss_grad, step.loss_grad)
 
 def test_sample_weight():
     z,y,zt = logits(16, K),labels(K, 16),logits(16, K, seed=7)
@@ -1059,6 +1062,12 @@ def test_large_and_offset_logits():
     (lambda: LsrKD(lambda pct: -.5 if .2 < pct < .4 else .5), ValueError, 'alpha'), (lambda: LsrKD(tau=lambda pct: 0. if .2 < pct < .4 else 2.), ValueError, 'tau'),
     (lambda: ScaledCE(0.), ValueError, 'factor'), (lambda: ScaledLS(1.5), ValueError, 'epsilon'), (lambda: ScaledLS(.1, -1.), ValueError, 'factor'),
     (lambda: LsrKD().describe(1), ValueError, 'n_classes'), (lambda: LsrKD().describe(), ValueError, 'n_classes'),
+    (lambda: Distill(UniformTeacher(), (.1, .2, .3)), ValueError, r'alpha must be .* the pair \(hard, soft\)'),
+    (lambda: Distill(UniformTeacher(), tau=(1., 2., 3.)), ValueError, 'tau must be .* the pair'), (lambda: LsrKD(lambda pct: None), TypeError, 'alpha at 0 %'),
+    (lambda: Distill(UniformTeacher(), rewrite='abc'), TypeError, 'rewrite must be a function'),
+    (lambda: Distill(UniformTeacher(), rewrite=[TeacherCorrection]), TypeError, 'rewrite must be .*TeacherCorrection'),
+    (lambda: Distill(UniformTeacher(), sample_weight=2), TypeError, 'sample_weight must be a function'),
+    (lambda: Distill(UniformTeacher), TypeError, r'give UniformTeacher\(…\)'), (lambda: Distill(resnet18), TypeError, r'got resnet18, which makes one'),
 ])
 def test_bad_arguments_are_refused_at_once(make, error, words):
     with pytest.raises(error, match=words): make()
@@ -1078,6 +1087,13 @@ def test_bad_combinations_are_refused_before_training(cbs, words, how):
     assert metric_names(learn) == ['accuracy']
     check_usable(learn, 0)
 
+def test_a_callback_that_is_given_twice_is_refused_and_stays_where_it_was():
+    cb = LsrKD(.2)
+    learn = digits_learner([cb])
+    with pytest.raises(ValueError, match="'lsr_kd' is among the callbacks twice"): learn.fit(1, cbs=cb)
+    learn.fit(1)
+    assert_same(learn, trained([LsrKD(.2)], 1))
+
 def test_weights_that_add_up_to_one_are_fine():
     trained([LsrKD(.1, name=str(i)) for i in range(10)], 1)
     trained([LsrKD(SchedLin(1., 0.)), TfKDReg(SchedLin(0., 1.))], 1)
@@ -1096,6 +1112,10 @@ WRONG = {   # name: learner's loss, labels, logits' shape, wrap, callback, error
     'teacher batch':    (None, labels(3, 8), (8, 3), None, lambda: Distill(lambda s: torch.zeros(7, 3)), ValueError, 'teacher'),
     'teacher ndim':     (None, labels(3, 8), (8, 3), None, lambda: Distill(lambda s: torch.zeros(2, 2, 8, 3)), ValueError, 'teacher'),
     'teacher returns None': (None, labels(3, 8), (8, 3), None, lambda: Distill(lambda s: None), TypeError, 'teacher'),
+    'weights shape':    (None, labels(3, 8), (8, 3), None, lambda: Distill(UniformTeacher(), sample_weight=lambda s: torch.ones(8, 1)), TypeError, 'sample_weight.*got .8, 1.'),
+    'weights are none': (None, labels(3, 8), (8, 3), None, lambda: Distill(UniformTeacher(), sample_weight=lambda s: 1.), TypeError, 'sample_weight.*got float'),
+    'loss shape':       (None, labels(3, 8), (8, 3), None, lambda: Distill(UniformTeacher(), loss=lambda z, t: (z-t).square()), TypeError, 'loss.*got .8, 3.'),
+    'rewrite shape':    (None, labels(3, 8), (8, 3), None, lambda: Distill(lambda s: torch.zeros(8, 3), rewrite=lambda t, s: t[:,:1]), TypeError, 'rewrite.*got .8, 1.'),
     'teacher returns a tuple': (None, labels(3, 8), (8, 3), None, lambda: Distill(lambda s: (torch.zeros(8, 3),)), TypeError, 'teacher'),
 }
 @pytest.mark.parametrize('case', WRONG)

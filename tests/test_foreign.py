@@ -16,9 +16,10 @@ from fastai.callback.schedule import lr_find as _   # Learner.lr_find
 from fastai.callback.progress import ProgressCallback
 from fastai.data.load import DataLoader as FastaiLoader
 from fastai.layers import NoneReduce
-from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
+from fastai.losses import BaseLoss, CrossEntropyLossFlat, FocalLossFlat
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from networks import CPUAutocast
@@ -26,6 +27,7 @@ from fastkdtf.callback.checkpoint import Checkpoint, seed_run
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation, LsrKD, MemoryReplay, TfKDReg
 from fastkdtf.callback.effdstl import CKM, WSL
 from fastkdtf.callback.precision import HalfPrecision
+from fastkdtf.callback.memories import MeanTeacher
 from fastkdtf.callback.views import RDrop
 from fastkdtf.callback.selfguide import SelfGuidance, StochasticDepth
 from fastkdtf.callback.survival import residual_blocks
@@ -311,6 +313,57 @@ def test_logits_in_float64_train_as_they_would_without_the_method(make):
         def forward(self, x): return self.net(self.drop(x)).double()
     steps = fit([make()], net=Doubled())
     assert len(steps) == 2 and all(o.pred.dtype == torch.float64 and np.isfinite(o.loss) for o in steps)
+
+class Casts(nn.Module):
+    "Brings its inputs to float32, and takes them out of what holds them"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x): return self.net(getattr(x, 'images', x).float())
+
+class Held:
+    "An object that neither fastai nor PyTorch can look into, as a batch of graphs is"
+    def __init__(self, images): self.images = images
+
+COPIED = dict(KD=lambda net: KnowledgeDistillation(net), MemoryReplay=lambda net: MemoryReplay(1, interval_steps=1), MeanTeacher=lambda net: MeanTeacher(.5, rampup=0))
+
+@pytest.mark.parametrize('name', COPIED)
+@pytest.mark.parametrize('change', [Tensor.double, Tensor.half, Held], ids=['float64', 'float16', 'object'])
+def test_networks_that_bring_their_inputs_to_their_own_type_are_copied_as_they_are(name, change):
+    class Change(Callback):
+        order = 1
+        def before_batch(self): self.learn.xb = (change(self.x),)
+    def losses(wrap, *cbs):
+        torch.manual_seed(0)
+        return [o.loss for o in fit([COPIED[name](wrap(linear())), *cbs], net=wrap(linear()), data=x.half().float())]
+    assert losses(Casts, Change()) == losses(nn.Sequential) != []
+
+@pytest.mark.parametrize('make', [lambda: KnowledgeDistillation(linear()), lambda: MemoryReplay(1, interval_steps=1), lambda: MeanTeacher(.5, rampup=0), RDrop])
+def test_a_batch_that_changes_after_a_method_has_read_it_is_refused(make):
+    class Later(Permute): order = 7
+    with pytest.raises(ValueError, match='give that callback an order below 5'): fit([make(), Later()])
+
+def test_what_is_asked_after_the_student_sees_what_the_student_has_read():
+    class Later(Permute): order = 7
+    net = linear()
+    steps = fit([Distill(lambda batch: net(batch.xb[0])), Later()])
+    assert len(steps) == 2 and torch.equal(steps[0].y, y[:16].flip(0))
+    for o in steps:
+        z,zt = o.pred.detach().double()/4,net(o.x).detach().double()/4
+        kl = F.kl_div(z.log_softmax(1), zt.softmax(1), reduction='batchmean')
+        assert o.loss == pytest.approx((.1*F.cross_entropy(4*z, o.y) + .9*16*kl).item(), rel=1e-5)
+    assert len(fit([LsrKD(), Later()])) == 2   # it reads no image
+
+def test_copies_of_a_network_that_is_pruned_in_the_middle_are_pruned_from_then_on():
+    class Prune(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: prune.l1_unstructured(self.model[1], 'weight', .5)
+    memory = MemoryReplay(2, interval_steps=1)
+    shapes = []
+    class Look(Callback):
+        def after_batch(self): shapes.append([len(copy.shapes) for copy in memory.teacher.copies])
+    assert len(fit([memory, Prune(), Look()], n_epoch=2)) == 4 and shapes[:2] == [[2, 2]]*2 and shapes[-1] == [3, 3]
+    with pytest.raises(ValueError, match='weights that its average does not have'): fit([MeanTeacher(.5, rampup=0), Prune()], n_epoch=2)
 
 # teachers
 
@@ -1003,6 +1056,34 @@ def test_a_look_at_the_loss_draws_no_random_number():
     looked,alone = drawn[:],drawn.clear()
     fit([], loss)
     assert drawn[:2] == [looked[0], looked[4]] and len(looked) == len(drawn)+3
+
+@pytest.mark.parametrize('wrap', [lambda loss: loss, lambda loss: BaseLoss(lambda: loss, flatten=False)], ids=['module', 'in fastai'])
+def test_a_look_at_the_loss_leaves_its_state_alone(wrap):
+    class Counting(nn.CrossEntropyLoss):
+        "Follows how frequent the classes are"
+        def __init__(self):
+            super().__init__()
+            self.n_calls = 0
+            self.register_buffer('prior', torch.ones(K)/K)
+        def forward(self, z, t):
+            self.n_calls += 1
+            self.prior.lerp_(F.one_hot(t.long(), K).float().mean(0), .1)
+            return super().forward(z + self.prior.log(), t)
+    looked,alone = Counting(),Counting()
+    fit([LsrKD()], wrap(looked))
+    fit([], wrap(alone))
+    assert looked.n_calls == alone.n_calls == 4 and torch.equal(looked.prior, alone.prior)
+
+@pytest.mark.parametrize('order', [0, 6])
+def test_a_loss_that_is_scaled_before_the_soft_term_is_added_is_said_aloud(order):
+    class Accumulate(Callback):
+        def after_loss(self): self.learn.loss_grad /= 4
+    cb = Accumulate()
+    cb.order = order
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        fit([KnowledgeDistillation(linear()), cb])
+    assert sum('a callback has scaled the loss' in str(o.message) for o in said) == (order == 0)
 
 def test_a_look_at_the_loss_leaves_the_graph_of_the_step_alone():
     "Gradients that a callback keeps of the logits, and its hooks, are those of the step"

@@ -219,6 +219,22 @@ def test_follows_dtype_and_autocast():
     assert next(frozen.model.parameters()).dtype == torch.float32 and relative(z, by_hand(model, x32)) < .1
     assert FrozenCopy(model)(x32.bfloat16()).dtype == torch.bfloat16
 
+class Casting(nn.Module):
+    "Brings its inputs to its own types: bfloat16 in the body, float32 in the head"
+    def __init__(self):
+        super().__init__()
+        self.body,self.head = nn.Linear(6, 8).bfloat16(),nn.Linear(8, 3)
+    def forward(self, meta, x): return self.head(self.body(x.bfloat16()).float()) + meta.float().mean(1, keepdim=True)
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_a_network_that_casts_its_inputs_keeps_its_types(fast):
+    model,meta,x = Casting(),torch.randn(4, 2),torch.randn(4, 6)
+    frozen = FrozenCopy(model, fast)
+    for a,b in ((torch.float64, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16)):
+        assert torch.equal(frozen(meta.to(a), x.to(b)), model(meta.to(a), x.to(b)))
+        assert [p.dtype for p in frozen.model.parameters()] == [p.dtype for p in model.parameters()]
+    assert torch.equal(frozen.refill(model)(meta.double(), x), model(meta.double(), x))
+
 def test_wrapped_models():
     model = small().eval()
     want = FrozenCopy(model)(x32)

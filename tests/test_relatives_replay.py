@@ -264,6 +264,33 @@ def test_workers_give_the_same_batches(make):
     assert len(here) == len(there) and [b.idx.tolist() for b in here] == [b.idx.tolist() for b in there]
     if make is CSKD: assert all(torch.equal(a.partners[0], b.partners[0]) for a,b in zip(here, there))
 
+@pytest.mark.parametrize('make', [PSKD, CSKD, DLB])
+def test_what_is_remembered_of_samples_ends_with_their_data_set(make):
+    "Another data set in the second epoch, smaller, in another order and batch: partners are of the class, and nothing of the first is a target"
+    class Swap(Callback):
+        order = -10
+        def before_epoch(self):
+            if self.epoch == 0: return
+            x,y = data().tensors
+            x,y = x.flip(0)[:40],y.flip(0)[:40]
+            self.learn.dls = with_index(DataLoaders(*[DataLoader(TensorDataset(x, y), bs=8)]*2))
+            self.classes = {tuple(row.tolist()): int(c) for row,c in zip(x, y)}
+    class Look(Callback):
+        order,run_valid = 6,False
+        def before_fit(self): self.taught,self.pairs = [],0
+        def after_loss(self):
+            if self.epoch == 0: return
+            if make is PSKD: self.taught.append(bool(cb.teacher.seen.any()))
+            if make is DLB:  self.taught.append(cb.teacher.twin.source.bs == 8)
+            for row,c in zip(*(t for part in (getattr(batch_info(self.learn.dl), 'beside', None) or [[]], self.yb) for t in part)):
+                assert swap.classes[tuple(row.tolist())] == c
+                self.pairs += 1
+    cb,swap,look = make(),Swap(),Look()
+    learn = make_learner(loaders(1), 0., cb, swap, look)
+    with learn.no_logging(): learn.fit(2)
+    assert look.pairs == 40*(make is CSKD)
+    assert look.taught == {PSKD: [False]*5, CSKD: [], DLB: [True]*10}[make]
+
 def test_a_cancelled_batch_teaches_nothing_in_the_next():
     cb = DLB()
     taught = []

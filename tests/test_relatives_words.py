@@ -165,8 +165,11 @@ class Flip(Callback):
     def before_batch(self): self.learn.xb = (self.learn.xb[0].flip(0),)
 
 @pytest.mark.parametrize('make', [PSKD, DLB])
-def test_images_that_a_callback_has_changed_are_refused(make):
-    refuses(ValueError, 'a callback has changed the images', learner(make(), Flip()))
+@pytest.mark.parametrize('order', [1, 7])
+def test_images_that_a_callback_has_changed_are_refused(make, order):
+    flip = Flip()
+    flip.order = order
+    refuses(ValueError, 'a callback has changed the images', learner(make(), flip))
 
 @pytest.mark.parametrize('make', [PSKD, DLB, CSKD])
 def test_a_loader_without_indices_is_refused_before_the_first_batch(make):
@@ -204,7 +207,9 @@ def test_a_loss_of_the_whole_batch_refuses_weights_of_samples():
     (lambda: MeanTeacher(loss='l1'), "loss must be one of 'kl', 'mse'"), (lambda: MeanTeacher(rampup=-1), 'rampup must be at least 0'),
     (lambda: MaxSup(1.5), r'alpha must be in \[0,1\]'), (lambda: DKD(says(0), beta=-1.), r'beta must be in \[0,inf\)'),
     (lambda: DKD(says(0), warmup=0), 'warmup must be at least 1'), (lambda: NKD(says(0), gamma=-1.), r'gamma must be in \[0,inf\)'),
-    (lambda: DIST(says(0), gamma=-2.), r'gamma must be in \[0,inf\)'), (lambda: StandardisedKD(says(0), ddof=2), 'ddof must be one of 0, 1')])
+    (lambda: DIST(says(0), gamma=-2.), r'gamma must be in \[0,inf\)'), (lambda: StandardisedKD(says(0), ddof=2), 'ddof must be one of 0, 1'),
+    (lambda: CSKD(lambda pct: -1.), 'lam at 0 %'), (lambda: StandardisedKD(says(0), hard=-1.), 'hard must be'), (lambda: WSL(says(0), lambda pct: -1.), 'beta at 0 %'),
+    (lambda: PSKD(dtype=torch.int8), 'dtype must be a floating-point'), (lambda: PSKD(device='gpu'), "device: 'gpu' is no device")])
 def test_arguments_are_checked_when_the_callback_is_made(bad, words):
     with pytest.raises((ValueError, TypeError), match=words): bad()
 

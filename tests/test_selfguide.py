@@ -12,6 +12,7 @@ from fastai.callback.all import CutMix, GradientAccumulation, MixedPrecision, Mi
 from fastai.callback.schedule import *
 from fastai.learner import CancelFitException
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -443,6 +444,18 @@ def test_errors():
     with pytest.raises(ValueError, match='both drop'): trained([SelfGuidance(), SelfGuidance(name='second')])
     with pytest.raises(ValueError, match='no residual blocks'): trained(SelfGuidance(), model=teacher())
     with pytest.raises(ValueError, match='compile fold'): trained(SelfGuidance(), model=torch.compile(three_blocks(), backend='eager'))
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.net,self.reentrant = three_blocks(),reentrant
+    def forward(self, x): return checkpoint(self.net, x.detach().requires_grad_(), use_reentrant=self.reentrant)
+
+@pytest.mark.parametrize('reentrant', [True, False])
+@each_method
+def test_activations_that_are_computed_again_are_refused(method, reentrant):
+    "A backward pass knows nothing of the sub-network, so the gradients would be those of another one"
+    with pytest.raises(ValueError, match='checkpoints activations'): trained(METHODS[method](), model=Checkpointed(reentrant))
 
 @each_method
 def test_synchronised_norms_are_refused(method, monkeypatch):

@@ -43,8 +43,24 @@ def check_schedule(
 )->float|Callable:
     "Return `value` if it is a number in `interval`, or a schedule that stays there. Raises `TypeError` or `ValueError` naming the argument"
     if not callable(value): return check_number(name, value, interval)
-    for pct in range(101): check_number(f'{name} at {pct} % of the training', float(value(pct/100)), interval)
+    for pct in range(101):
+        now = value(pct/100)
+        check_number(f'{name} at {pct} % of the training', now.item() if hasattr(now, 'item') else now, interval)
     return value
+
+def _check_pair(name, value, parts):
+    if not isinstance(value, tuple) or len(value) == 2: return
+    raise ValueError(f'{name} must be one number or schedule, or the pair ({parts}), got {value!r}')
+
+def _check_part(name, part):
+    if callable(part) and not isinstance(part, type): return
+    raise TypeError(f'{name} must be a function, or an object that is called like one, got {part!r}')
+
+def _check_shape(name, value, *shapes):
+    "Check that a part returned a tensor of one of `shapes`: another one would be stretched to fit"
+    if isinstance(value, Tensor) and value.shape in shapes: return
+    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f'{name} must return a tensor of shape {tuple(shapes[0])}, got {got}')
 
 class ByEpoch:
     "A schedule that changes from epoch to epoch, where fastai's change from batch to batch"
@@ -69,11 +85,12 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing')
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing', 'sees_inputs')
     skipped,checked,n_outputs,_label_matters = False,False,None,True
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
     listeners = {}   # event → those of them that do something then
     asks_early,refuses_mixing = True,False   # whether a teacher may need no student; whether one wants no mixed images
+    sees_inputs = True   # whether one sees more than labels
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
@@ -89,12 +106,16 @@ class Distill(LossTerm):
     ):
         check_types(Distill.__init__, locals())
         super().__init__(name)
+        _check_pair('alpha', alpha, 'hard, soft')
+        _check_pair('tau', tau, "teacher's, student's")
         if isinstance(alpha, tuple): self.alpha = tuple(check_schedule('alpha', weight, '[0,inf)') for weight in alpha)
         else:                        self.alpha = check_schedule('alpha', alpha, '[0,1]')
         self.tau = tuple(check_schedule('tau', one, '(0,inf)') for one in (tau if isinstance(tau, tuple) else (tau, tau)))
         self.scale,self.soft_loss,self.sample_weight = check_scale(scale),as_soft_loss(loss),sample_weight
         self.teacher,self.rewrites = as_teacher(teacher),(rewrite,) if callable(rewrite) else tuple(rewrite)
         self.variant,self.multiplier = check_variant(variant, multiplier)
+        for part in self.rewrites: _check_part('rewrite', part)
+        if sample_weight is not None: _check_part('sample_weight', sample_weight)
         self._find_teachers()
         self.settings = dict(teacher=self.teacher, alpha=alpha, tau=tau, scale=scale, loss=loss, rewrite=rewrite, sample_weight=sample_weight,
                              variant=variant, multiplier=multiplier)
@@ -182,6 +203,7 @@ class Distill(LossTerm):
         self._share_teachers()
         self.asks_early = any(teacher.before_student for teacher in self.teachers.values())
         self.refuses_mixing = any(teacher.refuses_mixing for teacher in self.teachers.values())
+        self.sees_inputs = not all(isinstance(teacher, LabelTeacher) for teacher in self.teachers.values())
         self._check_mixing()
         self._label_matters = self._asks_label()
         for teacher in self.owned: teacher.attach(self.learn)
@@ -292,6 +314,7 @@ class Distill(LossTerm):
         "Return the weight of the base loss, the weight of the soft loss, and the soft loss; without a weight it is not computed"
         batch = self.batch
         if batch is None: return self.hard_weight(self.learn.pct_train), 0., None
+        if self.sees_inputs: self._renew(batch)
         if not self._label_matters: labels = [(labels[0][0], 1.)]
         losses = None
         for y,portion in labels:
@@ -314,6 +337,13 @@ class Distill(LossTerm):
         if batch.finite is not None: loss = torch.where(batch.finite, loss, 0.)
         batch.release()
         return batch.hard, weight, loss
+
+    def _renew(self, batch):
+        "Take the inputs that the student has read, where a callback has changed them since. Raises `ValueError` where a teacher has answered before"
+        x = self.learn.xb[0]
+        if len(batch.xb) == 1 and isinstance(x, Tensor) and x.data_ptr() == batch.xb[0].data_ptr(): return
+        if batch.answers: self.check_inputs(batch)
+        elif self.inputs_changed(batch): batch.xb,batch.idx,batch.view = plain_tensors(tuple(self.learn.xb)),None,None
 
     def _check_first(self, batch):
         "Check once a fit what would otherwise be wrong without a word: losses of another kind, probabilities for logits"
@@ -338,8 +368,15 @@ class Distill(LossTerm):
     def target(self, batch:Batch)->Tensor|TwoValued:
         "Return the softened target of a batch, rewritten"
         target = batch.pt
-        for rewrite in self.rewrites: target = rewrite(target, batch)
+        for rewrite in self.rewrites:
+            target = rewrite(target, batch)
+            if not (self.checked or isinstance(target, TwoValued)): self._check_target(target, batch)
         return target
+
+    def _check_target(self, target, batch):
+        "Check that a rewrite returned a distribution for each sample, or for each of several teachers"
+        one = batch.z.shape
+        _check_shape('rewrite', target, one, (len(target), *one) if isinstance(target, Tensor) else one)
 
     def sample_losses(self,
         batch:Batch,
@@ -354,10 +391,19 @@ class Distill(LossTerm):
     def weighted_losses(self, batch:Batch)->Tensor:
         "Return `sample_losses`, each times its sample's weight"
         losses = self.sample_losses(batch)
+        if not self.checked: self._check_each('loss', losses, batch)
         if not losses.ndim: self._check_whole(batch)
         if self.sample_weight is None: return losses
-        batch.sample_weight = self.sample_weight(batch).detach()
+        weight = self.sample_weight(batch)
+        if not self.checked: self._check_each('sample_weight', weight, batch)
+        batch.sample_weight = weight.detach()
         return losses*batch.sample_weight
+
+    def _check_each(self, name, numbers, batch):
+        "Check that a part returned one number for each sample or position, or for each of several teachers, or for the batch"
+        each,zt = batch.z[:, 0].shape,batch.zt
+        several = isinstance(zt, Tensor) and zt.ndim > batch.z.ndim
+        _check_shape(name, numbers, each, (len(zt), *each) if several else each, ())
 
     def _check_whole(self, batch, wait=False):
         "Check that nothing weighs the samples one by one where the loss is one number for the batch; a GPU tells later, unless it is waited for"

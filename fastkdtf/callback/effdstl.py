@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 
 from ..core import *
-from .distill import Distill
+from .distill import Distill, check_schedule
 from ..losses import wsl_settings
 from ..targets import Correct, SmoothTo, StudentAhead, WSLWeight
 from .term import RunningMean
@@ -75,7 +75,7 @@ class WSL(WatchedDistill):
         weight_tau:float=1., # temperature of the cross-entropies that a sample's weight is made of
         name:str|None=None, # needed for a second callback of the same class
     ):
-        if not callable(beta): check_number('beta', beta, '[0,inf)')
+        check_schedule('beta', beta, '[0,inf)')
         super().__init__(teacher, (1., beta), tau, loss='ce', sample_weight=WSLWeight(check_number('weight_tau', weight_tau, '(0,inf)')), name=name)
         self.settings = dict(teacher=self.teacher, beta=beta, tau=tau, weight_tau=weight_tau)
 
@@ -104,8 +104,7 @@ class CKM(WatchedDistill):
         smooth_to:float=.99, # probability of the labelled class where the rule applies, in (0,1]
         name:str|None=None, # needed for a second callback of the same class
     ):
-        for arg,v in (('tau_teacher', tau_teacher), ('tau_student', tau_student)):
-            if not callable(v): check_number(arg, v, '(0,inf)')
+        for arg,v in (('tau_teacher', tau_teacher), ('tau_student', tau_student)): check_schedule(arg, v, '(0,inf)')
         rule = SmoothTo(check_number('smooth_to', smooth_to, '(0,1]'), on=Correct() & StudentAhead())
         super().__init__(teacher, (0., 1.), (tau_teacher, tau_student), scale=1, loss='ce', rewrite=rule, name=name)
         self.settings = dict(teacher=self.teacher, tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)

@@ -261,5 +261,6 @@ class StandardisedKD(Distill):
         ddof:int=1, # 1: σ with K-1, as the authors' code has it; 0: with K
         name:str|None=None, # needed for a second callback of the same class
     ):
+        for arg,v in (('hard', hard), ('soft', soft)): check_schedule(arg, v, '[0,inf)')
         super().__init__(teacher, (hard, soft), tau, rewrite=LogitStandardisation(ddof), name=name)
         self.settings = dict(teacher=self.teacher, hard=hard, soft=soft, tau=tau, ddof=ddof)

@@ -252,6 +252,7 @@ class SelfGuidance(DropsBranches, LossTerm):
     def contribution(self, labels:list)->tuple:
         "Return the weight of the base loss, 1, and the loss of the sub-network"
         batch,n = self.batch,len(labels[0][0])
+        self.check_inputs(batch)
         self.batch,pred = None,tree_map_only(Tensor, at_least_float32, batch.z)
         loss = self.learn.loss_func(pred, *self.learn.yb)
         batch.z = first_output(pred)

@@ -125,6 +125,9 @@ def _skip(*args, **kwargs): return _skipped
 def _scaled(f, p, *args, **kwargs): return f(*args, **kwargs)*p
 
 # %% ../../nbs/33_callback.survival.ipynb #ea9e401b
+_checkpoints = ('model checkpoints activations, and would compute them again as the full network: train without, with timm as '
+                'model.set_grad_checkpointing(False)')
+
 class _Survival:
     "Mixed into a block's class: branches of its `forward` are scaled, or dropped. Not for several threads at once; `fold` is"
     _bits,_drawn = None,None   # which branches survive: in every mode, in training
@@ -140,6 +143,7 @@ class _Survival:
 
     def forward(self, *args, **kwargs):
         "Run the block's own `forward`, with what makes its branches replaced"
+        if torch._C._current_graph_task_id() != -1: raise ValueError(_checkpoints)   # in a backward pass
         substitutes = self._substitutes()
         vars(self).update(substitutes)   # found before modules and methods
         try: return super().forward(*args, **kwargs)
@@ -183,8 +187,7 @@ def _check_plain(model):
             raise ValueError('model is compiled, and every sub-network would be compiled anew: train it as it is, '
                              'and compile fold(model) afterwards')
         if getattr(m, 'grad_checkpointing', False) is True:
-            raise ValueError('model checkpoints activations, and would compute them again as the full network: '
-                             'call model.set_grad_checkpointing(False)')
+            raise ValueError(_checkpoints)
         rate = _drop_rate(m)
         if rate: raise ValueError(f'model has stochastic depth of its own: {name} drops its branch with probability {rate:g}; '
                                   'build it with drop_path_rate=0 (timm) or stochastic_depth_prob=0 (torchvision)')

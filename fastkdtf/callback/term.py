@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from functools import partial
 from operator import attrgetter
 from types import FunctionType
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import *
-from ..teachers.inputs import map_tensors
+from ..teachers.inputs import map_tensors, tensors_in
 from ..vision.loader import batch_info
 
 # %% ../../nbs/30_callback.term.ipynb #697c6d30
@@ -117,11 +118,11 @@ def labels_of(
                     '(lam, yb1): what it makes of the labels is not known; train without it')
 
 @torch.no_grad()
-def _check_by_calls(learn, pred, reduction, is_log):
+def _check_by_calls(loss_func, learn, pred, reduction, is_log):
     "Warn where the loss of other logits, and of the batch taken twice, is not what a mean of cross-entropies would be"
     states = get_random_states()
-    base,other = learn.loss.mean(),learn.loss_func(pred+1, *learn.yb).mean()
-    try:              twice = learn.loss_func(torch.cat([pred, pred]), *(torch.cat([y, y]) for y in learn.yb)).mean()
+    base,other = learn.loss.mean(),loss_func(pred+1, *learn.yb).mean()
+    try:              twice = loss_func(torch.cat([pred, pred]), *(torch.cat([y, y]) for y in learn.yb)).mean()
     except Exception: twice = base   # it knows the size of a batch
     set_random_states(**states)
     near = lambda a, b: (a-b).abs() <= 1e-2*b.abs().clamp(min=1e-2)
@@ -132,14 +133,28 @@ def _check_by_calls(learn, pred, reduction, is_log):
         warnings.warn('the loss is the sum of the samples\' losses, but the soft term is the mean of theirs: say reduction=\'sum\', as in '
                       "CrossEntropyLossFlat(reduction='sum'), and the soft term is a sum too")
 
-def _gradient_by_a_call(learn, pred):
+def _gradient_by_a_call(loss_func, learn, pred):
     "Return the loss's gradient with respect to the logits; not on the graph of the step, whose hooks would see it"
     states,leaf = get_random_states(),pred.detach().requires_grad_()
     with torch.enable_grad():
-        loss = learn.loss_func(map_tensors(lambda t: leaf if t is pred else t.detach(), learn.pred), *learn.yb).sum()
+        loss = loss_func(map_tensors(lambda t: leaf if t is pred else t.detach(), learn.pred), *learn.yb).sum()
         grad, = torch.autograd.grad(loss, leaf, allow_unused=True)
     set_random_states(**states)
     return grad
+
+def _to_try(loss_func):
+    "Return a loss that can be tried out: a copy where it is a module, or holds one, whose state the trial would change"
+    module = next((o for o in (loss_func, getattr(loss_func, 'func', None)) if isinstance(o, nn.Module)), None)
+    if module is None: return loss_func
+    try: return deepcopy(loss_func, {id(p): p for p in module.parameters()})
+    except Exception: return loss_func   # it holds something that cannot be copied
+
+def _check_share(learn):
+    "Warn where a callback has scaled the loss down: the soft term, which comes later, is not"
+    whole,now = (loss.detach().mean().item() for loss in (learn.loss, learn.loss_grad))
+    if 0 <= now < .99*whole:
+        warnings.warn(f'a callback has scaled the loss from {whole:.4g} to {now:.4g} before the soft term was added, and so changed their proportion: '
+                      'give that callback an order above 5, as fastai\'s GradientAccumulation has')
 
 def check_base_loss(
     learn:Learner, # after the loss of a batch that nothing mixes
@@ -153,9 +168,12 @@ def check_base_loss(
     if looks_like_probabilities(z):
         return warnings.warn('the model returned numbers that are not negative and sum to 1: probabilities, it seems, where logits are expected. The soft '
                              'term softens them as logits; let the model return logits, or their logarithm')
-    if pred is learn.pred: _check_by_calls(learn, pred.detach(), batch.reduction, is_log=(torch.logsumexp(at_least_float32(z), 1).abs() < 1e-3).all())
+    _check_share(learn)
+    loss_func = _to_try(learn.loss_func)
+    is_log = (torch.logsumexp(at_least_float32(z), 1).abs() < 1e-3).all()
+    if pred is learn.pred: _check_by_calls(loss_func, learn, pred.detach(), batch.reduction, is_log)
     if y.is_floating_point() or not pred.requires_grad: return
-    grad = _gradient_by_a_call(learn, pred)
+    grad = _gradient_by_a_call(loss_func, learn, pred)
     if grad is None: return
     moved = (grad.movedim(batch.axis, 1) != 0).any(1)
     index,axis = at_label(z, y)
@@ -241,6 +259,7 @@ class OneLearner(Callback):
 
     def _set_learn(self, learn):
         old = self._learn
+        if learn is None and old is not None and sum(cb is self for cb in old.cbs) > 1: return   # it was given twice, and is taken off once
         if old is not None and learn is not old: self._leave(old)
         if old is not None and learn not in (None, old): old.cbs = old.cbs.map(lambda cb: GivenAway(self.name) if cb is self else cb)
         self.__dict__['_learn'] = learn
@@ -284,6 +303,8 @@ class OneLearner(Callback):
         else:                         super().__setattr__(name, value)
 
 # %% ../../nbs/30_callback.term.ipynb #a0e03fe9
+def _alike(a, b): return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(b.to(a), a))   # or a copy of another type
+
 class LossTerm(OneLearner):
     """A method that adds a term to the training loss
 
@@ -363,6 +384,8 @@ class LossTerm(OneLearner):
     def _check_names(self):
         names = [term.name for term in self.siblings]
         twice = [name for name in names if names.count(name) > 1]
+        if len({id(term) for term in self.siblings}) < len(names):
+            raise ValueError(f'{twice[0]!r} is among the callbacks twice: give it to the Learner or to fit, not to both')
         if twice: raise ValueError(f'two methods are called {twice[0]!r}: give one of them a name=, or average several teachers with EnsembleTeacher')
 
     def _check_weights(self):
@@ -395,6 +418,18 @@ class LossTerm(OneLearner):
         idx,view = (None, None) if info is None else (info.idx, info.view)
         return Batch(plain_tensors(learn.y), xb=xb, idx=idx, view=view, axis=axis, ignore_index=ignore_index,
                      reduction=reduction, **kwargs)
+
+    def inputs_changed(self,
+        batch:Batch, # as `new_batch` made it
+    )->bool:
+        "True if the student has read other inputs than those that the batch began with: a callback of a higher order has changed them"
+        now,then = tensors_in(plain_tensors(tuple(self.learn.xb))),tensors_in(batch.xb)
+        return len(now) != len(then) or not all(map(_alike, now, then))
+
+    def check_inputs(self, batch:Batch):
+        "Check that the student has read what the method has read. Raises `ValueError`"
+        if not self.inputs_changed(batch): return
+        raise ValueError(f'a callback has changed the inputs of the batch after {self.name} has read them: give that callback an order below 5')
 
     def labels(self)->list:
         "Return the labels of this batch as pairs (labels, portion): two under MixUp and CutMix"

@@ -23,6 +23,7 @@ from ..describe import Description
 from ..teachers.base import Teacher
 from ..vision.loader import batch_info
 from ..vision.samplers import Pairs, arranged, index_of, sample_labels
+from .distill import check_schedule
 from .memories import TaughtDistill
 from .survival import second_pass
 from .term import LossTerm, RunningMean, known_classes, own_autocast
@@ -38,12 +39,16 @@ class ClassPartner(Teacher):
         self.detach()
 
     def attach(self, learn:Learner):
-        self.learn,self.pairs,self.twin = learn,Pairs(sample_labels(index_of(learn.dls.train)), self.same),None
+        self.learn,self.twin = learn,None
+        self._pair(learn.dls.train)
 
-    def detach(self): self.learn,self.pairs,self.twin,self.checked = None,None,None,False
+    def _pair(self, dl): self.paired,self.pairs = dl,Pairs(sample_labels(index_of(dl)), self.same)
+
+    def detach(self): self.learn,self.paired,self.pairs,self.twin,self.checked = None,None,None,None,False
 
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return the loader's twin that fetches a partner for each sample"
+        if dl is not self.paired: self._pair(dl)
         if self.twin is None or self.twin.source is not dl: self.twin = arranged(dl, self.pairs)
         return self.twin
 
@@ -59,7 +64,7 @@ class ClassPartner(Teacher):
         image = 'the same image, augmented anew' if self.same else "another image of the sample's class"
         return [f'the target is what the student says of {image}']
 
-    def __getstate__(self): return {**vars(self), 'learn': None, 'pairs': None, 'twin': None}
+    def __getstate__(self): return {**vars(self), 'learn': None, 'paired': None, 'pairs': None, 'twin': None}
     def __repr__(self): return f'ClassPartner({"same=True"*self.same})'
 
 class CSKD(TaughtDistill):
@@ -72,7 +77,7 @@ class CSKD(TaughtDistill):
         name:str|None=None, # needed for a second callback of the same class
     ):
         check_types(CSKD.__init__, locals())
-        if not callable(lam): check_number('lam', lam, '[0,inf)')
+        check_schedule('lam', lam, '[0,inf)')
         super().__init__(ClassPartner(same), (1., lam), tau, name=name)
         self.settings = dict(lam=lam, tau=tau, same=same)
 
@@ -120,6 +125,7 @@ class RDrop(LossTerm):
         "Return the weight of the base loss, 1, and the loss of the second pass with the divergence"
         batch,n = self.batch,find_bs(self.learn.yb)
         self.batch = None
+        self.check_inputs(batch)
         pred = tree_map_only(Tensor, at_least_float32, batch.z)
         loss,kl = self.learn.loss_func(pred, *self.learn.yb),self._divergence(first_output(pred), labels[0][0], batch)
         self.second_mean.add(loss, n)

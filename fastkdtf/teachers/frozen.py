@@ -268,11 +268,11 @@ class FrozenCopy:
         for m in self.model.modules():
             for hooks in (m._backward_hooks, m._backward_pre_hooks): hooks.clear()
         self.shapes = {k:v.shape for k,v in named_tensors(self.model).items()}
-        self.remainder,self.steady,self.conditions,self._pairs = remainder(model),None,None,()
+        self.remainder,self.steady,self.conditions,self._pairs,self._reads = remainder(model),None,None,(),[]
         self._use_batch_statistics(self._untouched(self.model))
 
     def __call__(self,
-        *xb, # the model's inputs; the copy follows their device and, outside autocast, where it is float32, their floating dtype
+        *xb, # the model's inputs; the copy follows their device, and their floating dtype unless it reads them as it is; float32 under autocast
     ): # as the model returns it, for autograd a constant
         "Return the model's output in evaluation mode"
         with torch.inference_mode(False), torch.no_grad():
@@ -303,6 +303,12 @@ class FrozenCopy:
         self.model.to(like.device)
         if like.dtype != _float_tensor(self.model).dtype: self.model.to(like.dtype)
         return self
+
+    def fits(self,
+        model:nn.Module,
+    )->bool:
+        "True if `model` has the parameters and buffers of this copy, as far as names and shapes go"
+        return {name: t.shape for name,t in named_tensors(bare_network(model)).items()} == self.shapes
 
     def _check_shapes(self, shapes):
         for name in {**self.shapes, **shapes}:
@@ -356,11 +362,20 @@ class FrozenCopy:
         "The inputs' device and dtype, and evaluation mode whatever was done to the copy"
         (device,dtypes,half),own = _conditions(xb),_float_tensor(self.model)
         if device not in (None, own.device): self.model.to(device)
-        if half: dtypes = [torch.float32]*len(dtypes)
-        if dtypes not in ([], [own.dtype]): self.model.to(*dtypes)
         for m in self.model.modules():
             if m.training: m.training = False
         for name in self._norms: self.model.get_submodule(name).training = True
+        if half: dtypes = [torch.float32]*len(dtypes)
+        if dtypes in ([], [own.dtype], self._reads): return
+        if not half and self._can_read(xb): self._reads = dtypes
+        else: self.model.to(*dtypes)
+
+    def _can_read(self, xb):
+        "True if the network takes inputs of another dtype than its own, as one that casts them does"
+        with _random_numbers_kept():
+            try: self._forward(copy_model(self.model, shared=self.model.parameters()), xb)
+            except Exception: return False
+        return True
 
     def _forward(self, model, xb):
         xb = map_tensors(Tensor.clone, xb)   # an in-place layer at the front would write into the student's batch

@@ -62,9 +62,7 @@ def _check_device(copy_device):
     devices = copy_device if isinstance(copy_device, (list, tuple)) else [copy_device]
     if not devices: raise ValueError('copy_device is an empty list: name at least one device, or give None')
     if copy_device == 'spread': return copy_device
-    for device in devices:
-        try: torch.device('cpu' if device is None else device)
-        except (RuntimeError, TypeError) as e: raise ValueError(f'copy_device: {device!r} is no device ({str(e).splitlines()[0]})') from e
+    for device in devices: check_device('copy_device', device)
     return copy_device
 
 def _devices(copy_device):
@@ -101,9 +99,7 @@ class MemoryTeacher(Teacher):
         for name,value in (('interval', interval), ('interval_steps', interval_steps)):
             exact = value is None or isinstance(value, Fraction) and value > 0
             setattr(self, name, value if exact else check_number(name, value, '(0,inf)'))
-        if copy_dtype is not None and not (isinstance(copy_dtype, torch.dtype) and copy_dtype.is_floating_point):
-            raise TypeError(f'copy_dtype must be a floating-point torch.dtype, got {copy_dtype!r}')
-        self.copy_dtype,self.copy_device = copy_dtype,_check_device(copy_device)
+        self.copy_dtype,self.copy_device = check_dtype('copy_dtype', copy_dtype),_check_device(copy_device)
         self.detach()
 
     def attach(self, learn:Learner):
@@ -165,7 +161,8 @@ class MemoryTeacher(Teacher):
     def _refresh(self):
         *kept,last = self.copies
         model = _synchronised(get_model(self.learn.model))
-        self.copies = [self._new(model) if last in kept else last.refill(model),*kept]
+        refilled = last not in kept and last.fits(model)   # a network may have been pruned meanwhile, or fitted with other layers
+        self.copies = [last.refill(model) if refilled else self._new(model),*kept]
 
     def __call__(self, batch:Batch)->Tensor: # `[n,N,K,…]`, or `[N,K,…]` while all copies are one
         "Return the logits of each copy"
@@ -174,7 +171,7 @@ class MemoryTeacher(Teacher):
         return torch.stack([said[net] for net in self.copies])
 
     def _ask(self, net, xb):
-        device = tensors_in(xb)[0].device
+        device = (tensors_in(xb) or [*self.learn.model.parameters()])[0].device   # what holds the inputs may be no tuple, list or dict
         place = net.place or device
         if place != device or self.copy_dtype is not None:
             xb = map_tensors(lambda x: x.to(place, self.copy_dtype if x.is_floating_point() else None), xb)

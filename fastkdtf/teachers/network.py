@@ -214,8 +214,9 @@ class NetworkTeacher(Teacher):
     def _order_on(self, device, batch):
         "Return the places of the student's classes, on a device"
         if not isinstance(self.order, Tensor):
-            x = tensors_in(batch.xb)[0]
-            if self.origin.inputs is None and isinstance(batch.y, Tensor) and not x.is_floating_point() and x.shape == batch.y.shape:
+            x = first_tensor(batch.xb)
+            words = isinstance(x, Tensor) and isinstance(batch.y, Tensor) and not x.is_floating_point() and x.shape == batch.y.shape
+            if self.origin.inputs is None and words:
                 raise ValueError(f"the teacher {self!r} reads numbers of words, and its words are not the student's: make both learners' "
                                  'data with the same vocabulary (text_vocab=)')
             self.order = torch.tensor(self.order)
@@ -252,10 +253,17 @@ class NetworkTeacher(Teacher):
     def __repr__(self): return f'NetworkTeacher({self.source})'
 
 # %% ../../nbs/21_teachers.network.ipynb #23b77ee2
+def _check_made(teacher):
+    "Raise `TypeError` for what makes teachers or networks, such as a class or torchvision's `resnet34`, and is none itself"
+    made = teacher if isinstance(teacher, type) else getattr(teacher, '__annotations__', {}).get('return')
+    if not isinstance(made, type) or not issubclass(made, (nn.Module, Teacher)): return
+    raise TypeError(f'teacher must be a network or a teacher, got {teacher.__name__}, which makes one: give {teacher.__name__}(…)')
+
 def as_teacher(
     teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a teacher, a function of a `Batch`, what `NetworkTeacher` takes, or several
 )->Teacher:
     "Return `teacher` as a `Teacher`"
+    _check_made(teacher)
     if isinstance(teacher, Teacher): return teacher
     if isinstance(teacher, (list, tuple)): return EnsembleTeacher(teacher)
     if isinstance(teacher, (nn.Module, Learner, str, Path)): return NetworkTeacher(teacher)

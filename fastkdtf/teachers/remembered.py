@@ -119,10 +119,20 @@ class LastPrediction(Teacher):
     def __init__(self,
         dtype:torch.dtype|None=None, # of the logits that are kept; None: float32
         device:str|torch.device|None=None, # where they are kept; None: beside the student
-    ): self.dtype,self.device,self.table,self.seen = dtype,device,None,None
+    ):
+        self.dtype,self.device = check_dtype('dtype', dtype),check_device('device', device)
+        self.detach()
 
-    def attach(self, learn:Learner): self.table = SampleTable(len(index_of(learn.dls.train).dataset), self.dtype, self.device)
-    def detach(self): self.table,self.seen = None,None
+    def attach(self, learn:Learner): self._begin(index_of(learn.dls.train).dataset)
+    def _begin(self, data): self.data,self.table = data,SampleTable(len(data), self.dtype, self.device)
+
+    def arrange(self, dl:DataLoader)->DataLoader:
+        "Return `dl`; where it has another data set than the epoch before, begin anew, as its samples are other ones"
+        data = index_of(dl).dataset
+        if data is not self.data: self._begin(data)
+        return dl
+
+    def detach(self): self.data,self.table,self.seen = None,None,None
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the logits of last time, or of the label"
         rows,self.seen = self.table.read(check_index(batch, self), batch.z)
@@ -141,7 +151,7 @@ class LastPrediction(Teacher):
         n = len(learn.dls.train.dataset)
         return said + [f'the logits of {n:,} samples take {n*n_classes*(self.dtype or torch.float32).itemsize/2**20:.1f} MiB']
 
-    def __getstate__(self): return {**vars(self), 'table': None, 'seen': None}
+    def __getstate__(self): return {**vars(self), 'data': None, 'table': None, 'seen': None}
     def __repr__(self):
         given = [f'{name}={value!r}' for name,value in (('dtype', self.dtype), ('device', self.device)) if value is not None]
         return f"LastPrediction({', '.join(given)})"
@@ -223,7 +233,8 @@ class PreviousBatch(Teacher):
 
     def arrange(self, dl:DataLoader)->DataLoader:
         "Return the loader's twin whose batches overlap"
-        if self.twin is None or self.twin.source is not dl: self.twin = arranged(dl, self.overlap)
+        if self.twin is not None and self.twin.source is not dl: self.overlap,self.logits,self.twin = Overlap(),None,None
+        if self.twin is None: self.twin = arranged(dl, self.overlap)
         self.twin.arrange = self.overlap
         return self.twin
 
@@ -298,7 +309,10 @@ class EMATeacher(Teacher):
         if not self.look or self.own_state: return
         now = remainder(bare_network(model))
         self.look = now is None or now != self.copy.remainder
-        if self.look: self._take(model, self.copy.state_dict())
+        if not self.look: return
+        try: self._take(model, self.copy.state_dict())
+        except KeyError as e: raise ValueError(f'training has given the network weights that its average does not have, such as {e}: change layers '
+                                               'before a fit or between two, and not in one') from e
 
     @property
     def keeps(self)->float:
@@ -313,10 +327,10 @@ class EMATeacher(Teacher):
         self._follow(model)
         average,self.t = self.copy.model,self.t+1
         pairs = [*zip(average.parameters(), model.parameters(), strict=True), *zip(average.buffers(), model.buffers(), strict=True)]
-        moving = [(ours, theirs.detach().to(ours)) for ours,theirs in pairs if ours.is_floating_point()]
+        moving = [(ours, theirs.detach().to(ours)) for ours,theirs in pairs if ours.is_floating_point() or ours.is_complex()]
         torch._foreach_lerp_(*map(list, zip(*moving)), 1-keep)
         for ours,theirs in pairs:
-            if not ours.is_floating_point(): ours.copy_(theirs)
+            if not (ours.is_floating_point() or ours.is_complex()): ours.copy_(theirs)
 
     def __call__(self, batch:Batch)->Tensor: # `[N,K,…]`
         "Return the average's logits"
