@@ -215,7 +215,8 @@ def _siblings(args, device):
     from fastai.torch_core import num_distrib
     from fastkdtf.lab.parallel import Siblings, start_sibling
     where = 'on a Ray cluster' if getattr(args, 'engine', 'local') == 'ray' else 'in several processes' if num_distrib() > 1 else ''
-    if where and args.parallel not in ('auto', 1): raise UsageError(f'--parallel {args.parallel}: leave it out, as it starts processes on one device, and this trains {where}')
+    if where and args.parallel not in ('auto', 1):
+        raise UsageError(f'--parallel {args.parallel}: leave it out, as it starts processes on one device, and this trains {where}')
     return Siblings(partial(start_sibling, args.argv), 1 if where else args.parallel, device)
 
 def _n_parallel(text): return text if text == 'auto' else _number_between(int, 1, 64)(text)

@@ -608,9 +608,10 @@ def test_settings_that_make_no_sense_are_one_line(settings, capsys):
 def test_every_command_in_the_documentation_is_one():
     "Names, options and their values; nothing is run"
     nbs = Path(__file__).parents[1]/'nbs'
-    sources = [''.join(c['source']) for path in nbs.rglob('*.ipynb') for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+    cells = [c for path in nbs.rglob('*.ipynb') for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
     start = 'fastkdtf (?:compare|tune|recipes|run|report|sweep|bench|describe) '
-    lines = {o for text in sources for o in [*re.findall(f'^ *({start}[^\n>&]+)', text, re.M), *re.findall(f'`({start}[^`\n>]+)`', text)] if '…' not in o}
+    texts = [''.join(c['source']) for c in cells]
+    lines = {o for text in texts for o in re.findall(f'(?:^ *|`)({start}[^`\n>&]+)', text, re.M) if '…' not in o}
     parser = fastkdtf.cli._parser()
     for line in lines: parser.parse_args(shlex.split(line)[1:])
     assert len(lines) > 20

@@ -1,4 +1,4 @@
-"What a reader pastes from the pages has all its names, and the tutorials' own methods do what plain PyTorch loops of their papers' algorithms do"
+"What a reader pastes from a page has all its names, and the tutorials' own methods do what plain PyTorch loops of their papers do"
 import ast, builtins, importlib, re
 from copy import deepcopy
 from pathlib import Path
