@@ -219,7 +219,8 @@ def _siblings(args, device):
     from fastai.torch_core import num_distrib
     from fastkdtf.lab.parallel import Siblings, start_sibling
     where = 'on a Ray cluster' if getattr(args, 'engine', 'local') == 'ray' else 'in several processes' if num_distrib() > 1 else ''
-    if where and args.parallel not in ('auto', 1): raise UsageError(f'--parallel {args.parallel}: processes that share one device; this trains {where}')
+    if where and args.parallel not in ('auto', 1):
+        raise UsageError(f'--parallel {args.parallel}: leave it out, as it starts processes on one device, and this trains {where}')
     return Siblings(partial(start_sibling, args.argv), 1 if where else args.parallel, device)
 
 def _n_parallel(text): return text if text == 'auto' else _number_between(int, 1, 64)(text)
@@ -523,7 +524,7 @@ def _bench(args):
     from fastkdtf.lab.bench import bench
     if args.race: return _race(args)
     lone = [f'--{name.replace("_", "-")}' for name in ('data', 'path', 'train_subset', 'epochs', 'workers') if getattr(args, name) is not None]
-    if lone: raise UsageError(f"{', '.join(lone)}: of a race, give --race too; the tables are made of noise")
+    if lone: raise UsageError(f"{', '.join(lone)}: only a race takes this, give --race too; the tables need no images")
     arch = None if args.losses_only else args.arch
     check_room(f'--samples {args.samples} of --classes {args.classes}', 40*args.samples*args.classes)   # logits, and what is made of them
     b = bench(args.samples, args.classes, arch, args.bs, args.size, args.rounds, _usable_device(args.device), args.precision)
@@ -531,7 +532,7 @@ def _bench(args):
 
 def _race(args):
     from fastkdtf.lab.race import race
-    if args.losses_only: raise UsageError('--losses-only: of the tables, leave it out with --race')
+    if args.losses_only: raise UsageError('--losses-only: a race has no tables of losses, leave it out or leave out --race')
     r = race(args.data or 'digits', args.arch, args.epochs or 4, args.bs, args.train_subset, args.path, _usable_device(args.device),
              args.precision, args.workers)
     return str(r), r.to_dict()

@@ -213,7 +213,8 @@ class TeacherCorrection(Rewrite):
         "Return the corrected target"
         if isinstance(target, TwoValued): return TwoValued(self.gamma, (1-self.gamma)/(batch.n_classes-1))
         if batch.y.is_floating_point():
-            raise TypeError("TeacherCorrection of a network's target needs integer labels, got probabilities")
+            raise TypeError("TeacherCorrection of a network's target needs integer labels, got probabilities: "
+                            'use integer labels, which MixUp and CutMix keep')
         logits,tau = softened_logits(target, batch)
         return put_confidence(logits, batch.y, self.gamma, tau)
 

@@ -1,5 +1,5 @@
-"The parts of tools/docs.py; `make docs` builds the whole site"
-import json, re, sys
+"The parts of tools/docs.py, and what pages say beside the records; `make docs` builds the whole site"
+import ast, json, re, sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +177,30 @@ def test_addresses_of_0_1_0_lead_on(tmp_path):
         assert first in pages and f'url={first}"' in txt, old
         for anchor,page in anchors.items(): assert page in pages and anchor in syms[page], f'{old}#{anchor}'
     assert '"networkteacher": "teachers.network.html"' in made['teachers'] and '"checkpoint": "callback.checkpoint.html"' in made['runs']
+
+def cells(path): return [(''.join(c['source']), c) for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+
+def test_methods_cost_what_the_benchmark_measured():
+    "The page of methods gives each the time that the record of the benchmark has"
+    steps = json.loads((root/'results'/'bench'/'cpu.json').read_text())['steps']
+    measured = {o['method']: f"{o['time / plain']:.2f}×" for o in steps}
+    names = {'Tf-KD_reg': 'TfKDReg', "Tf-KD_reg, as the authors' code has it": 'TfKDReg-official', 'Normal KD': 'KD', 'MrKD': 'MrKD-1',
+             'Self-guidance': 'SelfGuidance', 'R-Drop': 'RDrop'}
+    said = {}
+    for text,_ in cells(root/'nbs'/'methods.ipynb'):
+        found = re.search(r'^### (.+?)$.*^\| cost \| (\d\.\d\d×) the plain step', text, re.M|re.S)
+        if found: said[names.get(found[1], found[1])] = found[2]
+    assert len(said) == 9 and said == {name: measured[name] for name in said}
+
+def test_a_cell_that_ends_in_a_value_shows_it():
+    shown,bare = 0,[]
+    for path in nbglob(root/'nbs', as_path=True):
+        for text,cell in cells(path):
+            if cell['cell_type'] != 'code' or text[:1] in '!%': continue
+            if re.search(r'^#\| *(hide|export|eval: false|output: false|slow)', text, re.M): continue
+            last = ast.parse(text).body[-1:]
+            value = last[0].value if last and isinstance(last[0], ast.Expr) and text[-1] != ';' else None
+            if value and not isinstance(value, (ast.Call, ast.Constant)):
+                shown += 1
+                if not cell['outputs']: bare.append((path.name, text[-60:]))
+    assert shown > 200 and not bare, bare

@@ -1,5 +1,5 @@
-"The tutorials' own methods against plain PyTorch loops of their papers' algorithms"
-import ast
+"What a reader pastes from a page has all its names, and the tutorials' own methods do what plain PyTorch loops of their papers do"
+import ast, builtins, importlib, re
 from copy import deepcopy
 from pathlib import Path
 
@@ -29,6 +29,31 @@ def definitions(name, **ns):
         if cell.cell_type != 'code' or cell.source.lstrip().startswith(('!', '#| hide\n# on Colab')): continue
         if all(isinstance(o, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for o in ast.parse(cell.source).body): exec(cell.source, ns)
     return ns
+
+def brought(node):
+    "Names that a statement, or a part of one, defines"
+    match node:
+        case ast.ImportFrom(names=[ast.alias(name='*')]): return vars(importlib.import_module(node.module))
+        case ast.Import() | ast.ImportFrom(): return [(o.asname or o.name).split('.')[0] for o in node.names]
+        case ast.FunctionDef() | ast.ClassDef() | ast.ExceptHandler(name=str()): return [node.name]
+        case ast.arg(): return [node.arg]
+        case ast.Name(ctx=ast.Store() | ast.Del()): return [node.id]
+    return []
+
+def names_a_reader_lacks(path):
+    "Names that the cells on show use, and no cell on show brings"
+    known,lacking = {*dir(builtins), 'display'},set()
+    for cell in read_nb(path).cells:
+        if cell.cell_type != 'code' or re.search(r'^#\| *(hide|export|echo: false)', cell.source, re.M): continue
+        nodes = [*ast.walk(ast.parse(cell.source))]
+        known.update(*map(brought, nodes))
+        lacking |= {o.id for o in nodes if isinstance(o, ast.Name)} - known
+    return lacking
+
+def test_what_a_page_shows_brings_the_names_that_it_uses():
+    "A reader who pastes the cells of a tutorial, or of a page beside them, meets no NameError"
+    pages = [*tutorials.glob('*.ipynb'), *tutorials.parent.glob('[a-z]*.ipynb')]
+    assert len(pages) > 25 and {o.name: lacks for o in pages if (lacks := names_a_reader_lacks(o))} == {}
 
 @pytest.fixture(autouse=True)
 def double():

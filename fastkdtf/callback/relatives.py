@@ -184,7 +184,8 @@ class CorrelationLoss(SoftLoss):
     def check(self, batch:Batch):
         n = batch.z.numel()//batch.n_classes
         if n >= 16: return
-        warnings.warn(f'DIST correlates the samples of a batch, and {n} are few; of two the correlation is always ±1, without a gradient')
+        warnings.warn(f'DIST correlates the samples of a batch, and {n} are few; of two the correlation is always ±1, without a gradient: '
+                      'take larger batches')
 
     def notes(self, n_classes:int)->list:
         return ['the loss depends on the batch: accumulated batches, and the processes of a parallel training, are correlated one by one',

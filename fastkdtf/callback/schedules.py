@@ -72,13 +72,13 @@ def make_optimizer(
 def fit_schedule(
     learn:Learner,
     n_epoch:int, # epochs to train
-    lr:float=.1, # as `learning_rate` takes it; likewise those below
+    lr:float=.1, # where it starts, or where the warm-up ends
     optimizer:str='sgd', # 'sgd' | 'adam', PyTorch's
-    schedule:str='step',
-    milestones:Sequence=(),
-    factor:float=.1,
-    lr_end:float=0.,
-    warmup:float=0.,
+    schedule:str='step', # 'step' | 'cosine'
+    milestones:Sequence=(), # epochs, of `epochs`, after which the rate is multiplied
+    factor:float=.1, # by this
+    lr_end:float=0., # where the cosine ends
+    warmup:float=0., # epochs, of `epochs`, in which the rate rises to `lr`
     momentum:float=.9, # of SGD
     nesterov:bool=False, # of SGD
     wd:float=0., # weight decay, on all parameters

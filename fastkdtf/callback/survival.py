@@ -430,5 +430,6 @@ def fold(
         _fold_block(m, uses)
         if isinstance(m, _Survival): kept.append(name)
     if kept:
-        warnings.warn(f"no affine layer of their own ends the branch: {', '.join(kept)} multiply their branch explicitly", stacklevel=2)
+        warnings.warn('some blocks are not plain again (the outputs are right) because no affine layer of their own ends the branch: '
+                      f"{', '.join(kept)} multiply their branch explicitly", stacklevel=2)
     return model

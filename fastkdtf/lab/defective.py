@@ -205,7 +205,7 @@ def _train_teachers(student, campaign, keep, key, cbs=()):
     teachers = [_poor_teacher(student, **kept) for kept in keep.kept]
     if keep.missing:
         never = ', '.join(f'{100*accuracy:g} %' for accuracy in keep.missing)
-        warnings.warn(f'never reached on validation in {run.n_epoch} epochs: {never}')
+        warnings.warn(f'at_accuracies: never reached on validation in {run.n_epoch} epochs: {never}')
     return PoorTeachers(teachers, f'{setting_in_words(run.settings)}, seed {run.seed}', keep.missing, key)
 
 def _poor_teacher(student, epoch, valid_accuracy, asked, weights):

@@ -198,7 +198,7 @@ class DistributedLearner(Learner):
 def distributed_learner(dls:DataLoaders, model:torch.nn.Module, **kwargs)->DistributedLearner:
     "Make a `DistributedLearner` with an equal share of each batch"
     n = num_distrib()
-    if dls.bs%n: raise ValueError(f'batches of {dls.bs} cannot be shared out equally among {n} processes')
+    if dls.bs%n: raise ValueError(f'batches of {dls.bs} cannot be shared out equally among {n} processes: start as many as divide {dls.bs}')
     return DistributedLearner(with_batch_size(dls, dls.bs//n), model, **kwargs)
 
 # %% ../../nbs/47b_lab.experiment.ipynb #b14b39cd

@@ -263,7 +263,7 @@ class Reproduction:
         failures:Iterable=(), # runs that failed: dicts with `run`, its key, `recipe` and `error`
     ):
         records,self.runs,self.failures = _read(out) if runs is None else map(list, (out, runs, failures))
-        if not records: raise ValueError('out holds no record of a recipe that was run')
+        if not records: raise ValueError('out holds no record of a recipe that was run: give the folder that run_recipes(out=…) wrote')
         self.records,finished = _merged(records),{r['key']: r for r in self.runs}
         rows = [_row(record, finished) for record in self.records]
         self.table = pd.DataFrame(rows).assign(compatible=pd.Series([row['compatible'] for row in rows], dtype=object))   # None stays None

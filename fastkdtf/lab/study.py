@@ -426,7 +426,7 @@ class TrialTable:
         baseline = mean_and_spread(*mean_sd(self.baseline), self.score) + self.score.unit
         return (f"{self.title}: {len(self.trials)} trials{f' ({ended})' if ended else ''}, {self.words}. "
                 f'Error after the last epoch, mean ± sd over seeds; baseline {baseline}. '
-                'The smallest error is that of the images which chose it, so on others it will be larger.')
+                'The smallest error is that of the images which chose it, so on others expect a larger one.')
 
     def __repr__(self): return f'{self.caption}\n{self.shown.to_string()}'
     def _repr_html_(self): return f'<p>{escape(self.caption)}</p>{self.shown.to_html()}'

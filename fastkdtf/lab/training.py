@@ -343,7 +343,7 @@ def _faster_hint(precision, learn):
     "Return a line that names a faster precision, where there is one that was not asked for"
     faster = fast_precision(getattr(learn.dls, 'device', None))
     if precision != '32' or faster == '32' or not convolves(learn.model) or learn._grab_cbs(MixedPrecision): return None
-    return f"precision='{faster}' would train this network faster here, with other last digits"
+    return f'precision {faster} would train this network faster here, with other last digits'
 
 _format = 2   # raised when the numbers of a method change, so that runs of before are not taken for today's
 _said_by_the_campaign = 'rank','control_for','named','baseline','setting','description','split'   # parts of a record that decide no number

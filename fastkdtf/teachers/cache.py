@@ -138,7 +138,8 @@ class LogitStore:
         raise ValueError(f'{self.path} does not fit: {words} differs; give CachedTeacher another path, or delete this folder')
 
     def _check_classes(self, theirs, ours):
-        if theirs != ours: raise ValueError(f'{self.path} holds logits of {theirs} classes, and the teacher returned {ours}')
+        if theirs != ours: raise ValueError(f'{self.path} holds logits of {theirs} classes, and the teacher returned {ours}: '
+                                              'give CachedTeacher another path, or delete this folder')
 
     def refresh(self):
         "Take in what has been written since, here or elsewhere. Raises `ValueError` if it belongs to something else or is damaged"

@@ -55,7 +55,7 @@ def class_order(
 # %% ../../nbs/20a_teachers.inputs.ipynb #23c8a10c
 def input_stats(
     dl:DataLoader,
-)->tuple|None: # (mean, std), lists with a number a channel; None if it does not normalise
+)->tuple|None: # (mean, std), lists with one number for each channel; None if it does not normalise
     "Return the statistics that a loader's images are normalised with"
     transforms = getattr(getattr(dl, 'after_batch', None), 'fs', ())
     norm = next((t for t in transforms if isinstance(t, Normalize)), None)

@@ -34,7 +34,7 @@ def _check_stats(stats):
     "Return (mean, std) as lists of floats. Raises `ValueError` naming `teacher_norm`"
     try: mean,std = ([float(value) for value in stat] for stat in stats)
     except (TypeError, ValueError):
-        raise ValueError(f"teacher_norm must be 'auto', None, or the pair (mean, std) with a number a channel, got {stats!r}") from None
+        raise ValueError(f"teacher_norm must be 'auto', None, or the pair (mean, std) with a number for each channel, got {stats!r}") from None
     if not mean or len(mean) != len(std): raise ValueError(f'teacher_norm must have as many means as standard deviations, got {stats!r}')
     for value in std: check_number("teacher_norm's standard deviations", value, '(0,inf)')
     return mean,std
@@ -86,7 +86,7 @@ class NetworkTeacher(Teacher):
         model:nn.Module|Learner|str|Path, # the network; the path of an exported learner or of weights; or a name that timm knows
         arch:nn.Module|str|None=None, # for weights: the network, or its name for `create_model`
         vocab:Iterable|None=None, # what the outputs are called; a learner's are known
-        teacher_norm:str|tuple|list|None='auto', # (mean, std) of its inputs, a number a channel; 'auto': as known; None: the student's
+        teacher_norm:str|tuple|list|None='auto', # (mean, std) of its inputs, by channel; 'auto': as known; None: the student's
         teacher_size:int|tuple|None=None, # side of its images in pixels, or (height, width); None: as the student sees them
         fast:bool=True, # fold batch norms into convolutions
         trust:bool=False, # read the path of an exported learner, which runs the code in it
@@ -182,7 +182,8 @@ class NetworkTeacher(Teacher):
         logits = first_output(out)
         if not isinstance(logits, Tensor) or logits.ndim < 2: raise TypeError(f'{self!r} must return logits [N,K], got {_shown(out)}')
         n = logits.shape[self.axis]
-        if self.vocab is not None and n != len(self.vocab): raise ValueError(f'{self!r} returned {n} outputs for {len(self.vocab)} classes')
+        if self.vocab is not None and n != len(self.vocab):
+            raise ValueError(f'{self!r} returned {n} outputs, but vocab names {len(self.vocab)} classes')
         self._check_outputs(n)
         self._asked = True
         if logits.is_inference(): logits = logits.clone()

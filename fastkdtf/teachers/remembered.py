@@ -180,7 +180,8 @@ class ClassMeans(Teacher):
 
     def _check(self, batch):
         if not batch.y.is_floating_point(): return
-        raise TypeError('ClassMeans needs integer labels, got probabilities: no class has a mean prediction where each sample has several')
+        raise TypeError('ClassMeans needs integer labels, got probabilities: train with integer labels, since no class has a '
+                            'mean prediction where each sample has several')
 
     def observe(self, batch:Batch):
         "Add the predictions that are right"

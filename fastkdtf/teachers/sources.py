@@ -93,7 +93,8 @@ def _load_weights(path, arch):
         if n_classes < 2: raise ValueError(f'{path} holds no weights of a classifier: its last layer has {n_classes} outputs')
         with torch.random.fork_rng(): model = create_model(arch, n_classes)
     try: model.load_state_dict(without_prefix(weights, list(model.state_dict())))
-    except RuntimeError as e: raise ValueError(f'{path} does not hold the weights of this network ({_said(e)})') from e
+    except RuntimeError as e:
+        raise ValueError(f'{path} does not hold the weights of this network ({_said(e)}): say with arch= which network it was') from e
     return model
 
 # %% ../../nbs/20b_teachers.sources.ipynb #841eb4a4
