@@ -318,7 +318,8 @@ def _tune(args):
     files = [str(out/name) for name in ('tune.csv', *(f'tune_{parameter}.png' for parameter in found.parameters))]
     done = f"{_count(len(found.table), 'trial')} in {_took(start)}: {', '.join(files)}"
     confirmed = None if found.confirmed is None else _records_of(found.confirmed.table)
-    data = dict(caption=found.caption, table=_records_of(found.table), best=found.best_params, verdict=found.verdict, confirmed=confirmed, files=files)
+    best = None if found.finished.empty else found.best_params
+    data = dict(caption=found.caption, table=_records_of(found.table), best=best, verdict=found.verdict, confirmed=confirmed, files=files)
     return f'{found}\n\n{done}', data
 
 def _tune_options(p):
@@ -429,7 +430,7 @@ def _sweep(args):
     found = sweep(r, grid=grid, tpe=args.tpe, seeds=args.seeds, out=args.out, path=args.path, data=args.data, device=device, precision=args.precision, **size)
     files = [str(Path(args.out)/name) for name in ('sweep.csv', *(f'{parameter}.png' for parameter in found.parameters))]
     best,said = None,'no trial was finished'
-    if found.table.error.notna().any():
+    if not found.finished.empty:
         best = found.best_settings
         said = 'smallest error with ' + ', '.join(f'{p}={best[p]}' for p in found.parameters if p in best)
     done = f"{_count(len(found.table), 'trial')} in {_took(start)}, {said}: {', '.join(files)}"

@@ -362,7 +362,7 @@ def swept(monkeypatch):
     def sweep(recipe, dls=None, **kwargs):
         calls.append(dict(recipe=recipe.id, **kwargs))
         table = pd.DataFrame(dict(alpha=[.1, .5], error=[.2, .3]), index=pd.Index([0, 1], name='trial'))
-        return type('Swept', (), dict(table=table, parameters=['alpha'], best_settings=dict(alpha=.1), caption='Swept', __str__=lambda s: 'Swept'))()
+        return type('Swept', (), dict(table=table, finished=table, parameters=['alpha'], best_settings=dict(alpha=.1), caption='Swept', __str__=lambda s: 'Swept'))()
     monkeypatch.setattr(fastkdtf.lab.sweep, 'sweep', sweep)
     return lambda: calls
 

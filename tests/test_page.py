@@ -194,6 +194,8 @@ def test_diverged_runs_are_named():
     records = study() + [record('D', 0, .1, 5, last=dict(accuracy=.1, nll=None, ece=None, reliability=[[10., .1, .1]]*15)), record('D', 1, 5, last=nan_last, best=dict(accuracy=None), history=gone)]
     assert failures(Comparison(records))[:2] == ['D, seed 0: diverged, its loss is not a number (accuracy 10.00 %, which the table counts).', 'D, seed 1: diverged, its loss is not a number.']
     assert not failures(Comparison(study()))
+    c = Comparison(records)
+    assert len(c.diverged) == 2 and all(said in repr(c) and said in c._repr_html_() for said in c.diverged)
     unwritten = Comparison(study() + [record('D', 0, math.inf, 5, last=dict(accuracy=math.inf, nll=math.inf, ece=.1))])   # the ledger writes null
     assert failures(unwritten)[0] == 'D, seed 0: diverged, its loss is not a number.' and any(o.startswith('D cannot') for o in headline(unwritten))
     assert any(o.startswith('D cannot be judged') for o in headline(Comparison(records)))

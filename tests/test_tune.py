@@ -138,6 +138,19 @@ def test_a_second_method_in_a_folder_adds_to_table_and_report(tmp_path, draws):
     page = (tmp_path/'report.html').read_text()
     assert 'LsrKD' in page and 'TfKDReg' in page
 
+class Breaks(Callback):
+    "Weights that are no numbers after the first step, if `a` is large"
+    def __init__(self, a): self.a = a
+    def after_step(self):
+        if self.a > .5: next(self.model.parameters()).data.fill_(float('nan'))
+
+def test_a_trial_that_diverged_is_not_chosen(tmp_path):
+    found = tune(Breaks, learner(), 1, dict(a=[.7, .2]), confirm=0, out=tmp_path)
+    assert list(found.table.state) == ['diverged', 'complete'] and chosen(found) == {'a': .2}
+    found = tune(Breaks, learner(), 1, dict(a=[.7, .9]), confirm=1, out=tmp_path)
+    assert found.confirmed is None and 'Nothing was chosen' in repr(found) and 'Nothing was chosen' in found._repr_html_()
+    with pytest.raises(ValueError, match='all were pruned or diverged'): found.best_settings
+
 def test_loaders_without_a_test_set_confirm_on_their_validation_set(tmp_path):
     found = tune(LsrKD, learner(False), 1, dict(alpha=[.1, .5]), out=tmp_path, confirm=2)
     assert '38 samples to train on and 10 to choose by' in found.caption and 'on the former validation set' in found.verdict

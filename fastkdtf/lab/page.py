@@ -20,7 +20,7 @@ from fastcore.xml import Safe, Section, Span, Strong, Style, Table, Tbody, Td, T
 from ..files import replacing
 from .draw import *
 from .report import Comparison, comparisons
-from .statistics import last_score, mean_sd, number_or_nan, t_interval
+from .statistics import mean_sd, number_or_nan, t_interval
 
 # %% ../../nbs/45b_lab.page.ipynb #8e2ea040
 def _points(score, mean, low, high):
@@ -81,26 +81,13 @@ def _why_alone(c, names):
     return found
 
 # %% ../../nbs/45b_lab.page.ipynb #b740f890
-def _diverged(record):
-    "True if the last loss or accuracy of a run is not a number"
-    history = record['history']
-    losses = [history[column][-1] for column in ('train_loss', 'valid_loss') if history.get(column)]
-    known = [record['last'][name] for name in ('nll', 'valid_loss') if name in record['last']]
-    return any(math.isnan(number_or_nan(value)) for value in (last_score(record), *known, *losses))
-
 def failures(
     c:Comparison, # finished runs of one setting
 )->list: # sentences
     "Name the runs that diverged, and seeds that a method lacks"
-    out,seeds = [],{r['seed'] for r in c.records}
-    for name in c.names:
-        for r in filter(_diverged, c.runs(name)):
-            value,score = last_score(r),c.score
-            counted = '' if math.isnan(value) else f' ({score.metric} {score.text(value)}{score.unit}, which the table counts)'
-            out.append(f"{name}, seed {r['seed']}: diverged, its loss is not a number{counted}.")
-        lacks = sorted(seeds - {r['seed'] for r in c.runs(name)})
-        if lacks: out.append(f"{name}: no run with seed {', '.join(map(str, lacks))}.")
-    return out
+    seeds = {r['seed'] for r in c.records}
+    lacks = {name: sorted(seeds - {r['seed'] for r in c.runs(name)}) for name in c.names}
+    return c.diverged + [f"{name}: no run with seed {', '.join(map(str, missing))}." for name,missing in lacks.items() if missing]
 
 # %% ../../nbs/45b_lab.page.ipynb #73dd9481
 def _accuracy(c, look):

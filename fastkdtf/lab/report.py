@@ -67,6 +67,19 @@ def _described_controls(record, known):
         del parts[:n]
     return [name for name in found if name != record['method']]   # one that was not run may begin as its method does
 
+def _has_diverged(record):
+    "True if the last loss or score of a run is not a number"
+    history = record.get('history') or {}
+    losses = [history[column][-1] for column in ('train_loss', 'valid_loss') if history.get(column)]
+    known = [record['last'][name] for name in ('nll', 'valid_loss') if name in record['last']]
+    return any(math.isnan(number_or_nan(value)) for value in (last_score(record), *known, *losses))
+
+def _divergence(name, record, score):
+    "Return the sentence that names a run which has diverged"
+    value = last_score(record)
+    counted = '' if math.isnan(value) else f' ({score.metric} {score.text(value)}{score.unit}, which the table counts)'
+    return f"{name}, seed {record['seed']}: diverged, its loss is not a number{counted}."
+
 def _n_images(record):
     "Return how many images a run was tested on, by the bins of its reliability; None if it has none"
     n = sum(number_or_nan(n) for n,*_ in record['last'].get('reliability') or ())
@@ -340,9 +353,14 @@ class Comparison:
         "The notes, each behind the number that stands beside the methods"
         return [f'[{i}] {words}' for i,words in enumerate(self.notes, 1)]
 
-    def __repr__(self): return '\n'.join([f'{self.caption} {self.covers}', self.shown.to_string(), *self.footnotes])
+    @property
+    def diverged(self)->list: # sentences
+        "The runs whose loss is no number at the end, which the table counts"
+        return [_divergence(name, r, self.score) for name in self.names for r in filter(_has_diverged, self.runs(name))]
+
+    def __repr__(self): return '\n'.join([f'{self.caption} {self.covers}', self.shown.to_string(), *self.footnotes, *self.diverged])
     def _repr_html_(self):
-        notes = ''.join(f'<p>{escape(words)}</p>' for words in self.footnotes)
+        notes = ''.join(f'<p>{escape(words)}</p>' for words in (*self.footnotes, *self.diverged))
         return f'<p>{escape(self.caption)} {self.covers}</p>{self.shown.to_html()}{notes}'
 
     @property

@@ -386,11 +386,15 @@ class TrialTable:
         return dict(trial=trial.number, **settings, error=error, sd=sd, seeds=len(errors), state=state)
 
     @property
+    def finished(self)->pd.DataFrame:
+        "The rows of the trials that were neither pruned nor diverged"
+        return self.table[self.table.error.notna() & (self.table.state != 'diverged')]
+
+    @property
     def best(self)->pd.Series:
-        "The row of the trial with the smallest mean error, the first of equals"
-        errors = self.table.error.dropna()
-        if errors.empty: raise ValueError('no trial has been finished: all were pruned')
-        return self.table.loc[errors.idxmin()]
+        "The row of the finished trial with the smallest mean error, the first of equals. Raises `ValueError` if there is none"
+        if self.finished.empty: raise ValueError('no trial has been finished: all were pruned or diverged')
+        return self.finished.loc[self.finished.error.idxmin()]
 
     @property
     def best_settings(self)->dict:

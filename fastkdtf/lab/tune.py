@@ -101,8 +101,8 @@ class Tuned(TrialTable):
 
     @property
     def centre(self)->dict:
-        "The settings that a line of a figure goes through: the chosen ones"
-        return self.best_settings
+        "The settings that a line of a figure goes through: the chosen ones, if there are"
+        return self.own if self.finished.empty else self.best_settings
 
     def figure(self, parameter:str)->str:
         "Return the name of a parameter's figure"
@@ -113,6 +113,7 @@ class Tuned(TrialTable):
     @property
     def verdict(self)->str:
         "Say what was chosen, its error where it was chosen and where it was confirmed, and the same for its gain over the baseline"
+        if self.finished.empty: return 'Nothing was chosen: every trial was pruned or diverged. Try a smaller learning rate, or other settings.'
         unit = self.score.unit
         def text(*values): return mean_and_spread(*mean_sd(values), self.score) + unit
         best = self.best
@@ -214,7 +215,7 @@ def tune(
     errors = [error_of(first.train(baseline, s), n_epoch, first.score) for s in seeds]
     found = Tuned(name, name, own, space, trials.all(), errors, _in_words(first, n_epoch, seeds, made.share), tpe is None, first.score)
     trials.keep(found)
-    if confirm: _confirm(found, campaign, made, confirm, seeds, controls)
+    if confirm and not found.finished.empty: _confirm(found, campaign, made, confirm, seeds, controls)
     found.save(out)
     return found
 
