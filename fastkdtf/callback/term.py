@@ -168,7 +168,6 @@ def check_base_loss(
     if looks_like_probabilities(z):
         return warnings.warn('the model returned numbers that are not negative and sum to 1: probabilities, it seems, where logits are expected. The soft '
                              'term softens them as logits; let the model return logits, or their logarithm')
-    _check_share(learn)
     loss_func = _to_try(learn.loss_func)
     is_log = (torch.logsumexp(at_least_float32(z), 1).abs() < 1e-3).all()
     if pred is learn.pred: _check_by_calls(loss_func, learn, pred.detach(), batch.reduction, is_log)
@@ -452,6 +451,7 @@ class LossTerm(OneLearner):
         "Add every method's term, by name, so that the order of callbacks never matters"
         terms,learn = [term for term in self.siblings if term.run],self.learn
         if self is not terms[0] or not len(learn.yb): return
+        if not self.checked: _check_share(learn)
         labels = self.labels()
         base,graph = plain_tensors(learn.loss),plain_tensors(learn.loss_grad)   # plain: a subclass makes each operation ten times as slow
         n,loss = len(labels[0][0]),base.detach()
