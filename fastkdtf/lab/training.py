@@ -259,7 +259,9 @@ class MemoryStore:
         return todo
 
     def find(self, run:Run)->dict|None:
-        "Return the record of a run that was finished earlier, if the weights that others need are there too"
+        "Return the record of a run that was finished earlier"
+    def forget(self, run:Run):
+        "Delete what is left of the training of a finished run"
     def checkpoint(self, run:Run)->list:
         "Return callbacks that save the run under way"
         return []
@@ -271,6 +273,10 @@ class MemoryStore:
         "Keep weights that other runs need, and forget those of other seeds"
         same_seed = {key: kept for key,kept in self.kept.items() if kept[0] == run.seed}
         self.kept = {**same_seed, run.key: (run.seed, weights)}
+
+    def has_weights(self, run:Run)->bool:
+        "Are the weights of a finished run there?"
+        return run.key in self.kept
 
     def weights(self, run:Run)->dict:
         "Return the kept weights of a finished run"
@@ -297,25 +303,27 @@ class FolderStore(MemoryStore):
         return [Checkpoint(self._checkpoint_file(run))]
 
     def find(self, run:Run)->dict|None:
-        "Return the record of a finished run; None if it has none, or if weights that others need are gone"
-        if run.keep and not self._weights_file(run).exists(): return None
-        record = self.ledger.find(run.key)
-        if record: self._forget_checkpoint(run)   # a process that died just before may have left it
-        return record
+        "Return the record of a finished run"
+        return self.ledger.find(run.key)
 
-    def _forget_checkpoint(self, run):
+    def forget(self, run:Run):
+        "Delete the checkpoint of a finished run"
         file = self._checkpoint_file(run)
         for left in (file, file.with_name(f'{file.name}.tmp')): left.unlink(missing_ok=True)
 
     def add(self, run:Run, record:dict)->dict:
-        "Write the record of a finished run, delete its checkpoint, and return the record"
+        "Write the record of a finished run, unless it has one, and return its record"
         self.ledger.append(record)
-        self._forget_checkpoint(run)
-        return record
+        self.forget(run)
+        return self.find(run)
 
     def keep(self, run:Run, weights:dict):
         "Write weights that other runs need"
         with replacing(self._weights_file(run)) as f: torch.save(weights, f)
+
+    def has_weights(self, run:Run)->bool:
+        "Is there a file with the weights of a finished run?"
+        return self._weights_file(run).exists()
 
     def weights(self, run:Run)->dict:
         "Read the kept weights of a finished run. Raises `ValueError` if the file is damaged"
@@ -391,6 +399,7 @@ class Campaign:
         self.networks,self.measured = self._known_networks(learn),{}   # by what makes a network; teachers by arm and split
         self.told = {} if told is None else told   # by loaders and batch size
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
+        self.wanted = None   # the run whose weights are asked for
         for seed in seeds:
             for name in arms: self._plan_run(name, seed)
         self.store = self._open_store(out)
@@ -492,7 +501,7 @@ class Campaign:
     def record(self,
         run:Run, # one of `runs`
     )->dict|None:
-        "Return the record of a finished run; None if it is not finished, or if weights that others need are gone"
+        "Return the record of a finished run; None if it is not finished"
         if run.key not in self.finished and (record := self.store.find(run)): self._remember(run, record)
         return self.finished.get(run.key)
 
@@ -500,8 +509,13 @@ class Campaign:
         name:str, # an arm that keeps its weights
         seed:int,
     )->dict:
-        "Return the kept weights of a finished run"
-        return self.store.weights(self.runs[name, seed])
+        "Return the kept weights of a run. Where they are gone, it is trained again, after what it needs for that"
+        run = self.runs[name, seed]
+        if not self._has_all(run):
+            for need in run.needs: self.weights(need.arm, need.seed)
+            self.wanted = run
+            self._work([run])
+        return self.store.weights(run)
 
     def _teacher(self, run):
         "Return a finished run's network as a teacher"
@@ -538,8 +552,15 @@ class Campaign:
         if taught_by is not None: scores['teacher_accuracy'] = taught_by
         return {**self._head(run), **scores, **run_environment(getattr(self.dls, 'device', None))}
 
-    def _missing(self, run): return first(need for need in run.needs if self.record(need) is None)
-    def _todo(self, run): return 'later' if self._missing(run) else 'nothing' if self.record(run) else 'train'
+    def _has_all(self, run): return self.record(run) is not None and (not run.keep or self.store.has_weights(run))
+
+    def _settled(self, run):
+        "Is nothing left to do for a run? Its weights may be gone, unless a run that is left needs them"
+        if self.record(run) is None or self._has_all(run): return self._has_all(run)
+        return run is not self.wanted and all(self._settled(other) for other in self.runs.values() if run in other.needs)
+
+    def _missing(self, run): return first(need for need in run.needs if not self._has_all(need))
+    def _todo(self, run): return 'nothing' if self._settled(run) else 'later' if self._missing(run) else 'train'
 
     def train(self,
         name:str, # an arm; those that it needs must be finished
@@ -551,16 +572,19 @@ class Campaign:
         run = self.runs[name, seed]
         with self.store.claim(run, wait) as mine:
             todo = self.store.agree(self._todo(run) if mine else 'later')
+            if todo == 'nothing': self.store.forget(run)   # a process that died just before may have left it
             if todo == 'train':
                 record = self._train(run, [*self.store.checkpoint(run), *self.watch.get((name, seed), ()), *cbs])
                 self._remember(run, self.store.add(run, record))
         if todo == 'later' and wait: raise ValueError(f'{name!r}, seed {seed}, needs {self._missing(run).arm!r}, which is not finished')
         return None if todo == 'later' else self.record(run)
 
+    def _work(self, runs): work(runs, lambda run, wait, cbs: self.train(run.arm, run.seed, wait, cbs))
+
     def run(self)->list:
         "Train what is not finished yet, and return all records"
-        if self.hint and any(self.record(run) is None for run in self.runs.values()): print(self.hint, file=sys.stderr)
-        work(self.runs.values(), lambda run, wait, cbs: self.train(run.arm, run.seed, wait, cbs))
+        if self.hint and not all(map(self._settled, self.runs.values())): print(self.hint, file=sys.stderr)
+        self._work(self.runs.values())
         return [self.record(run) for run in self.runs.values()]
 
     def compare(self,
