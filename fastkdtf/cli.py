@@ -250,7 +250,7 @@ def _data_options(p):
                       'train_images, train_labels, test_images, test_labels, class_names; or digits, cifar10, cifar100, '
                       'cinic10, fashion_mnist, tiny_imagenet, imagenet, fer2013, raf')
     data.add_argument('--size', type=_positive, help='side to which images are cropped and scaled, in pixels; needed where sizes are mixed')
-    data.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded')
+    data.add_argument('--path', help='where the files of a named data set lie; without it they are downloaded where that is possible')
     data.add_argument('--augment', choices=('auto', 'none', 'flip+crop'), default='auto',
                       help='of training images; auto: what the papers do with sets known by name, else none')
     data.add_argument('--train-subset', type=_positive, help='train on so many images, drawn evenly from the classes')
@@ -488,11 +488,11 @@ def _described(spec, n_classes, settings):
     from fastkdtf.lab.one_run import make_callbacks
     from fastkdtf.lab.training import Awaited
     try:
-        _,arm = named_arm(spec, n_classes, 2, SomeTeacher(), **settings)
+        _,arm = named_arm(spec, n_classes, 2, SomeTeacher(), settings=settings)
         made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))
         found = [cb for part in made for cb in getattr(part, 'cbs', [part])]
         return [cb.describe(n_classes) for cb in found if hasattr(cb, 'describe')]
-    except (TypeError, ValueError, ArithmeticError) as e: raise UsageError(f'{spec}: {e}') from e
+    except (TypeError, ValueError, ArithmeticError) as e: raise UsageError(f'{spec}: {str(e).removeprefix(f"{spec}: ")}') from e
 
 def _in_words(d, name, n_classes):
     "Say which label smoothing a description amounts to"

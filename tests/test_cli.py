@@ -606,6 +606,17 @@ def test_settings_that_make_no_sense_are_one_line(settings, capsys):
     rc,out,err = call(capsys, 'describe', 'LsrKD', *settings)
     assert rc in (0, 2) and (rc == 0 or err.count('\n') == 1) and 'Traceback' not in out+err
 
+@pytest.mark.parametrize('name', all_methods())
+@pytest.mark.parametrize('setting', ['colour', 'teacher', 'n_classes', 'settings'])
+def test_a_setting_that_a_method_does_not_have_is_one_line(name, setting, capsys, tmp_path):
+    "What makes arms has arguments of its own, which are no settings of a method"
+    said = f"there is no setting '{setting}'; choose from "
+    rc,out,err = call(capsys, 'describe', name, f'{setting}=1')
+    assert rc == 2 and err.startswith(f'fastkdtf: {name}: {said}') and err.count('\n') == 1
+    assert not {'teacher', 'n_epoch'} & set(re.findall(r'\w+', err.partition('choose from')[2]))
+    rc,out,err = call(capsys, 'compare', '--data', 'digits', '--methods', f'{name}:{setting}=1', '--teacher', 'resnet14', '--out', str(tmp_path/'out'))
+    assert rc == 2 and f'{name}:{setting}=1: {said}' in err and err.count('\n') == 1 and not (tmp_path/'out').exists()
+
 def test_every_command_in_the_documentation_is_one():
     "Names, options and their values; nothing is run"
     nbs = Path(__file__).parents[1]/'nbs'

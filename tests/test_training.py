@@ -82,6 +82,65 @@ def test_what_a_teachers_own_learner_says_of_it_is_not_covered_by_the_students_s
     said = {run.arm: run.settings for run in campaign(arms, seeds=1, settings=dict(data='noise', arch='small')).runs.values()}
     assert {name: (s['data'], s['arch']) for name,s in said.items()} == {'teacher': ('noise', 'large'), 'a': ('noise', 'small')}
 
+@pytest.fixture
+def trained(monkeypatch):
+    "The arms that are trained, in order"
+    names,train = [],Campaign._train
+    def noted(self, run, cbs):
+        names.append(run.arm)
+        return train(self, run, cbs)
+    monkeypatch.setattr(Campaign, '_train', noted)
+    return names
+
+taught = {'teacher': Arm(keep='best', model_fn=large), 'baseline': Arm(keep='last'), 'student': Arm(KnowledgeDistillation, teacher='teacher', keep='last'),
+          'twice as long': Arm(start='baseline')}
+
+def test_where_all_is_finished_lost_weights_are_not_missed(tmp_path, trained):
+    first = campaign(taught, out=tmp_path).compare()
+    assert trained == [*taught]*2
+    trained.clear()
+    records = (tmp_path/'results.jsonl').read_bytes()
+    shutil.rmtree(tmp_path/'weights')
+    again = campaign(taught, out=tmp_path).compare()
+    assert not trained and str(again.table.to_csv()) == str(first.table.to_csv()) and (tmp_path/'results.jsonl').read_bytes() == records
+
+def test_lost_weights_are_trained_again_where_a_run_that_is_left_needs_them(tmp_path, trained):
+    campaign(taught, seeds=1, out=tmp_path).run()
+    student = torch.load(next(f for f in (tmp_path/'weights'/'last').iterdir() if f.stem == campaign(taught, seeds=1).runs['student', 0].digits))
+    shutil.rmtree(tmp_path/'weights')
+    trained.clear()
+    pupil = {**taught, 'pupil': Arm(partial(KnowledgeDistillation, tau=2.), teacher='student')}
+    c = campaign(pupil, seeds=1, out=tmp_path)
+    records = c.run()
+    assert trained == ['teacher', 'student', 'pupil'] and len(records) == 5 == len((tmp_path/'results.jsonl').read_text().splitlines())
+    assert all(torch.equal(v, student[k]) for k,v in c.weights('student', 0).items())
+    trained.clear()
+    shutil.rmtree(tmp_path/'weights')
+    whole,without = campaign(pupil, out=tmp_path),campaign(pupil, out=None)
+    with pytest.raises(ValueError, match="needs 'teacher'"): without.train('student', 0)
+    for o in (whole, without):
+        assert all(torch.equal(v, student[k]) for k,v in o.weights('student', 0).items())
+        assert trained == ['teacher', 'student']
+        trained.clear()
+
+def test_a_run_that_is_trained_again_to_another_end_says_so(tmp_path, trained, recwarn):
+    campaign(taught, seeds=1, out=tmp_path).run()
+    assert not [o for o in recwarn if 'were gone' in str(o.message)]
+    lines = (tmp_path/'results.jsonl').read_text().splitlines()
+    shutil.rmtree(tmp_path/'weights')
+    c = campaign({**taught, 'pupil': Arm(LsrKD, start='student')}, seeds=1, out=tmp_path)
+    c.record(c.runs['student', 0])['last']['accuracy'] = .123   # as another machine might have had it
+    with pytest.warns(UserWarning, match='weights of student, seed 0 were gone, and trained again reach accuracy .*, not the 0.123 '): c.run()
+    assert (tmp_path/'results.jsonl').read_text().splitlines()[:len(lines)] == lines
+
+def test_a_checkpoint_left_behind_is_deleted_when_its_run_is_found(tmp_path):
+    c = campaign({'baseline': Arm()}, seeds=1, out=tmp_path)
+    c.run()
+    left = tmp_path/'unfinished'/f"{c.runs['baseline', 0].digits}.pt"
+    left.write_bytes(b'')
+    campaign({'baseline': Arm()}, seeds=1, out=tmp_path).run()
+    assert not left.exists()
+
 def test_settings_of_an_arm_tell_its_runs_apart():
     differing = [{}, dict(settings=dict(arch='a')), dict(n_epoch=3), dict(fit='fit'), dict(model_fn=large),
                  dict(fit=partial(fit_steadily, lr=.1)), dict(fit=partial(fit_steadily, lr=.2))]

@@ -31,7 +31,7 @@ from fastai.learner import CastToTensor, Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device, get_model, get_random_states, set_random_states, to_device, to_float
-from fastcore.basics import patch
+from fastcore.basics import first, patch
 
 from ..core import *
 from ..fingerprint import fingerprint
@@ -43,7 +43,7 @@ from .one_run import LearnerParts, make_callbacks
 from .report import Comparison
 from .runs import RunsBar
 from ..callback.distill import Distill, KnowledgeDistillation
-from ..callback.methods import find_method, methods
+from ..callback.methods import SomeTeacher, find_method, methods
 from ..callback.survival import survival
 from ..callback.term import LossTerm, own_autocast
 from ..callback.twostage import effdstl_stages
@@ -76,6 +76,17 @@ def _taught(make, name, teacher):
 
 def _is_trained_first(teacher): return isinstance(teacher, (LearnerParts, LearnerLike, LearnerFrom))
 
+def _check_settings(text, arm, settings):
+    "Raise `ValueError` where an arm's method takes no such settings, or none of such a type"
+    make,n_given = arm.method,len(arm.teachers)
+    while isinstance(make, partial): make,n_given = make.func,n_given+len(make.args)
+    takes = [*signature(make).parameters.values()][n_given:]
+    known = [p.name for p in takes]
+    wrong = first(name for name in settings if name not in known)
+    if wrong and all(p.kind != p.VAR_KEYWORD for p in takes): raise ValueError(f'{text}: there is no setting {wrong!r}; choose from {", ".join(known)}')
+    try: arm.method(*[SomeTeacher()]*len(arm.teachers))
+    except TypeError as e: raise ValueError(f'{text}: {e}') from e
+
 def named_arm(
     text:str, # a method's name; settings may follow, as in `'KD:alpha=.5,tau=2'`
     n_classes:int,
@@ -83,17 +94,18 @@ def named_arm(
     teacher:object=None, # as `compare` takes it
     bs:int=64, # batch size, with which `EffDstl` scales its learning rates
     baseline:str='baseline',
-    **settings # further ones
+    settings:dict|None=None, # further ones
 )->tuple: # name in tables, `Arm`
     "Return the arm of a method that is given by name. Raises `ValueError` for a wrong name, a wrong setting or a missing teacher"
     name,own = method_spec(text)
-    label,settings = _label(name, own),{**own, **settings}
-    if name in _procedures: return label,_procedures[name](settings, n_classes, n_epoch, teacher, bs, baseline)
-    method = find_method(name)
-    try: method.example(n_classes, **settings)
-    except TypeError as e: raise ValueError(f'{text}: {e}') from e
-    make = partial(method.maker(n_classes), **settings) if settings else method.maker(n_classes)
-    return label,_taught(make, name, teacher) if method.needs_teacher else Arm(make)
+    label,settings = _label(name, own),{**own, **(settings or {})}
+    if name in _procedures: taught_by = partial(_procedures[name], settings, n_classes, n_epoch, bs=bs, baseline=baseline)
+    else:
+        method = find_method(name)
+        make = partial(method.maker(n_classes), **settings) if settings else method.maker(n_classes)
+        taught_by = partial(_taught, make, name) if method.needs_teacher else lambda teacher: Arm(make)
+    _check_settings(text, taught_by(SomeTeacher()), settings)
+    return label,taught_by(teacher)
 
 def _arms_of(methods, baseline, named):
     "Return methods by name as arms; what is no `Arm` becomes one"

@@ -9,7 +9,7 @@ __all__ = ['controls_of', 'with_controls', 'method_identity', 'Arm', 'Awaited', 
            'make_folder', 'MemoryStore', 'FolderStore', 'Campaign']
 
 # %% ../../nbs/40b_lab.training.ipynb #10167232
-import sys
+import sys, warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -559,6 +559,13 @@ class Campaign:
         if self.record(run) is None or self._has_all(run): return self._has_all(run)
         return run is not self.wanted and all(self._settled(other) for other in self.runs.values() if run in other.needs)
 
+    def _check_again(self, run, trained, before):
+        "Warn if a run that was trained again, for its weights, is not what its record says"
+        reached,recorded = (o['last'].get(self.score.metric) for o in (trained, before))
+        if recorded is None or reached == recorded: return
+        warnings.warn(f'the weights of {run} were gone, and trained again reach {self.score.metric} {reached:.4g}, not the {recorded:.4g} '
+                      'of their record: what they teach from now on is not quite what they taught')
+
     def _missing(self, run): return first(need for need in run.needs if not self._has_all(need))
     def _todo(self, run): return 'nothing' if self._settled(run) else 'later' if self._missing(run) else 'train'
 
@@ -574,8 +581,10 @@ class Campaign:
             todo = self.store.agree(self._todo(run) if mine else 'later')
             if todo == 'nothing': self.store.forget(run)   # a process that died just before may have left it
             if todo == 'train':
-                record = self._train(run, [*self.store.checkpoint(run), *self.watch.get((name, seed), ()), *cbs])
-                self._remember(run, self.store.add(run, record))
+                before = self.record(run)
+                trained = self._train(run, [*self.store.checkpoint(run), *self.watch.get((name, seed), ()), *cbs])
+                if before: self._check_again(run, trained, before)
+                self._remember(run, self.store.add(run, trained))
         if todo == 'later' and wait: raise ValueError(f'{name!r}, seed {seed}, needs {self._missing(run).arm!r}, which is not finished')
         return None if todo == 'later' else self.record(run)
 

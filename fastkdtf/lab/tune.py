@@ -146,7 +146,7 @@ def _space(grid, tpe, seed):
 def _method_with(method, settings, **named):
     "Return name and arm of a method with other settings. Raises `ValueError` where it does not take them"
     try:
-        if isinstance(method, str): return named_arm(method, **named, **settings)
+        if isinstance(method, str): return named_arm(method, **named, settings=settings)
         name = getattr(getattr(method, 'func', method), '__name__', 'method')
         made = partial(method, **settings)
         make_callbacks(made)
