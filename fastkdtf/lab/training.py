@@ -556,8 +556,9 @@ class Campaign:
 
     def _settled(self, run):
         "Is nothing left to do for a run? Its weights may be gone, unless a run that is left needs them"
-        if self.record(run) is None or self._has_all(run): return self._has_all(run)
-        return run is not self.wanted and all(self._settled(other) for other in self.runs.values() if run in other.needs)
+        if self._has_all(run): return True
+        if self.record(run) is None or run is self.wanted: return False
+        return all(self._settled(other) for other in self.runs.values() if run in other.needs)
 
     def _check_again(self, run, trained, before):
         "Warn if a run that was trained again, for its weights, is not what its record says"
