@@ -313,9 +313,9 @@ class FolderStore(MemoryStore):
 
     def add(self, run:Run, record:dict)->dict:
         "Write the record of a finished run, unless it has one, and return its record"
-        self.ledger.append(record)
+        new = self.ledger.append(record)
         self.forget(run)
-        return self.find(run)
+        return record if new else self.find(run)
 
     def keep(self, run:Run, weights:dict):
         "Write weights that other runs need"
