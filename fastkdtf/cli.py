@@ -486,10 +486,9 @@ def _described(spec, n_classes, settings):
     from fastkdtf.callback.methods import SomeTeacher
     from fastkdtf.lab.compare import named_arm
     from fastkdtf.lab.one_run import make_callbacks
-    from fastkdtf.lab.training import Awaited
     try:
         _,arm = named_arm(spec, n_classes, 2, SomeTeacher(), settings=settings)
-        made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))
+        made = make_callbacks(arm.planned)
         found = [cb for part in made for cb in getattr(part, 'cbs', [part])]
         return [cb.describe(n_classes) for cb in found if hasattr(cb, 'describe')]
     except (TypeError, ValueError, ArithmeticError) as e: raise UsageError(f'{spec}: {str(e).removeprefix(f"{spec}: ")}') from e

@@ -78,13 +78,14 @@ def _is_trained_first(teacher): return isinstance(teacher, (LearnerParts, Learne
 
 def _check_settings(text, arm, settings):
     "Raise `ValueError` where an arm's method takes no such settings, or none of such a type"
-    make,n_given = arm.method,len(arm.teachers)
+    method = make = arm.planned
+    n_given = 0
     while isinstance(make, partial): make,n_given = make.func,n_given+len(make.args)
     takes = [*signature(make).parameters.values()][n_given:]
     known = [p.name for p in takes]
     wrong = first(name for name in settings if name not in known)
     if wrong and all(p.kind != p.VAR_KEYWORD for p in takes): raise ValueError(f'{text}: there is no setting {wrong!r}; choose from {", ".join(known)}')
-    try: arm.method(*[SomeTeacher()]*len(arm.teachers))
+    try: method()
     except TypeError as e: raise ValueError(f'{text}: {e}') from e
 
 def named_arm(
@@ -120,10 +121,6 @@ def _arms_of(methods, baseline, named):
         if method is None and name != baseline: raise ValueError(f'methods: {name!r} is None, which only the baseline may be ({baseline!r})')
     return {name: method if isinstance(method, Arm) else Arm(method) for name,method in methods.items()}
 
-def _planned_method(arm):
-    "Return an arm's method as it can be made before its teachers exist"
-    return partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]) if arm.teachers else arm.method
-
 def _check_blocks(planned, model):
     "Check that a network has residual blocks where a method drops some"
     droppers = tuple(m.make for m in methods.values() if 'residual blocks' in m.needs and isinstance(m.make, type))
@@ -146,7 +143,7 @@ def planned_arms(
     needed = {need for arm in arms.values() for need in arm.needs}
     if baseline not in arms or baseline in needed: arms = {baseline: Arm(), **arms}
     if 'teacher' in needed and 'teacher' not in arms: arms = {'teacher': Arm(named=False, make_learner=teacher), **arms}
-    plain = {name: _planned_method(arm) for name,arm in arms.items()}
+    plain = {name: arm.planned for name,arm in arms.items()}
     _check_blocks(plain, learn.model)
     for name,(method,control_for,named) in with_controls(plain, get_c(learn.dls), controls).items():
         arms[name] = replace(arms[name], control_for=control_for) if name in arms else control_arm(method, control_for, named)

@@ -146,6 +146,11 @@ class Arm:
         "Names of the arms that must come before it"
         return self.teachers if self.start is None else [*self.teachers, self.start]
 
+    @property
+    def planned(self)->Callback|Callable|Iterable|None:
+        "Its method as it can be made before its teachers exist"
+        return partial(self.method, *[Awaited(name, 'best') for name in self.teachers]) if self.teachers else self.method
+
     def filled(self,
         **shared # the campaign's own, by field
     )->'Arm':
@@ -399,7 +404,6 @@ class Campaign:
         self.networks,self.measured = self._known_networks(learn),{}   # by what makes a network; teachers by arm and split
         self.told = {} if told is None else told   # by loaders and batch size
         self.runs,self.descriptions,self.finished = {},{},{}   # by (name, seed); by key; records, by key
-        self.wanted = None   # the run whose weights are asked for
         for seed in seeds:
             for name in arms: self._plan_run(name, seed)
         self.store = self._open_store(out)
@@ -513,8 +517,7 @@ class Campaign:
         run = self.runs[name, seed]
         if not self._has_all(run):
             for need in run.needs: self.weights(need.arm, need.seed)
-            self.wanted = run
-            self._work([run])
+            self._work([run], weights=True)
         return self.store.weights(run)
 
     def _teacher(self, run):
@@ -557,8 +560,7 @@ class Campaign:
     def _settled(self, run):
         "Is nothing left to do for a run? Its weights may be gone, unless a run that is left needs them"
         if self._has_all(run): return True
-        if self.record(run) is None or run is self.wanted: return False
-        return all(self._settled(other) for other in self.runs.values() if run in other.needs)
+        return self.record(run) is not None and all(self._settled(other) for other in self.runs.values() if run in other.needs)
 
     def _check_again(self, run, trained, before):
         "Warn if a run that was trained again, for its weights, is not what its record says"
@@ -568,18 +570,21 @@ class Campaign:
                       'of their record: what they teach from now on is not quite what they taught')
 
     def _missing(self, run): return first(need for need in run.needs if not self._has_all(need))
-    def _todo(self, run): return 'nothing' if self._settled(run) else 'later' if self._missing(run) else 'train'
+    def _todo(self, run, weights):
+        done = self._has_all(run) if weights else self._settled(run)
+        return 'nothing' if done else 'later' if self._missing(run) else 'train'
 
     def train(self,
         name:str, # an arm; those that it needs must be finished
         seed:int,
         wait:bool=True, # for another process that trains it; False returns None then, or where what it needs is not finished
         cbs:Iterable=(), # further callbacks, which change nothing
+        weights:bool=False, # train it again too if weights that it should keep are gone, though no run that is left needs them
     )->dict|None:
         "Return the record of one run, trained now if it is not finished"
         run = self.runs[name, seed]
         with self.store.claim(run, wait) as mine:
-            todo = self.store.agree(self._todo(run) if mine else 'later')
+            todo = self.store.agree(self._todo(run, weights) if mine else 'later')
             if todo == 'nothing': self.store.forget(run)   # a process that died just before may have left it
             if todo == 'train':
                 before = self.record(run)
@@ -589,7 +594,7 @@ class Campaign:
         if todo == 'later' and wait: raise ValueError(f'{name!r}, seed {seed}, needs {self._missing(run).arm!r}, which is not finished')
         return None if todo == 'later' else self.record(run)
 
-    def _work(self, runs): work(runs, lambda run, wait, cbs: self.train(run.arm, run.seed, wait, cbs))
+    def _work(self, runs, weights=False): work(runs, lambda run, wait, cbs: self.train(run.arm, run.seed, wait, cbs, weights))
 
     def run(self)->list:
         "Train what is not finished yet, and return all records"

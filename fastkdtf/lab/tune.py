@@ -157,7 +157,7 @@ def _own_settings(method, named):
     "Return the settings that a method has where nothing is said; none where it cannot be made without"
     try:
         _,arm = _method_with(method, {}, **named)
-        made = make_callbacks(partial(arm.method, *[Awaited(name, 'best') for name in arm.teachers]))
+        made = make_callbacks(arm.planned)
     except (TypeError, ValueError): return {}
     return dict(getattr(made[0], 'settings', None) or {}) if len(made) == 1 else {}
 
