@@ -52,6 +52,6 @@ def no_drawing(request, monkeypatch):
     "Comparisons make no figures and an empty page: these take longer than small trainings. Not for tests that ask for `draws`"
     if 'draws' in request.fixturenames: return
     from matplotlib import pyplot as plt
-    from fastkdtf.lab import page, report
+    from fastkdtf.lab import page, report, reproduction   # noqa: F401, which would keep the empty page if it were first imported below
     for o in ('plot_accuracy', 'plot_curves'): monkeypatch.setattr(report.Comparison, o, lambda self: plt.figure(figsize=(1, 1)))
     monkeypatch.setattr(page, 'report_html', lambda *args, **kwargs: '<html></html>\n')
