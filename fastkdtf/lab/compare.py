@@ -38,6 +38,7 @@ from ..fingerprint import fingerprint
 from ..names import method_spec
 from ..teachers.frozen import copy_model
 from ..vision.loader import LastBatch, batch_info
+from .arms import *
 from .measure import interleaved_times, median_ratio, peak_memory
 from .one_run import LearnerParts, make_callbacks
 from .report import Comparison

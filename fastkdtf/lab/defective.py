@@ -27,9 +27,10 @@ from torch import nn
 from ..core import *
 from ..callback.checkpoint import Checkpoint
 from ..callback.distill import KnowledgeDistillation
-from ..files import read_json, replacing, run_lock
+from ..files import make_folder, read_json, replacing, run_lock
 from ..pickles import read_saved
 from ..fingerprint import settings_digest
+from .arms import Arm
 from .one_run import evaluation_set, reported_scores, train_run, weights_on_cpu
 from .procedures import Student, Taught
 from .training import *

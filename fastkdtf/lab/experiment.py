@@ -28,13 +28,16 @@ from fastcore.foundation import L
 
 from ..core import *
 from ..callback.stages import with_batch_size
+from ..files import make_folder
 from ..fingerprint import fingerprint, settings_digest
+from .arms import Arm, control_arm
 from .measure import keep_freed_memory
 from .one_run import LearnerParts, evaluation_set
 from .parallel import end_of_training
 from .recipes import Recipe, recipe as recipe_of
 from .reproduction import Reproduction
 from .runs import Ledger, Run, check_run, ray_work, run_environment, tried, work
+from .stores import FolderStore
 from .training import *
 
 # %% ../../nbs/47b_lab.experiment.ipynb #8a2311a0

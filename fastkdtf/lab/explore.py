@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..callback.effdstl import WatchedDistill
+from .arms import Arm
 from .draw import save_png
 from .interpret import evaluating
 from .one_run import LearnerParts
 from .report import Comparison, csv_safe
 from .statistics import last_accuracy
-from .training import Arm, Campaign
+from .training import Campaign
 from ..targets import Amplify, Correct, Regularization, Replace, SmoothTo
 from ..teachers.network import NetworkTeacher, as_teacher
 

@@ -25,6 +25,7 @@ from torch import nn
 from ..core import *
 from ..callback.distill import KnowledgeDistillation
 from ..callback.term import is_fit
+from .arms import *
 from .draw import plain, save_png
 from .learners import *
 from .one_run import teacher_accuracy

@@ -36,8 +36,8 @@ from ..callback.effdstl import CKM, WSL
 from ..callback.schedules import Schedule, fit_start, make_optimizer
 from ..callback.selfguide import SelfGuidance, StochasticDepth
 from ..callback.twostage import effdstl_stages
+from .arms import Awaited, with_controls
 from .one_run import make_callbacks
-from .training import Awaited, with_controls
 from ..vision.augment import Augment
 from ..vision.data import KDDataLoaders, kd_dataloaders
 from ..vision.models import create_model

@@ -19,8 +19,9 @@ from ..core import *
 from .experiment import recipe_campaign
 from .recipes import Recipe, recipe as find_recipe
 from .study import *
+from ..files import make_folder
 from ..fingerprint import fingerprint, settings_digest
-from .training import check_seeds, make_folder
+from .training import check_seeds
 
 # %% ../../nbs/48_lab.sweep.ipynb #9232dab9
 _wang = dict(

@@ -21,7 +21,9 @@ from fastai.learner import Learner
 
 from ..callback.stages import with_batch_size
 from ..core import *
+from ..files import make_folder
 from ..fingerprint import fingerprint, settings_digest
+from .arms import Arm
 from .compare import planned_arms, named_arm, takes_parts
 from .learners import check_learner, check_no_method, check_step, learner_maker
 from .one_run import make_callbacks
