@@ -156,10 +156,12 @@ def label_loss(
     "Return `hard·H(q, p) + soft·D_KL(t, p_τ)` for a target that depends on the label alone. Raises `ValueError` without weights"
     if reduction not in ('none', 'mean', 'sum'): check_choice('reduction', reduction, ('none', 'mean', 'sum'))
     if type(z) is not Tensor or z.dtype != torch.float32: z = at_least_float32(z)
+    kind = z.dtype
+    if tau > float32_until: z = precise_for(z, tau)
     if type(y) is not Tensor: y = y.as_subclass(Tensor)
     y = y.detach().to(z.dtype) if y.is_floating_point() else y.long()
     coefs = _coefficients(target, tau, hard, soft, entropy, z.shape[1])
-    if z.ndim < 4: return _LabelLoss.apply(z, y, coefs, reduction, ignore_index)
+    if z.ndim < 4: return _LabelLoss.apply(z, y, coefs, reduction, ignore_index).to(kind)
     z_flat,y_flat = z.flatten(2),y.flatten(2 if y.is_floating_point() else 1)
-    loss = _LabelLoss.apply(z_flat, y_flat, coefs, reduction, ignore_index)
+    loss = _LabelLoss.apply(z_flat, y_flat, coefs, reduction, ignore_index).to(kind)
     return loss.view(z.shape[:1] + z.shape[2:]) if reduction == 'none' else loss

@@ -68,7 +68,7 @@ class FunctionLoss(SoftLoss):
 
     def __call__(self, batch:Batch, target:Tensor|TwoValued)->Tensor:
         dense = target.dense(batch.y, batch.n_classes) if isinstance(target, TwoValued) else target
-        return self.function(batch.z/batch.tau[1], dense)
+        return self.function(precise_for(batch.z, batch.tau[1])/batch.tau[1], dense)
 
     def notes(self, n_classes:int)->list:
         return ['the loss is a function of your own: its gradient, its scale and its controls are not known']

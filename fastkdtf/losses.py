@@ -96,7 +96,7 @@ class LsrKDLoss(LabelOnlyLoss):
     ):
         super().__init__(**kwargs)
         self.alpha = check_number('alpha', alpha, '[0,1]')
-        self.tau   = check_number('tau', tau, '(0,inf)')
+        self.tau   = check_number('tau', tau, temperatures)
         self.gamma = gamma if gamma is None else check_number('gamma', gamma, '(0,1)')
         self.settings = dict(alpha=alpha, tau=tau, gamma=gamma)
 
@@ -119,7 +119,7 @@ class TfKDRegLoss(LabelOnlyLoss):
     ):
         super().__init__(**kwargs)
         self.alpha = check_number('alpha', alpha, '[0,1]')
-        self.tau   = check_number('tau', tau, '(0,inf)')
+        self.tau   = check_number('tau', tau, temperatures)
         self.correct_prob = check_number('correct_prob', correct_prob, '(0,1)')
         self.scale = check_scale(scale)
         self.variant,self.multiplier = check_variant(variant, multiplier)
@@ -162,7 +162,7 @@ class KDLoss(TeacherLoss):
     ):
         super().__init__(**kwargs)
         self.alpha = check_number('alpha', alpha, '[0,1]')
-        self.tau   = check_number('tau', tau, '(0,inf)')
+        self.tau   = check_number('tau', tau, temperatures)
         self.scale = check_scale(scale)
         self.variant,self.multiplier = check_variant(variant, multiplier)
         self.settings = dict(alpha=alpha, tau=tau, scale=scale, variant=variant, multiplier=multiplier)
@@ -202,9 +202,9 @@ class WSLLoss(TeacherLoss):
     ):
         super().__init__(**kwargs)
         self.beta = check_number('beta', beta, '[0,inf)')
-        self.tau  = check_number('tau', tau, '(0,inf)')
+        self.tau  = check_number('tau', tau, temperatures)
         self.smoothing = check_number('smoothing', smoothing, '[0,1]')
-        self.weight = WSLWeight(check_number('weight_tau', weight_tau, '(0,inf)'))
+        self.weight = WSLWeight(check_number('weight_tau', weight_tau, temperatures))
         self.settings = dict(beta=beta, tau=tau, weight_tau=weight_tau, smoothing=smoothing)
 
     @classmethod
@@ -244,7 +244,7 @@ class CKMLoss(TeacherLoss):
         **kwargs # `axis`, `reduction`, `ignore_index`
     ):
         super().__init__(**kwargs)
-        self.tau = check_number('tau_teacher', tau_teacher, '(0,inf)'),check_number('tau_student', tau_student, '(0,inf)')
+        self.tau = check_number('tau_teacher', tau_teacher, temperatures),check_number('tau_student', tau_student, temperatures)
         self.rewrite = SmoothTo(check_number('smooth_to', smooth_to, '(0,1]'), on=Correct() & StudentAhead())
         self.settings = dict(tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)
 

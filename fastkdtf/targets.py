@@ -37,7 +37,7 @@ def _apart(logits, y):
     return z.gather(axis, index)-largest, others-largest, axis
 
 def _odds(label, others, axis, tau):
-    if tau != 1: label,others = label/tau,others/tau
+    if tau != 1: label,others = (precise_for(o, tau)/tau for o in (label, others))
     return (label - others.exp().sum(axis, keepdim=True).log()).squeeze(axis)
 
 def _apart_in(batch, who):
@@ -116,7 +116,7 @@ class WSLWeight:
         tau:float=1., # temperature of both cross-entropies; EffDstl's code takes that of the soft loss
         eps:float=1e-7, # beside the teacher's cross-entropy
     ):
-        self.tau = check_number('tau', tau, '(0,inf)')
+        self.tau = check_number('tau', tau, temperatures)
         self.eps = check_number('eps', eps, '(0,inf)')
 
     def __call__(self, batch:Batch)->Tensor: # `[N,…]`, in [0,1]

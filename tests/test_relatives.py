@@ -251,3 +251,34 @@ def test_labels_that_are_probabilities_are_the_mean_over_their_labels(make):
 def test_several_teachers_count_by_their_mean(make):
     several,one,other = (grads(make(says(zt)))[0] for zt in (torch.stack([ZT, Z.flip(0)]), ZT, Z.flip(0)))
     assert several == pytest.approx((one+other)/2, rel=1e-9)
+
+
+# ---------------------------------------------------------------- high temperatures
+
+def cast(zt): return lambda batch: zt.to(batch.z.dtype)
+
+HOT = {
+    'LsrKD': lambda tau: LsrKD(tau=tau), 'LsrKD-TC': lambda tau: LsrKD(tau=tau, gamma=.3), 'TfKDReg': lambda tau: TfKDReg(tau=tau),
+    'KD': lambda tau: KnowledgeDistillation(cast(ZT), tau=tau), 'KD, ce': lambda tau: Distill(cast(ZT), tau=tau, loss='ce', scale='tau'),
+    'two teachers': lambda tau: KnowledgeDistillation(lambda batch: torch.stack([ZT, ZT.flip(1)]).to(batch.z.dtype), tau=tau),
+    'an ensemble': lambda tau: KnowledgeDistillation([Rows(ZT), Rows(ZT.flip(1))], tau=tau),
+    'another for each': lambda tau: Distill(cast(ZT), tau=(2., tau)), 'standardised': lambda tau: StandardisedKD(cast(ZT), tau=tau),
+    'WSL': lambda tau: WSL(cast(ZT), tau=tau, weight_tau=tau), 'DKD': lambda tau: DKD(cast(ZT), tau=tau, warmup=1),
+    'NKD': lambda tau: NKD(cast(ZT), tau=tau), 'DIST': lambda tau: DIST(cast(ZT), tau=tau),
+    'a function': lambda tau: Distill(cast(ZT), tau=tau, loss=lambda z, t: F.kl_div(z.log_softmax(1), t, reduction='none').sum(1)),
+    **{type(rewrite).__name__: lambda tau, rewrite=rewrite: Distill(cast(ZT), tau=tau, rewrite=rewrite)
+       for rewrite in (TeacherCorrection(.4), SmoothTo(.6), Amplify(.3), Amplify(.3, who='student'), Replace(cast(ZT.flip(0))), SmoothTo(.6, on=Correct()))},
+    'a rewrite of two values': lambda tau: Distill(VirtualTeacher(.9), tau=tau, rewrite=SmoothTo(.5, on=Correct()))}
+
+@pytest.mark.parametrize('tau', [100., 1e4, 1e6])
+@pytest.mark.parametrize('name', HOT)
+def test_high_temperatures_are_as_exact_in_float32_as_in_float64(name, tau):
+    def grad(dtype):
+        look = Look()
+        with (learn := rows_learner(HOT[name](tau), Z.to(dtype), cbs=[look])).no_logging(): learn.fit(1)
+        assert look.steps[-1][1].dtype == dtype
+        return look.steps[-1][0],look.steps[-1][1].double()
+    (loss,ours),(expected,theirs) = map(grad, (torch.float32, torch.float64))
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-14*tau**2)   # what float64 rounds
+    assert torch.allclose(ours, theirs, rtol=2e-5, atol=1e-6*theirs.abs().max().item())
+    assert theirs.abs().max() > 0

@@ -201,7 +201,7 @@ def test_a_loss_of_the_whole_batch_refuses_weights_of_samples():
 
 @pytest.mark.parametrize('bad,words', [
     (lambda: PSKD(1.1), r'alpha_t must be in \[0,1\], got 1.1'), (lambda: OnlineLabelSmoothing(-.1), r'alpha must be in \[0,1\]'),
-    (lambda: OnlineLabelSmoothing(first='zero'), "first must be one of 'uniform', 'label'"), (lambda: DLB(tau=0), r'tau must be in \(0,inf\)'),
+    (lambda: OnlineLabelSmoothing(first='zero'), "first must be one of 'uniform', 'label'"), (lambda: DLB(tau=0), r'tau must be in \(0,1e6]'),
     (lambda: CSKD(-1.), r'alpha must be in \[0,inf\)|lam must be'), (lambda: RDrop(-1.), r'alpha must be in \[0,inf\), got -1.0'),
     (lambda: MeanTeacher(1.), r'decay must be in \[0,1\), got 1.0'), (lambda: MeanTeacher(w=-1.), r'w must be in \[0,inf\)'),
     (lambda: MeanTeacher(loss='l1'), "loss must be one of 'kl', 'mse'"), (lambda: MeanTeacher(rampup=-1), 'rampup must be at least 0'),

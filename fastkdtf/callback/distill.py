@@ -28,7 +28,9 @@ from ..core import *
 from ..describe import Description
 from ..divergence import SoftLoss, as_soft_loss
 from ..targets import LogitStandardisation, TeacherCorrection
-from ..teachers.base import LabelTeacher, Teacher, UniformTeacher, VirtualTeacher
+from ..fingerprint import is_of_library
+from ..teachers.base import FunctionTeacher, LabelTeacher, Teacher, UniformTeacher, VirtualTeacher
+from ..teachers.inputs import copied
 from ..teachers.memory import MemoryTeacher
 from ..teachers.network import as_teacher
 from .term import LossTerm, check_base_loss, known_classes, own_autocast
@@ -62,6 +64,10 @@ def _check_shape(name, value, *shapes):
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     raise TypeError(f'{name} must return a tensor of shape {tuple(shapes[0])}, got {got}')
 
+def _may_read_late(teacher):
+    "True for a function of the user's, or a teacher of another class than ours, that is asked after the student"
+    return not teacher.before_student and (isinstance(teacher, FunctionTeacher) or not is_of_library(type(teacher)))
+
 class ByEpoch:
     "A schedule that changes from epoch to epoch, where fastai's change from batch to batch"
     def __init__(self,
@@ -85,12 +91,12 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing', 'sees_inputs')
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing', 'sees_inputs', 'asks_late')
     skipped,checked,n_outputs,_label_matters = False,False,None,True
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
     listeners = {}   # event → those of them that do something then
     asks_early,refuses_mixing = True,False   # whether a teacher may need no student; whether one wants no mixed images
-    sees_inputs = True   # whether one sees more than labels
+    sees_inputs,asks_late = True,False   # whether one sees more than labels; whether one of the user's reads the inputs after the student
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
@@ -110,7 +116,7 @@ class Distill(LossTerm):
         _check_pair('tau', tau, "teacher's, student's")
         if isinstance(alpha, tuple): self.alpha = tuple(check_schedule('alpha', weight, '[0,inf)') for weight in alpha)
         else:                        self.alpha = check_schedule('alpha', alpha, '[0,1]')
-        self.tau = tuple(check_schedule('tau', one, '(0,inf)') for one in (tau if isinstance(tau, tuple) else (tau, tau)))
+        self.tau = tuple(check_schedule('tau', one, temperatures) for one in (tau if isinstance(tau, tuple) else (tau, tau)))
         self.scale,self.soft_loss,self.sample_weight = check_scale(scale),as_soft_loss(loss),sample_weight
         self.teacher,self.rewrites = as_teacher(teacher),(rewrite,) if callable(rewrite) else tuple(rewrite)
         self.variant,self.multiplier = check_variant(variant, multiplier)
@@ -204,6 +210,7 @@ class Distill(LossTerm):
         self.asks_early = any(teacher.before_student for teacher in self.teachers.values())
         self.refuses_mixing = any(teacher.refuses_mixing for teacher in self.teachers.values())
         self.sees_inputs = not all(isinstance(teacher, LabelTeacher) for teacher in self.teachers.values())
+        self.asks_late = any(_may_read_late(teacher) for teacher in self.teachers.values())
         self._check_mixing()
         self._label_matters = self._asks_label()
         for teacher in self.owned: teacher.attach(self.learn)
@@ -260,6 +267,7 @@ class Distill(LossTerm):
         if self.refuses_mixing: self._check_mixing()
         for teacher in self.listeners['before_batch']: teacher.before_batch()
         batch = self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
+        if self.asks_late: batch.xb = copied(batch.xb)   # the student may write into its own
         if self.asks_early: self.ask(batch, before_student=True)
 
     def ask(self,
@@ -341,7 +349,9 @@ class Distill(LossTerm):
     def _renew(self, batch):
         "Take the inputs that the student has read, where a callback has changed them since. Raises `ValueError` where a teacher has answered before"
         x = self.learn.xb[0]
-        if len(batch.xb) == 1 and isinstance(x, Tensor) and x.data_ptr() == batch.xb[0].data_ptr(): return
+        if len(batch.noted) == 1 and isinstance(x, Tensor):   # the usual case, which takes no time
+            t,version = batch.noted[0]
+            if x.data_ptr() == t.data_ptr() and t._version == version: return
         if batch.answers: self.check_inputs(batch)
         elif self.inputs_changed(batch): batch.xb,batch.idx,batch.view = plain_tensors(tuple(self.learn.xb)),None,None
 

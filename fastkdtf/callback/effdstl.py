@@ -76,7 +76,7 @@ class WSL(WatchedDistill):
         name:str|None=None, # needed for a second callback of the same class
     ):
         check_schedule('beta', beta, '[0,inf)')
-        super().__init__(teacher, (1., beta), tau, loss='ce', sample_weight=WSLWeight(check_number('weight_tau', weight_tau, '(0,inf)')), name=name)
+        super().__init__(teacher, (1., beta), tau, loss='ce', sample_weight=WSLWeight(check_number('weight_tau', weight_tau, temperatures)), name=name)
         self.settings = dict(teacher=self.teacher, beta=beta, tau=tau, weight_tau=weight_tau)
 
     @classmethod
@@ -104,7 +104,7 @@ class CKM(WatchedDistill):
         smooth_to:float=.99, # probability of the labelled class where the rule applies, in (0,1]
         name:str|None=None, # needed for a second callback of the same class
     ):
-        for arg,v in (('tau_teacher', tau_teacher), ('tau_student', tau_student)): check_schedule(arg, v, '(0,inf)')
+        for arg,v in (('tau_teacher', tau_teacher), ('tau_student', tau_student)): check_schedule(arg, v, temperatures)
         rule = SmoothTo(check_number('smooth_to', smooth_to, '(0,1]'), on=Correct() & StudentAhead())
         super().__init__(teacher, (0., 1.), (tau_teacher, tau_student), scale=1, loss='ce', rewrite=rule, name=name)
         self.settings = dict(teacher=self.teacher, tau_teacher=tau_teacher, tau_student=tau_student, smooth_to=smooth_to)

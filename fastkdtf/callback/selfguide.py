@@ -191,7 +191,7 @@ class SelfGuidance(DropsBranches, LossTerm):
     ):
         check_types(SelfGuidance.__init__, locals())
         super().__init__(name)
-        self.lam,self.tau = check_number('lam', lam, '[0,inf)'),check_number('tau', tau, '(0,inf)')
+        self.lam,self.tau = check_number('lam', lam, '[0,inf)'),check_number('tau', tau, temperatures)
         if not (detach or full_backward): raise ValueError('detach=False teaches the full network too, full_backward=False leaves it untaught: choose one')
         self.draws,self.detach,self.full_backward = Draws(p_last, seed),detach,full_backward
         self.settings = dict(lam=lam, tau=tau, p_last=p_last, detach=detach, full_backward=full_backward, seed=seed)

@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/callback.survival.html.md"""
 
 # %% auto #0
 __all__ = ['register_block', 'residual_blocks', 'survival_probs', 'survival', 'set_drawn', 'subnetwork', 'without_survival',
-           'draw_bits', 'fixed_statistics', 'second_pass', 'fold']
+           'draw_bits', 'fixed_statistics', 'writes_inputs', 'second_pass', 'fold']
 
 # %% ../../nbs/33_callback.survival.ipynb #956cab8c
 import random
@@ -36,6 +36,7 @@ from ..vision import cifar_nets
 from ..core import *
 from ..teachers.copying import copy_model, remainder
 from ..teachers.frozen import bare_network, output_distance
+from ..teachers.inputs import copied, tensors_in
 
 # %% ../../nbs/33_callback.survival.ipynb #341b0c14
 _branches_of = {}   # class of a block → function of a block of it: its branches
@@ -336,11 +337,22 @@ def _check_trace(model, xb):
     states,said = get_random_states(),[]
     for _ in range(2):
         set_random_states(**states)
-        with torch.no_grad(), fixed_statistics(model, generators=True): said.append(model(*xb))
+        with torch.no_grad(), fixed_statistics(model, generators=True): said.append(model(*copied(xb)))
     set_random_states(**states)
     if output_distance(*said) <= 1e-3: return
     raise ValueError(f'a second pass over a batch would count twice in the {type(model).__name__}: it changes an object that one of its modules holds; '
                      'keep what training changes in buffers or attributes')
+
+def writes_inputs(
+    model:nn.Module, # in training mode
+    xb:tuple, # its inputs
+)->bool:
+    "True if a network changes its inputs in place, as `x.sub_(mean)` does. It runs once more, which leaves nothing behind"
+    states,xb = get_random_states(),copied(xb)
+    before = [(t, t._version) for t in tensors_in(xb)]
+    with torch.no_grad(), fixed_statistics(model, generators=True): model(*xb)
+    set_random_states(**states)
+    return any(t._version != version for t,version in before)
 
 def second_pass(
     model:nn.Module, # in training mode
@@ -351,7 +363,7 @@ def second_pass(
     "Return what a network says of a batch beside its own pass over it. Raises `ValueError` where that pass would be another one for it"
     network = bare_network(model)
     before = remainder(network) if check else None
-    with fixed_statistics(model, numbers): out = model(*xb)
+    with fixed_statistics(model, numbers): out = model(*copied(xb))
     if check and (before is None or remainder(network) != before): _check_trace(model, xb)
     return out
 

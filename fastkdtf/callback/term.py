@@ -26,14 +26,15 @@ from fastai.layers import NoneReduce
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelStepException, CancelTrainException, CancelValidException)
 from fastai.learner import Learner, ValueMetric
-from fastai.torch_core import get_random_states, set_random_states
+from fastai.torch_core import get_model, get_random_states, set_random_states
 from fastcore.basics import noop
 import torch
 from torch import Tensor, nn
 
 from ..core import *
 from ..teachers.inputs import map_tensors, tensors_in
-from ..vision.loader import batch_info
+from ..vision.loader import batch_info, is_noted
+from .survival import writes_inputs
 
 # %% ../../nbs/30_callback.term.ipynb #697c6d30
 _not_classification = {
@@ -302,8 +303,6 @@ class OneLearner(Callback):
         else:                         super().__setattr__(name, value)
 
 # %% ../../nbs/30_callback.term.ipynb #a0e03fe9
-def _alike(a, b): return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(b.to(a), a))   # or a copy of another type
-
 class LossTerm(OneLearner):
     """A method that adds a term to the training loss
 
@@ -312,6 +311,7 @@ class LossTerm(OneLearner):
     _stateattrs = ('base_mean', 'soft_mean', 'batch', 'siblings')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
     siblings,batch,base_mean,soft_mean,checked = (),None,None,None,False
+    writes_inputs = None   # whether the network changes its inputs in place; None: nothing has asked for it
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
@@ -372,7 +372,7 @@ class LossTerm(OneLearner):
         "Find the siblings, check them and the learner, and add the columns"
         super().before_fit()
         terms = [cb for cb in self.learn.cbs if isinstance(cb, LossTerm) and cb.run]
-        self.siblings,self.batch = sorted(terms, key=lambda term: term.name),None
+        self.siblings,self.batch,self.writes_inputs = sorted(terms, key=lambda term: term.name),None,None
         self._check_names()
         check_classification(self.base_loss_func)
         if not self.fitting: return TermMetric.drop(self.learn)   # an interrupted fit may have left some
@@ -415,15 +415,20 @@ class LossTerm(OneLearner):
         xb = plain_tensors(tuple(learn.xb))
         info = None if mixing else batch_info(learn.dl, xb)   # a mixed image is no longer one of the data set
         idx,view = (None, None) if info is None else (info.idx, info.view)
-        return Batch(plain_tensors(learn.y), xb=xb, idx=idx, view=view, axis=axis, ignore_index=ignore_index,
+        tensors = xb if {*map(type, xb)} == {Tensor} else tensors_in(xb)   # in the usual case nothing is called
+        noted = tuple(zip(tensors, map(attrgetter('_version'), tensors)))
+        return Batch(plain_tensors(learn.y), xb=xb, noted=noted, idx=idx, view=view, axis=axis, ignore_index=ignore_index,
                      reduction=reduction, **kwargs)
 
     def inputs_changed(self,
         batch:Batch, # as `new_batch` made it
     )->bool:
         "True if the student has read other inputs than those that the batch began with: a callback of a higher order has changed them"
-        now,then = tensors_in(plain_tensors(tuple(self.learn.xb))),tensors_in(batch.xb)
-        return len(now) != len(then) or not all(map(_alike, now, then))
+        now = tensors_in(plain_tensors(tuple(self.learn.xb)))
+        if len(now) == len(batch.noted) and all(is_noted(x, *one) for x,one in zip(now, batch.noted)): return False
+        if [x.data_ptr() for x in now] != [t.data_ptr() for t,_ in batch.noted]: return True
+        if self.writes_inputs is None: self.writes_inputs = writes_inputs(get_model(self.learn.model), plain_tensors(tuple(self.learn.xb)))
+        return not self.writes_inputs
 
     def check_inputs(self, batch:Batch):
         "Check that the student has read what the method has read. Raises `ValueError`"

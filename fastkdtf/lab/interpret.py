@@ -44,7 +44,7 @@ def plot_soft_targets(
     if axs is None: axs = plt.subplots(1, len(taus), figsize=(3*len(taus), 2.4), layout='constrained', squeeze=False)[1][0]
     label,inputs = torch.tensor([y]),() if xb is None else (xb,)
     for ax,tau in zip(axs, taus):
-        batch = Batch(label, torch.zeros(1, n_classes), inputs, tau=(check_number('tau', tau, '(0,inf)'), 1.))
+        batch = Batch(label, torch.zeros(1, n_classes), inputs, tau=(check_number('tau', tau, temperatures), 1.))
         batch.zt = check_teacher_logits(teacher(batch), batch.z)
         target = batch.pt.dense(label, n_classes) if isinstance(batch.pt, TwoValued) else batch.pt
         _plot_distribution(ax, target.reshape(-1, n_classes).mean(0), y)

@@ -141,7 +141,7 @@ class LabelTeacher(Teacher):
         tau:float=1., # temperature
     )->TwoValued: # probabilities
         "Return the softened target `(on the label, elsewhere)`"
-        return self.logits(n_classes).soften(check_number('tau', tau, '(0,inf)'), n_classes)
+        return self.logits(n_classes).soften(check_number('tau', tau, temperatures), n_classes)
 
 # %% ../../nbs/20_teachers.base.ipynb #69c432f6
 class UniformTeacher(LabelTeacher):

@@ -26,7 +26,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_flatten
 
 from .copying import copy_model, drop_looking_hooks, hooks_of, named_tensors, remainder
-from .inputs import map_tensors, tensors_in
+from .inputs import copied, map_tensors, tensors_in
 
 # %% ../../nbs/22_teachers.frozen.ipynb #857c46d6
 class _Pair(NamedTuple):
@@ -378,7 +378,7 @@ class FrozenCopy:
         return True
 
     def _forward(self, model, xb):
-        xb = map_tensors(Tensor.clone, xb)   # an in-place layer at the front would write into the student's batch
+        xb = copied(xb)   # an in-place layer at the front would write into the student's batch
         with torch.inference_mode(): return model(*xb)
 
     def suits(self,
@@ -392,7 +392,7 @@ class FrozenCopy:
         self._ready,self.conditions = True,_conditions(xb)
         if not self.untrained: self.folded = False
         with _random_numbers_kept():
-            drop_looking_hooks(self.model, lambda model: model(*map_tensors(Tensor.clone, xb)))
+            drop_looking_hooks(self.model, lambda model: model(*copied(xb)))
             if not self.fast: return
             output,self.steady = self._try(xb)
             if not self.steady or _float_tensor(self.model).dtype not in (torch.float32, torch.float64): return

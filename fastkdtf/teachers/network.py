@@ -8,7 +8,6 @@ Docs: https://fastkdtf.github.io/fastkdtf/teachers.network.html.md"""
 __all__ = ['NetworkTeacher', 'as_teacher', 'EnsembleTeacher']
 
 # %% ../../nbs/21_teachers.network.ipynb #b914ab35
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -314,8 +313,8 @@ class EnsembleTeacher(Teacher):
         if self.average == 'logits': return answers.mean(0)
         axis = self.axis if self.axis < 0 else self.axis+1   # behind that of the teachers
         tau = batch.tau[0]
-        log_probs = torch.log_softmax(at_least_float32(answers)/tau, axis)
-        return tau*(log_probs.logsumexp(0) - math.log(len(answers)))
+        mean = torch.log_softmax(precise_for(answers, tau)/tau, axis).logsumexp(0)
+        return tau*shifted(mean, axis=self.axis)
 
     @property
     def identity(self)->str:

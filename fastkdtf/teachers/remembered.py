@@ -8,8 +8,6 @@ Docs: https://fastkdtf.github.io/fastkdtf/teachers.remembered.html.md"""
 __all__ = ['label_logits', 'check_index', 'SampleTable', 'LastPrediction', 'ClassMeans', 'PreviousBatch', 'EMATeacher']
 
 # %% ../../nbs/25_teachers.remembered.ipynb #78323d3b
-import math
-
 import numpy as np
 import torch
 import torch.distributed as dist

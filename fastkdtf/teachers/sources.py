@@ -15,12 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import timm
 import torch
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import get_model
-from fastcore.foundation import L
 from timm.models import load_state_dict as read_timm_weights
 from torch import Tensor, nn
 

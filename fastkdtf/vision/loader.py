@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.loader.html.md"""
 
 # %% auto #0
 __all__ = ['Records', 'blank_records', 'to_records', 'to_rgb', 'image_tensor', 'CategorizeRecord', 'NormalizeBatch', 'BatchInfo',
-           'batch_info', 'LastBatch', 'IndexedDL', 'RecordDL', 'with_index']
+           'is_noted', 'batch_info', 'LastBatch', 'IndexedDL', 'RecordDL', 'with_index']
 
 # %% ../../nbs/10b_vision.loader.ipynb #3e68eda6
 from collections.abc import Iterable, Iterator
@@ -102,12 +102,19 @@ def _noted(b):
     "The tensors of a batch, and how often each was changed in place"
     return [(t, t._version) for t in _tensors(b)]
 
+def is_noted(
+    x:Tensor,
+    t:Tensor, # The noted one
+    version:int, # How often it had been changed in place
+) -> bool:
+    "True if `x` is a noted tensor that was not changed since, or has the same numbers, such as a copy of another type"
+    return t._version == version and t.shape == x.shape and (t.data_ptr() == x.data_ptr() or torch.equal(x.to(t), t))
+
 def _were_given(xb, noted):
-    "True if each tensor of `xb` is a noted one, or has the same numbers as one, such as a copy of another type"
+    "True if each tensor of `xb` is a noted one"
     for x in xb if {*map(type, xb)} == {Tensor} else _tensors(xb):   # as methods give them: nothing to flatten
         for t,version in noted:
-            if t._version != version or t.shape != x.shape: continue
-            if t.data_ptr() == x.data_ptr() or torch.equal(x.to(t), t): break
+            if is_noted(x, t, version): break
         else: return False
     return True
 
