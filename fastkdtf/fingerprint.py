@@ -19,7 +19,7 @@ import site
 import sys
 import sysconfig
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePath

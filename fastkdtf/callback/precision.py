@@ -11,10 +11,9 @@ __all__ = ['fast_precision', 'check_precision', 'HalfPrecision', 'convolves']
 import warnings
 
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
-from fastai.torch_core import default_device, get_model, to_float
+from fastai.torch_core import default_device, get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable
 
 import torch
-from fastai.learner import Callback, Learner
+from fastai.learner import Learner
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 import numpy as np
 from fastai.data.all import *
-from fastai.vision.core import PILImage, TensorImage, image2tensor
+from fastai.vision.core import TensorImage, image2tensor
 from fastai.vision.data import show_batch, show_results # registers how image batches are shown
 from PIL import Image
 from torch.utils._pytree import tree_flatten

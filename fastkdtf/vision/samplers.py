@@ -10,7 +10,6 @@ __all__ = ['index_of', 'ArrangedDL', 'arranged', 'sample_labels', 'PairInfo', 'P
 # %% ../../nbs/10e_vision.samplers.ipynb #8d3c0327
 import random
 from collections import defaultdict
-from collections.abc import Iterable
 from copy import copy
 from functools import lru_cache
 
