@@ -12,9 +12,9 @@ from pathlib import Path
 from fastai.vision.all import SGD, default_device
 from fastkdtf.all import *
 from fastkdtf.callback.methods import find_method
+from fastkdtf.lab.arms import Arm
 from fastkdtf.lab.compare import learner_parts
 from fastkdtf.lab.measure import keep_freed_memory
-from fastkdtf.lab.training import Arm
 
 results = Path(__file__).parent.parent/'results'
 n_epoch,lr = 18,.2   # one-cycle; decided from the time of an epoch on one core

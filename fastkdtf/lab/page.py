@@ -97,7 +97,8 @@ def _accuracy(c, look):
         shown = c.score.text(mean) + c.score.unit if math.isfinite(mean) else 'not a number'
         return look.named(name), shown, f"{name}: mean {shown}; seeds {', '.join(map(c.score.text, values))}"
     how = 'A mark for each seed, a bar at their mean' + ('; the line is the mean of the baseline.' if c.baseline in c.names else '.')
-    return figure('Accuracy' if c.score.metric == 'accuracy' else c.score.metric, how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
+    title = 'Accuracy' if c.score.metric == 'accuracy' else c.score.metric
+    return figure(title, how, strips(partial(c.draw_accuracy, look=look), [row(name) for name in c.names]))
 
 def _differences(c, look):
     if not c.pairs: return None
@@ -181,9 +182,11 @@ def _cost(c, look):
         for name,ratio,gain in points:
             draw_point(ax, ratio, gain, f'{name}: {ratio[0]:.2f} times the baseline per epoch, {_points(score, *gain/score.factor)}', **look.mark(name))
         for axis in (ax.xaxis, ax.yaxis): round_ticks(axis)
-        ax.set(xlabel='time per epoch, ratio to the baseline', ylabel=plain(f"difference in {score.metric} to the baseline{',' if score.points else ''}{score.points}"))
+        unit = f',{score.points}' if score.points else ''
+        ax.set(xlabel='time per epoch, ratio to the baseline', ylabel=plain(f'difference in {score.metric} to the baseline{unit}'))
         if len(points) <= 12: _label_points(ax, points)
-    said = 'Cost against gain: ' + '; '.join(f'{name} {ratio[0]:.2f} times the time, {score.signed(gain[0]/score.factor)}{score.points}' for name,ratio,gain in points)
+    gained = [f'{name} {ratio[0]:.2f} times the time, {score.signed(gain[0]/score.factor)}{score.points}' for name,ratio,gain in points]
+    said = 'Cost against gain: ' + '; '.join(gained)
     how = (f'Time of a training epoch as a ratio to the baseline, and the paired difference in {score.metric} to it, '
            f'both with 95 % intervals over seeds. Better is {"up" if score.higher else "down"} and to the left.')
     return figure('Cost against gain', how, look.legend([name for name,*_ in points]), panel(draw, said, 400, 290), cls='cost')

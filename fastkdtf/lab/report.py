@@ -380,7 +380,8 @@ class Comparison:
         "Draw the last accuracies on an axis"
         values = {name: [(r['seed'], self.score.factor*last_score(r)) for r in self.runs(name)] for name in self.names}
         draw_accuracies(ax, values, look, self.base_accuracy, self.score.unit)
-        ax.set_xlabel(plain(f"{self.score.metric} on the {self.records[0]['evaluated_on']} set after the last epoch{',' if self.score.unit else ''}{self.score.unit}"))
+        unit = f',{self.score.unit}' if self.score.unit else ''
+        ax.set_xlabel(plain(f"{self.score.metric} on the {self.records[0]['evaluated_on']} set after the last epoch{unit}"))
 
     @property
     def judged_column(self)->str:

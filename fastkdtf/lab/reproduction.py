@@ -285,7 +285,9 @@ class Reproduction:
         said = []
         if len(full): said.append(f'At full scale ({len(full)}): {count(full.compatible, _said)}.')
         reach = ((full.distance_high-full.distance_low)/2)[full.compatible == 'yes']
-        if len(reach): said.append(f'Compatible means that a difference of {reach.min():.2f}' + f' to {reach.max():.2f}'*(len(reach) > 1) + ' points would not have been seen.')
+        if len(reach):
+            span = f'{reach.min():.2f}' + f' to {reach.max():.2f}'*(len(reach) > 1)
+            said.append(f'Compatible means that a difference of {span} points would not have been seen.')
         signs = count(shrunk.sign, _sign_said)
         if len(shrunk): said.append(f'Shrunk ({len(shrunk)}), where only the sign of the gain is compared: {signs}.')
         if self.table.seeds.max() > 1: said.append('Intervals cover what differs between seeds, not another split of the data.')

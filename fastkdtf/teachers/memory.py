@@ -134,7 +134,8 @@ class MemoryTeacher(Teacher):
         "Make the initial copies, or those of the checkpoint that is continued"
         model,saved = get_model(self.learn.model),self.resumed
         if self.kappa is None: self._set_interval()
-        if saved is None and self.done == 0: self.done = _steps_until(self.learn, getattr(self.learn, 'epoch', 0))   # with start_epoch, those that were not made here
+        if saved is None and self.done == 0:   # with start_epoch some were not made here
+            self.done = _steps_until(self.learn, getattr(self.learn, 'epoch', 0))
         if saved is None or saved['copies'] is None: self.copies = [self._new(_synchronised(model))]*self.n_copies
         else:
             nets = [self._new(model) for _ in saved['copies']]

@@ -2,8 +2,8 @@
 
     python results/cifar100_effdstl/make.py CIFAR100.npz
 
-Eight epochs of resnet8 for each student, three seeds, in the exploration two; a weak teacher (resnet8, six epochs) and a strong one (resnet20, 24 epochs). Run again to
-go on after an interrupt."""
+Eight epochs of resnet8 for each student, three seeds, in the exploration two; a weak teacher (resnet8, six epochs) and a strong one
+(resnet20, 24 epochs). Run again to go on after an interrupt."""
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ import torch
 from fastai.optimizer import OptimWrapper
 from fastai.vision.all import *
 from fastkdtf.all import *
+from fastkdtf.lab.arms import Arm, with_controls
 from fastkdtf.lab.measure import keep_freed_memory
-from fastkdtf.lab.training import Campaign, Arm, with_controls
+from fastkdtf.lab.training import Campaign
 
 classes = ['apple', 'bear', 'bottle', 'bus', 'chair', 'clock', 'dolphin', 'house', 'rose', 'tank']
 n_epoch,seeds,lr = 8,3,.05
@@ -53,7 +54,8 @@ weak,strong = teacher('resnet8', 6),teacher('resnet20', 24)
 
 one = partial(effdstl_stages, n_epoch, weak, stage1=dict(lr=(lr, 1e-5)))
 two = partial(one, stage2=dict(lr=(lr/10, lr/1000)))
-methods = {'baseline': None, 'KD, weak teacher': lambda: KnowledgeDistillation(weak, alpha=.5, tau=2.), 'KD, strong teacher': lambda: KnowledgeDistillation(strong, alpha=.5, tau=2.),
+methods = {'baseline': None, 'KD, weak teacher': lambda: KnowledgeDistillation(weak, alpha=.5, tau=2.),
+           'KD, strong teacher': lambda: KnowledgeDistillation(strong, alpha=.5, tau=2.),
            'WSL, weak teacher': lambda: WSL(weak, .5, 2., weight_tau=2.), 'CKM, weak teacher': lambda: CKM(weak), 'CKM, strong teacher': lambda: CKM(strong),
            'two stages': two(strong), 'two stages, same teacher': two(), 'two stages, no CKM': two(strong, ckm=False), 'one stage': one(two_stages=False)}
 entries = {name: Arm(*o) for name,o in with_controls(methods, dls.c).items()}

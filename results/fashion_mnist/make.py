@@ -23,5 +23,6 @@ else:
     with teacher.no_bar(): teacher.fit_one_cycle(15, 1e-2)
     teacher.save('teacher', with_opt=False)
 
-methods = {'LSR': partial(LsrKD, tau=1.), 'LsrKD': LsrKD, 'Tf-KD_reg': TfKDReg, 'MrKD': partial(MemoryReplay, interval=1), 'KD': lambda: KnowledgeDistillation(teacher)}
+methods = {'LSR': partial(LsrKD, tau=1.), 'LsrKD': LsrKD, 'Tf-KD_reg': TfKDReg, 'MrKD': partial(MemoryReplay, interval=1),
+           'KD': lambda: KnowledgeDistillation(teacher)}
 compare(methods, dls, partial(create_model, 'resnet8', dls.c), 10, 5, lr=1e-2, out=out, settings=dict(data='fashion_mnist', arch='resnet8'))

@@ -13,7 +13,7 @@ from fastai.vision.all import SGD
 from fastkdtf.all import *
 from fastkdtf.lab.compare import learner_parts
 from fastkdtf.lab.measure import keep_freed_memory
-from fastkdtf.lab.training import Arm
+from fastkdtf.lab.arms import Arm
 
 out = Path(__file__).parent
 keep_freed_memory()
