@@ -179,8 +179,9 @@ def _standing(e):
     return out
 
 def _with_difference(c, names):
-    "Name methods with their difference to the baseline"
-    return _listed([f'{name} ({_signed(c, c.difference(name))})' for name in names]) or 'none'
+    "Name methods with their difference to the baseline, the largest first"
+    gains = {name: c.difference(name) for name in names}
+    return ', '.join(f'{name} ({_signed(c, gains[name])})' for name in sorted(gains, key=lambda name: -gains[name][0])) or 'none'
 
 def _base_sentence(c, n):
     if c.baseline not in c.names: return 'The baseline has no run yet, so nothing can be held against it.'
