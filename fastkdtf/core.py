@@ -214,13 +214,13 @@ class TwoValued(NamedTuple):
         on = 1/(1+(n_classes-1)*r)
         return TwoValued(on, on*r)
 
-    def dense(self, y:Tensor, n_classes:int)->Tensor:
-        "Return the target as a tensor `[N,K,…]`: float32 for integer labels `y`, of `y`'s type for probabilities"
-        q = y
+    def dense(self, y:Tensor, n_classes:int, dtype:torch.dtype|None=None)->Tensor:
+        "Return the target as a tensor `[N,K,…]` of a type; None: float32 for integer labels `y`, `y`'s own for probabilities"
+        q = y if dtype is None else y.to(dtype)
         if not y.is_floating_point():
             inside = (0 <= y) & (y < n_classes)   # an ignored position, whose label is no class, has no labelled class
-            q = torch.zeros(y.shape[0], n_classes, *y.shape[1:], device=y.device)
-            q.scatter_(1, y.where(inside, 0).unsqueeze(1), inside.float().unsqueeze(1))
+            q = torch.zeros(y.shape[0], n_classes, *y.shape[1:], device=y.device, dtype=dtype)
+            q.scatter_(1, y.where(inside, 0).unsqueeze(1), inside.to(q).unsqueeze(1))
         return self.off + (self.on-self.off)*q
 
 # %% ../nbs/00_core.ipynb #77544df0

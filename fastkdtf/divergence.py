@@ -67,8 +67,9 @@ class FunctionLoss(SoftLoss):
     def __init__(self, function:Callable): self.function = function
 
     def __call__(self, batch:Batch, target:Tensor|TwoValued)->Tensor:
-        dense = target.dense(batch.y, batch.n_classes) if isinstance(target, TwoValued) else target
-        return self.function(precise_for(batch.z, batch.tau[1])/batch.tau[1], dense)
+        z = precise_for(batch.z, batch.tau[1])
+        dense = target.dense(batch.y, batch.n_classes, z.dtype) if isinstance(target, TwoValued) else target
+        return self.function(z/batch.tau[1], dense)
 
     def notes(self, n_classes:int)->list:
         return ['the loss is a function of your own: its gradient, its scale and its controls are not known']

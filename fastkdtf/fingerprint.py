@@ -221,6 +221,7 @@ def _names_itself(x):
     return is_of_library(type(x)) or not own.isdisjoint(('identity', '__repr__'))
 
 def _object_words(tell, x):
+    if hasattr(type(x), '__fingerprint__'): return [tell(type(x)), tell(x.__fingerprint__())]
     if (name := _own_identity(x)) is not None: return name if _names_itself(x) else [name, tell(type(x)), tell(vars(x))]
     if type(x).__module__.startswith('plum.') and hasattr(x, 'methods'):   # what fastcore dispatches on types
         return [tell(method.implementation) for method in x.methods]
@@ -229,10 +230,15 @@ def _object_words(tell, x):
     except Exception as error: return _untold(tell, x, error)
     if isinstance(reduced, str):   # found under its name, as a function behind a cache is, which goes by what it does
         return [tell(type(x)), tell(x.__wrapped__)] if hasattr(x, '__wrapped__') else f'{type(x).__module__}.{reduced}'
-    make,arguments,*saved = reduced
+    make,arguments,*saved = [*reduced, *_networks_left_out(x)]
     if getattr(make, '__name__', '') == '__newobj__': make,*arguments = arguments
     saved = [_saved_part(part) for part in saved if part is not None]
     return [tell(make), *[tell(part) for part in (arguments, *saved) if part not in ((), [])]]
+
+def _networks_left_out(x):
+    "Return the networks of an object of the user's that decides itself what is saved of it: they count too"
+    own = any('__getstate__' in vars(cls) for cls in type(x).__mro__ if not is_of_library(cls))
+    return [value for value in getattr(x, '__dict__', {}).values() if isinstance(value, nn.Module)] if own else []
 
 def _saved_part(part):
     "Return a part of what Python saves; of attributes, without those that `functools.wraps` adds"

@@ -152,8 +152,8 @@ def softened_logits(
 def _dense(t, batch):
     "Return `t` as a tensor of the student's shape, in its precision"
     if not isinstance(t, TwoValued): return t
-    if batch.y.is_floating_point(): return t.dense(batch.y, batch.n_classes)
-    z = at_least_float32(batch.z.detach())
+    z = precise_for(batch.z.detach(), max(batch.tau))
+    if batch.y.is_floating_point(): return t.dense(batch.y, batch.n_classes, z.dtype)
     index,axis = at_label(z, batch.y)
     return torch.full_like(z, t.off).scatter(axis, index, t.on)
 

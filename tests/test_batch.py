@@ -238,7 +238,7 @@ def journey(method):
     finally: sys.setprofile(before)
     return [name for name in seen if name not in ('models', 'cifar_nets')]
 
-@pytest.mark.parametrize('method,calls,changes', [(LsrKD, 61, 24), (lambda: KnowledgeDistillation(nn.Sequential(nn.Flatten(), nn.Linear(192, K))), 96, 41)])
+@pytest.mark.parametrize('method,calls,changes', [(LsrKD, 61, 24), (lambda: KnowledgeDistillation(nn.Sequential(nn.Flatten(), nn.Linear(192, K))), 97, 41)])
 def test_a_later_batch_calls_few_functions_and_changes_modules_rarely(method, calls, changes):
     seen = journey(method())
     assert 30 < len(seen) <= calls and sum(a != b for a,b in zip(seen, seen[1:])) <= changes

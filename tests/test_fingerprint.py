@@ -13,8 +13,10 @@ from fastai.data.load import DataLoader as FastaiLoader
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
 
-from fastkdtf.all import Augment, Correct, Distill, LsrKD, NetworkTeacher, TeacherCorrection, UniformTeacher, create_model, kd_dataloaders
+from fastkdtf.all import (Augment, Batch, Checkpoint, Correct, Distill, FunctionTeacher, KnowledgeDistillation, LsrKD, NetworkTeacher, Replace, TeacherCorrection,
+                          UniformTeacher, compare, create_model, kd_dataloaders)
 from fastkdtf.fingerprint import fingerprint, settings_digest
+from fastkdtf.lab.arms import method_identity
 from fastkdtf.lab.one_run import LearnerParts
 from fastkdtf.lab.training import Arm, Campaign
 
@@ -304,6 +306,54 @@ def test_loaders_that_are_made_twice_and_used_are_one():
         told[name] = str(first)
     assert len(set(told.values())) == len(ways) == 14
     assert str(fingerprint(DataLoaders(DataLoader(data(), 4, num_workers=2, prefetch_factor=4, persistent_workers=True), ways['plain']()))) == told['plain']
+
+def three_to_two(seed):
+    torch.manual_seed(seed)
+    return nn.Linear(3, 2)
+
+class Asks:
+    def __init__(self, net): self.net = net
+    def __call__(self, batch): return self.net(batch.xb[0])
+
+class AsksAndForgets(Asks):
+    def __getstate__(self): return {}
+
+class Own(FunctionTeacher):
+    def __init__(self, net, factor=1.):
+        super().__init__(lambda batch: factor*net(batch.xb[0]))
+        self.factor = factor
+
+FUNCTIONS = {
+    'closure': lambda net: FunctionTeacher(lambda batch: net(batch.xb[0])), 'partial': lambda net: FunctionTeacher(partial(lambda n, batch: n(batch.xb[0]), net)),
+    'object': lambda net: FunctionTeacher(Asks(net)), 'forgetful': lambda net: FunctionTeacher(AsksAndForgets(net)), 'subclass': Own,
+    'method': lambda net: FunctionTeacher(Asks(net).__call__), 'rewrite': lambda net: Distill(UniformTeacher(), rewrite=Replace(Asks(net))),
+    'KD': lambda net: KnowledgeDistillation(lambda batch: net(batch.xb[0]))}
+
+@pytest.mark.parametrize('kind', FUNCTIONS)
+def test_functions_that_teach_go_by_what_they_do_and_the_networks_they_read(kind):
+    def told(seed, asked=False):
+        cb = FUNCTIONS[kind](three_to_two(seed))
+        if asked and isinstance(cb, FunctionTeacher): cb(Batch(torch.zeros(2), xb=(torch.zeros(2, 3),)))
+        return method_identity(cb) if isinstance(cb, Distill) else fingerprint(cb)
+    assert told(1) == told(1) == told(1, asked=True) != told(2)
+
+def test_the_code_of_a_function_that_teaches_counts():
+    net = three_to_two(1)
+    first,second,third = (fingerprint(FunctionTeacher(f)) for f in (lambda b: net(b.xb[0]), lambda b: net(b.xb[0]), lambda b: -net(b.xb[0])))
+    assert first == second != third and fingerprint(Own(net)) != fingerprint(Own(net, 2.))
+
+def test_another_function_that_teaches_is_another_run(dls, tmp_path, capsys):
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(3*8*8, 10)) for _ in range(2)]
+    parts = LearnerParts(dls, lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*8*8, 10)))
+    taught = [compare({'KD': KnowledgeDistillation(lambda batch, net=net: net(batch.xb[0]))}, parts, 1, seeds=1, controls=False, out=tmp_path/'out')
+              for net in nets]
+    assert len({c.runs('KD')[0]['key'] for c in taught}) == 2 and len((tmp_path/'out'/'results.jsonl').read_text().splitlines()) == 3   # with a baseline
+    def train(net):
+        learn = parts(0)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[KnowledgeDistillation(lambda batch: net(batch.xb[0])), Checkpoint(tmp_path/'run.pt')])
+        return ''.join(capsys.readouterr())
+    assert 'nothing is trained' not in train(nets[0]) and 'nothing is trained' in train(nets[0])
+    with pytest.raises(ValueError, match='run.pt'): train(nets[1])
 
 def test_functions_behind_a_cache_or_a_compiler_go_by_what_they_do():
     from functools import cache, lru_cache, wraps

@@ -268,7 +268,9 @@ HOT = {
     'a function': lambda tau: Distill(cast(ZT), tau=tau, loss=lambda z, t: F.kl_div(z.log_softmax(1), t, reduction='none').sum(1)),
     **{type(rewrite).__name__: lambda tau, rewrite=rewrite: Distill(cast(ZT), tau=tau, rewrite=rewrite)
        for rewrite in (TeacherCorrection(.4), SmoothTo(.6), Amplify(.3), Amplify(.3, who='student'), Replace(cast(ZT.flip(0))), SmoothTo(.6, on=Correct()))},
-    'a rewrite of two values': lambda tau: Distill(VirtualTeacher(.9), tau=tau, rewrite=SmoothTo(.5, on=Correct()))}
+    'a rewrite of two values': lambda tau: Distill(VirtualTeacher(.9), tau=tau, rewrite=SmoothTo(.5, on=Correct())),
+    'a function of two values': lambda tau: Distill(VirtualTeacher(.9), tau=tau, loss=lambda z, t: F.kl_div(z.log_softmax(1), t, reduction='none').sum(1)),
+    'DKD of two values': lambda tau: DKD(VirtualTeacher(.9), tau=tau, warmup=1), 'DIST of two values': lambda tau: DIST(VirtualTeacher(.9), tau=tau)}
 
 @pytest.mark.parametrize('tau', [100., 1e4, 1e6])
 @pytest.mark.parametrize('name', HOT)
@@ -282,3 +284,11 @@ def test_high_temperatures_are_as_exact_in_float32_as_in_float64(name, tau):
     assert loss == pytest.approx(expected, rel=1e-5, abs=1e-14*tau**2)   # what float64 rounds
     assert torch.allclose(ours, theirs, rtol=2e-5, atol=1e-6*theirs.abs().max().item())
     assert theirs.abs().max() > 0
+
+@pytest.mark.parametrize('tau', [20., 100., 1e4, 1e6])
+def test_a_virtual_teacher_is_the_same_in_closed_form_and_written_out(tau):
+    def nobody(batch): return torch.zeros(len(batch.y), dtype=torch.bool)
+    def written_out(z, t): return F.kl_div(z.log_softmax(1), t, reduction='none').sum(1)
+    teacher = VirtualTeacher(.99)
+    closed,*others = (step(Distill(teacher, tau=tau, **how), Z.float()) for how in ({}, dict(rewrite=SmoothTo(.5, on=nobody)), dict(loss=written_out)))
+    for other in others: assert other == pytest.approx(closed, rel=1e-5, abs=1e-14*tau**2)

@@ -28,7 +28,6 @@ from ..core import *
 from ..describe import Description
 from ..divergence import SoftLoss, as_soft_loss
 from ..targets import LogitStandardisation, TeacherCorrection
-from ..fingerprint import is_of_library
 from ..teachers.base import FunctionTeacher, LabelTeacher, Teacher, UniformTeacher, VirtualTeacher
 from ..teachers.inputs import copied
 from ..teachers.memory import MemoryTeacher
@@ -64,9 +63,10 @@ def _check_shape(name, value, *shapes):
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     raise TypeError(f'{name} must return a tensor of shape {tuple(shapes[0])}, got {got}')
 
-def _may_read_late(teacher):
-    "True for a function of the user's, or a teacher of another class than ours, that is asked after the student"
-    return not teacher.before_student and (isinstance(teacher, FunctionTeacher) or not is_of_library(type(teacher)))
+def _is_users(teacher):
+    "True for a function as teacher, a class of the user's, and an ensemble that has one"
+    own = type(teacher).__module__.partition('.')[0] == 'fastkdtf' and not isinstance(teacher, FunctionTeacher)
+    return not own or any(map(_is_users, getattr(teacher, 'teachers', ())))
 
 class ByEpoch:
     "A schedule that changes from epoch to epoch, where fastai's change from batch to batch"
@@ -91,12 +91,12 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing', 'sees_inputs', 'asks_late')
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing', 'sees_inputs', 'lends_copies')
     skipped,checked,n_outputs,_label_matters = False,False,None,True
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
     listeners = {}   # event → those of them that do something then
     asks_early,refuses_mixing = True,False   # whether a teacher may need no student; whether one wants no mixed images
-    sees_inputs,asks_late = True,False   # whether one sees more than labels; whether one of the user's reads the inputs after the student
+    sees_inputs,lends_copies = True,False   # whether one sees more than labels; whether one of the user's gets copies of the inputs
     asks_label = None   # whether the label matters under MixUp; None: if one of the parts asks for it
     def __init__(self,
         teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # of targets: what `as_teacher` takes, such as a network or `batch → logits`
@@ -210,7 +210,7 @@ class Distill(LossTerm):
         self.asks_early = any(teacher.before_student for teacher in self.teachers.values())
         self.refuses_mixing = any(teacher.refuses_mixing for teacher in self.teachers.values())
         self.sees_inputs = not all(isinstance(teacher, LabelTeacher) for teacher in self.teachers.values())
-        self.asks_late = any(_may_read_late(teacher) for teacher in self.teachers.values())
+        self.lends_copies = any(map(_is_users, self.teachers.values()))
         self._check_mixing()
         self._label_matters = self._asks_label()
         for teacher in self.owned: teacher.attach(self.learn)
@@ -267,7 +267,7 @@ class Distill(LossTerm):
         if self.refuses_mixing: self._check_mixing()
         for teacher in self.listeners['before_batch']: teacher.before_batch()
         batch = self.batch = self.new_batch(tau=tau, hard=hard, soft=soft)
-        if self.asks_late: batch.xb = copied(batch.xb)   # the student may write into its own
+        if self.lends_copies: batch.xb = copied(batch.xb)   # student and teacher may write into their inputs
         if self.asks_early: self.ask(batch, before_student=True)
 
     def ask(self,
@@ -351,8 +351,8 @@ class Distill(LossTerm):
         x = self.learn.xb[0]
         if len(batch.noted) == 1 and isinstance(x, Tensor):   # the usual case, which takes no time
             t,version = batch.noted[0]
-            if x.data_ptr() == t.data_ptr() and t._version == version: return
-        if batch.answers: self.check_inputs(batch)
+            if x.data_ptr() == t.data_ptr() and x.stride() == t.stride() and x.shape == t.shape and t._version == version: return
+        if batch.answers or self.lends_copies and any(self.written()): self.check_inputs(batch)
         elif self.inputs_changed(batch): batch.xb,batch.idx,batch.view = plain_tensors(tuple(self.learn.xb)),None,None
 
     def _check_first(self, batch):

@@ -54,7 +54,7 @@ def dense(
     y:Tensor, # integer labels `[N,…]`
 )->Tensor: # `[N,K,…]`, or `[n,N,K,…]` for `n` teachers
     "Return `t` as a tensor, also where a teacher says two numbers"
-    return t.dense(y, batch.n_classes).to(at_least_float32(batch.z)) if isinstance(t, TwoValued) else t
+    return t.dense(y, batch.n_classes, precise_for(batch.z, max(batch.tau)).dtype) if isinstance(t, TwoValued) else t
 
 def over_teachers(
     loss:Tensor, # `[N,…]`, or `[n,N,…]`
@@ -200,7 +200,7 @@ class DIST(Distill):
         teacher:nn.Module|Learner|Callable|str|Path|list|tuple, # a network, its path or a name that timm knows; or any teacher
         beta:float=2., # weight of the correlation over the classes of a sample
         gamma:float=2., # weight of the correlation over the samples of a class
-        tau:float|Callable=1., # temperature of both, or a schedule; the authors take 4 on CIFAR
+        tau:float|Callable=1., # temperature of both, or a schedule; the authors take 4 on CIFAR. Far above, their ε of 1e-8 takes the gradient away
         name:str|None=None, # needed for a second callback of the same class
     ):
         super().__init__(teacher, (1., 1.), tau, loss=CorrelationLoss(beta, gamma), name=name)

@@ -346,13 +346,13 @@ def _check_trace(model, xb):
 def writes_inputs(
     model:nn.Module, # in training mode
     xb:tuple, # its inputs
-)->bool:
-    "True if a network changes its inputs in place, as `x.sub_(mean)` does. It runs once more, which leaves nothing behind"
+)->list:
+    "Return how often a network changes each of its inputs in place, as `x.sub_(mean)` does. It runs once more, which leaves nothing behind"
     states,xb = get_random_states(),copied(xb)
     before = [(t, t._version) for t in tensors_in(xb)]
     with torch.no_grad(), fixed_statistics(model, generators=True): model(*xb)
     set_random_states(**states)
-    return any(t._version != version for t,version in before)
+    return [t._version-version for t,version in before]
 
 def second_pass(
     model:nn.Module, # in training mode

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..teachers.inputs import map_tensors, tensors_in
-from ..vision.loader import batch_info, is_noted
+from ..vision.loader import batch_info, is_noted, is_one
 from .survival import writes_inputs
 
 # %% ../../nbs/30_callback.term.ipynb #697c6d30
@@ -311,7 +311,7 @@ class LossTerm(OneLearner):
     _stateattrs = ('base_mean', 'soft_mean', 'batch', 'siblings')
     order,run_valid = 5,False   # after MixUp, before GradientAccumulation divides the loss
     siblings,batch,base_mean,soft_mean,checked = (),None,None,None,False
-    writes_inputs = None   # whether the network changes its inputs in place; None: nothing has asked for it
+    writes = None   # how often the network changes each of its inputs in place; None: nothing has asked for it
 
     def __init__(self,
         name:str|None=None, # the learner's attribute and the column's prefix; needed for a second method of one class
@@ -372,7 +372,7 @@ class LossTerm(OneLearner):
         "Find the siblings, check them and the learner, and add the columns"
         super().before_fit()
         terms = [cb for cb in self.learn.cbs if isinstance(cb, LossTerm) and cb.run]
-        self.siblings,self.batch,self.writes_inputs = sorted(terms, key=lambda term: term.name),None,None
+        self.siblings,self.batch,self.writes = sorted(terms, key=lambda term: term.name),None,None
         self._check_names()
         check_classification(self.base_loss_func)
         if not self.fitting: return TermMetric.drop(self.learn)   # an interrupted fit may have left some
@@ -425,15 +425,27 @@ class LossTerm(OneLearner):
     )->bool:
         "True if the student has read other inputs than those that the batch began with: a callback of a higher order has changed them"
         now = tensors_in(plain_tensors(tuple(self.learn.xb)))
-        if len(now) == len(batch.noted) and all(is_noted(x, *one) for x,one in zip(now, batch.noted)): return False
-        if [x.data_ptr() for x in now] != [t.data_ptr() for t,_ in batch.noted]: return True
-        if self.writes_inputs is None: self.writes_inputs = writes_inputs(get_model(self.learn.model), plain_tensors(tuple(self.learn.xb)))
-        return not self.writes_inputs
+        if len(now) != len(batch.noted): return True
+        if all(is_noted(x, *one) for x,one in zip(now, batch.noted)): return False
+        if not all(is_one(x, t) for x,(t,_) in zip(now, batch.noted)): return True
+        return self._may_change_late and [t._version-version for t,version in batch.noted] != self.written()
+
+    def written(self)->list:
+        "Return how often the network changes each of its inputs in place, found out once a fit"
+        if self.writes is None: self.writes = writes_inputs(get_model(self.learn.model), plain_tensors(tuple(self.learn.xb)))
+        return self.writes
+
+    @property
+    def _may_change_late(self):
+        "True if a callback of the user's does something to a batch after this method; where none does, it is the network that writes into its inputs"
+        own = lambda cb: type(cb).__module__.partition('.')[0] not in ('fastai', 'fastkdtf')
+        return any(cb.order > self.order and ('before_batch' in vars(cb) or hasattr(type(cb), 'before_batch') and own(cb)) for cb in self.learn.cbs)
 
     def check_inputs(self, batch:Batch):
         "Check that the student has read what the method has read. Raises `ValueError`"
         if not self.inputs_changed(batch): return
-        raise ValueError(f'a callback has changed the inputs of the batch after {self.name} has read them: give that callback an order below 5')
+        raise ValueError(f'a callback has changed the inputs of the batch after {self.name} has read them: give that callback an order below 5. '
+                         'If it is the network that writes into them now and then, let it work on a copy')
 
     def labels(self)->list:
         "Return the labels of this batch as pairs (labels, portion): two under MixUp and CutMix"

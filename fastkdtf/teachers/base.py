@@ -125,6 +125,7 @@ class FunctionTeacher(Teacher):
             for m in training: m.training = True
 
     def __getstate__(self): return {'function': None if networks_of(self.function) else self.function}
+    def __fingerprint__(self): return {name: value for name,value in vars(self).items() if name != 'networks'}
     def __deepcopy__(self, memo): return type(self)(self.function)
     def __repr__(self): return f"FunctionTeacher({getattr(self.function, '__qualname__', None) or self.function!r})"
 

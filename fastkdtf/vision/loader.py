@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.loader.html.md"""
 
 # %% auto #0
 __all__ = ['Records', 'blank_records', 'to_records', 'to_rgb', 'image_tensor', 'CategorizeRecord', 'NormalizeBatch', 'BatchInfo',
-           'is_noted', 'batch_info', 'LastBatch', 'IndexedDL', 'RecordDL', 'with_index']
+           'is_one', 'is_noted', 'batch_info', 'LastBatch', 'IndexedDL', 'RecordDL', 'with_index']
 
 # %% ../../nbs/10b_vision.loader.ipynb #3e68eda6
 from collections.abc import Iterable, Iterator
@@ -102,13 +102,18 @@ def _noted(b):
     "The tensors of a batch, and how often each was changed in place"
     return [(t, t._version) for t in _tensors(b)]
 
+def is_one(a:Tensor, b:Tensor) -> bool:
+    "True if both are one tensor, also through two objects; a transposed view is another"
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
 def is_noted(
     x:Tensor,
     t:Tensor, # The noted one
     version:int, # How often it had been changed in place
 ) -> bool:
     "True if `x` is a noted tensor that was not changed since, or has the same numbers, such as a copy of another type"
-    return t._version == version and t.shape == x.shape and (t.data_ptr() == x.data_ptr() or torch.equal(x.to(t), t))
+    if t._version != version or t.shape != x.shape: return False
+    return is_one(x, t) or torch.equal(t.to(x), x)   # `x` may be finer
 
 def _were_given(xb, noted):
     "True if each tensor of `xb` is a noted one"
