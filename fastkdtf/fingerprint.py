@@ -388,7 +388,8 @@ def _table_words(tell, x):
 _kinds = [(Mapping, _dict_words), ((set, frozenset), _set_words), ((list, L), _list_words), (torch.Tensor, lambda tell, x: _tensor_words(x)),
           (np.ndarray, lambda tell, x: tell(_array_words(np.asarray(x)))), ((pd.DataFrame, pd.Series), _table_words),
           (PurePath, lambda tell, x: _path_words(x)), (weakref.ref, lambda tell, x: tell(x())), (partial, _partial_words),
-          (type, _class_words), (FunctionType, _function_words), (MethodType, _method_words), (BuiltinFunctionType, _builtin_words), (nn.Module, _network_words),
+          (type, _class_words), (FunctionType, _function_words), (MethodType, _method_words), (BuiltinFunctionType, _builtin_words),
+          (nn.Module, _network_words),
           ((DataLoader, TorchLoader), _loader_words), (DataLoaders, _loaders_words), (object, _object_words)]
 
 class _Teller:

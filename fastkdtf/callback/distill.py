@@ -91,7 +91,8 @@ class Distill(LossTerm):
     """Mix the divergence from a teacher's softened, possibly rewritten, target into the training loss
 
     Validation stays the learner's own."""
-    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing', 'sees_inputs', 'lends_copies')
+    _stateattrs = LossTerm._stateattrs + ('skipped', 'owned', 'shared', 'listeners', 'asks_early', 'refuses_mixing', 'sees_inputs',
+                                          'lends_copies')
     skipped,checked,n_outputs,_label_matters = False,False,None,True
     owned,shared = (),()   # the teachers that this method looks after; those that others have too
     listeners = {}   # event → those of them that do something then

@@ -76,7 +76,8 @@ class WSL(WatchedDistill):
         name:str|None=None, # needed for a second callback of the same class
     ):
         check_schedule('beta', beta, '[0,inf)')
-        super().__init__(teacher, (1., beta), tau, loss='ce', sample_weight=WSLWeight(check_number('weight_tau', weight_tau, temperatures)), name=name)
+        weight = WSLWeight(check_number('weight_tau', weight_tau, temperatures))
+        super().__init__(teacher, (1., beta), tau, loss='ce', sample_weight=weight, name=name)
         self.settings = dict(teacher=self.teacher, beta=beta, tau=tau, weight_tau=weight_tau)
 
     @classmethod
