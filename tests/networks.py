@@ -20,6 +20,13 @@ def lively(model):
             if 'gamma' in n or 'layer_scale' in n: p.uniform_(.5, 1.)
     return model
 
+class Centred(nn.Module):
+    "Centres its inputs, as networks do that bring their own normalisation; some do it in place, as `x.sub_(mean)` or an in-place ReLU at the front"
+    def __init__(self, net, in_place):
+        super().__init__()
+        self.net,self.in_place = net,in_place
+    def forward(self, x): return self.net(x.sub_(.5).mul_(3.) if self.in_place else (x-.5)*3.)
+
 class CPUAutocast(MixedPrecision):
     "fastai's own does nothing without a GPU; this one is real on CPU"
     def before_fit(self):

@@ -13,8 +13,8 @@ from fastai.data.load import DataLoader as FastaiLoader
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
 
-from fastkdtf.all import (Augment, Batch, Checkpoint, Correct, Distill, FunctionTeacher, KnowledgeDistillation, LsrKD, NetworkTeacher, Replace, TeacherCorrection,
-                          UniformTeacher, compare, create_model, kd_dataloaders)
+from fastkdtf.all import (Augment, Batch, Checkpoint, Correct, Distill, FunctionTeacher, KnowledgeDistillation, LsrKD, NetworkTeacher, Replace,
+                          TeacherCorrection, UniformTeacher, compare, create_model, kd_dataloaders)
 from fastkdtf.fingerprint import fingerprint, settings_digest
 from fastkdtf.lab.arms import method_identity
 from fastkdtf.lab.one_run import LearnerParts
@@ -324,7 +324,8 @@ class Own(FunctionTeacher):
         self.factor = factor
 
 FUNCTIONS = {
-    'closure': lambda net: FunctionTeacher(lambda batch: net(batch.xb[0])), 'partial': lambda net: FunctionTeacher(partial(lambda n, batch: n(batch.xb[0]), net)),
+    'closure': lambda net: FunctionTeacher(lambda batch: net(batch.xb[0])),
+    'partial': lambda net: FunctionTeacher(partial(lambda n, batch: n(batch.xb[0]), net)),
     'object': lambda net: FunctionTeacher(Asks(net)), 'forgetful': lambda net: FunctionTeacher(AsksAndForgets(net)), 'subclass': Own,
     'method': lambda net: FunctionTeacher(Asks(net).__call__), 'rewrite': lambda net: Distill(UniformTeacher(), rewrite=Replace(Asks(net))),
     'KD': lambda net: KnowledgeDistillation(lambda batch: net(batch.xb[0]))}

@@ -7,24 +7,18 @@ from fastai.basics import Callback
 from torch import nn
 
 from matrix import METHODS, convolutions, learner, network
+from networks import Centred
 from fastkdtf.callback import term
 from fastkdtf.callback.distill import Distill, KnowledgeDistillation
 from fastkdtf.callback.survival import second_pass, writes_inputs
 from fastkdtf.callback.views import RDrop
 from fastkdtf.teachers.base import Teacher
-from fastkdtf.vision.loader import is_noted
+from fastkdtf.vision.loader import were_given
 
 pytestmark = [pytest.mark.filterwarnings('ignore:DIST correlates the samples'), pytest.mark.filterwarnings('ignore:the network says the same in both passes')]
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
-
-class Centred(nn.Module):
-    "Centres its inputs, as networks do that bring their own normalisation"
-    def __init__(self, net, in_place):
-        super().__init__()
-        self.net,self.in_place = net,in_place
-    def forward(self, x): return self.net(x.sub_(.5).mul_(3.) if self.in_place else (x-.5)*3.)
 
 class Noise(Callback):
     "Add noise to the images after the methods have seen them"
@@ -115,6 +109,7 @@ def test_a_cached_teacher_keeps_no_answer_to_another_view(view):
 
 def test_a_copy_of_another_type_is_the_same_image_and_finer_numbers_are_not():
     t = torch.randint(0, 255, (2, 3, 4, 4), dtype=torch.uint8)
+    def is_noted(x, t, version): return were_given((x,), [(t, version)])
     one = t,t._version
     assert is_noted(t.float(), *one) and not is_noted(t.float() + .5, *one) and is_noted(t.view(t.shape), *one)
     x = torch.randn(4)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..teachers.inputs import map_tensors, tensors_in
-from ..vision.loader import batch_info, is_noted, is_one
+from ..vision.loader import batch_info, is_one, were_given
 from .survival import writes_inputs
 
 # %% ../../nbs/30_callback.term.ipynb #697c6d30
@@ -426,7 +426,7 @@ class LossTerm(OneLearner):
         "True if the student has read other inputs than those that the batch began with: a callback of a higher order has changed them"
         now = tensors_in(plain_tensors(tuple(self.learn.xb)))
         if len(now) != len(batch.noted): return True
-        if all(is_noted(x, *one) for x,one in zip(now, batch.noted)): return False
+        if all(were_given((x,), (one,)) for x,one in zip(now, batch.noted)): return False
         if not all(is_one(x, t) for x,(t,_) in zip(now, batch.noted)): return True
         return self._may_change_late and [t._version-version for t,version in batch.noted] != self.written()
 

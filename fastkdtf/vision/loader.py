@@ -6,7 +6,7 @@ Docs: https://fastkdtf.github.io/fastkdtf/vision.loader.html.md"""
 
 # %% auto #0
 __all__ = ['Records', 'blank_records', 'to_records', 'to_rgb', 'image_tensor', 'CategorizeRecord', 'NormalizeBatch', 'BatchInfo',
-           'is_one', 'is_noted', 'batch_info', 'LastBatch', 'IndexedDL', 'RecordDL', 'with_index']
+           'is_one', 'were_given', 'batch_info', 'LastBatch', 'IndexedDL', 'RecordDL', 'with_index']
 
 # %% ../../nbs/10b_vision.loader.ipynb #3e68eda6
 from collections.abc import Iterable, Iterator
@@ -106,20 +106,15 @@ def is_one(a:Tensor, b:Tensor) -> bool:
     "True if both are one tensor, also through two objects; a transposed view is another"
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
-def is_noted(
-    x:Tensor,
-    t:Tensor, # The noted one
-    version:int, # How often it had been changed in place
+def were_given(
+    xb:tuple,
+    noted:Iterable, # Tensors, each with how often it had been changed in place
 ) -> bool:
-    "True if `x` is a noted tensor that was not changed since, or has the same numbers, such as a copy of another type"
-    if t._version != version or t.shape != x.shape: return False
-    return is_one(x, t) or torch.equal(t.to(x), x)   # `x` may be finer
-
-def _were_given(xb, noted):
-    "True if each tensor of `xb` is a noted one"
+    "True if each tensor of `xb` is a noted one that was not changed since, or has the same numbers, such as a copy of another type"
     for x in xb if {*map(type, xb)} == {Tensor} else _tensors(xb):   # as methods give them: nothing to flatten
         for t,version in noted:
-            if is_noted(x, t, version): break
+            if t._version != version or t.shape != x.shape: continue
+            if is_one(x, t) or torch.equal(t.to(x), x): break   # `x` may be finer
         else: return False
     return True
 
@@ -130,7 +125,7 @@ def batch_info(
     "Return the `BatchInfo` of the batch that `dl` gave last; None if it doesn't know"
     attrs = getattr(dl, '__dict__', {})
     own = getattr(attrs.get('dl', dl), '__dict__', {})   # fastai's DistributedDL keeps the user's loader as `dl`
-    if xb is not None and not _were_given(tuple(xb), own.get('_given', ())): return None
+    if xb is not None and not were_given(tuple(xb), own.get('_given', ())): return None
     return own.get('_last')
 
 class LastBatch:
